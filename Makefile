@@ -1,0 +1,50 @@
+# make run    the page, on http://127.0.0.1:7860   (make run ARGS="--port 8000")
+# make test   all tests, offline                   (make test ARGS="-m 'not slow and not browser'")
+# make setup  only what both of them do first: .venv with runtime, tools and the embedded model
+# make check  lint, format, types                  make bench  measure, print a table, write JSON
+# make clean  remove caches; .venv stays
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+DONE   := $(VENV)/.done
+ARGS   ?=
+
+.DELETE_ON_ERROR:
+.PHONY: setup run test check bench clean
+
+setup: $(DONE)/packages $(DONE)/embedded
+
+# One stamp per step: a step runs again when its requirements files are newer than its stamp, or when it did not finish.
+$(DONE)/venv:
+	@command -v $(PYTHON) >/dev/null || { echo "No $(PYTHON) here: install Python 3.10 or newer, or name one with make PYTHON=/path/to/python3." >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "$(PYTHON) is $$($(PYTHON) --version 2>&1): Python 3.10 or newer is needed, name one with make PYTHON=/path/to/python3." >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	@mkdir -p $(DONE) && touch $@
+
+$(DONE)/packages: requirements.txt requirements-dev.txt | $(DONE)/venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	@touch $@
+
+$(DONE)/embedded: requirements-embedded.txt | $(DONE)/packages
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-embedded.txt
+	@touch $@
+
+run: setup
+	$(BIN)/python app.py $(ARGS)
+
+test: setup
+	@command -v chromium chromium-browser google-chrome >/dev/null || echo "Chromium is not installed, so the browser tests are skipped here (they fail where CI=true); on Debian: apt-get install chromium." >&2
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python -m benchmarks $(ARGS)
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +
