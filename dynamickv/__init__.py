@@ -1,0 +1,50 @@
+"""DynamicKV and its rivals on transformers: see, compare and use KV-cache compression.
+
+llm = load_model("smollm2-135m")
+trace = compare(llm, document, question, methods=[FullKV(), DynamicKV(capacity=128)])
+"""
+
+from dynamickv.compare import compare, compare_stream
+from dynamickv.events import ComparisonFinished, Compressed, Event, Progress, RunFinished, Token
+from dynamickv.methods import METHODS, CompressionMethod, DynamicKV, FullKV, ScoredMethod, SnapKV
+from dynamickv.models import DEFAULT_MODEL, KNOWN_MODELS, Geometry, LoadedModel, load_model
+from dynamickv.prefill import prefill
+from dynamickv.records import LayerObservation, Prefill, Retention
+from dynamickv.retain import retain
+from dynamickv.trace import Agreement, ModelInfo, Prompt, Retained, Run, Scores, Trace
+from dynamickv.version import __version__
+
+__all__ = [
+    "DEFAULT_MODEL",
+    "KNOWN_MODELS",
+    "METHODS",
+    "Agreement",
+    "ComparisonFinished",
+    "Compressed",
+    "CompressionMethod",
+    "DynamicKV",
+    "Event",
+    "FullKV",
+    "Geometry",
+    "LayerObservation",
+    "LoadedModel",
+    "ModelInfo",
+    "Prefill",
+    "Progress",
+    "Prompt",
+    "Retained",
+    "Retention",
+    "Run",
+    "RunFinished",
+    "ScoredMethod",
+    "Scores",
+    "SnapKV",
+    "Token",
+    "Trace",
+    "__version__",
+    "compare",
+    "compare_stream",
+    "load_model",
+    "prefill",
+    "retain",
+]

@@ -1,0 +1,173 @@
+"""KV caches whose layers may differ in length, with exact byte counts.
+
+A layer stores what it keeps in a preallocated buffer and remembers how many positions it has seen, which is the next
+token's position however much was dropped. Decides nothing about what to keep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from dynamickv.records import Prefill, Retention
+
+BLOCK = 128
+"""Tokens by which a full buffer grows."""
+
+AfterAttention = Callable[["KVLayer", Tensor, float], None]
+"""Called with (layer, queries, scaling) once a layer's attention is computed."""
+
+
+class KVLayer(CacheLayerMixin):
+    """Keys and values of one layer, (1, heads, length, head_dim), in position order."""
+
+    is_sliding = False
+
+    def __init__(self, index: int, after_attention: AfterAttention | None = None) -> None:
+        super().__init__()
+        self.index = index
+        self.after_attention = after_attention
+        self.seen = 0
+        """Positions that went through this layer, kept or not."""
+        self._buffers: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def length(self) -> int:
+        """Positions held."""
+        return 0 if self.keys is None else int(self.keys.shape[2])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values held."""
+        return sum(t.numel() * t.element_size() for t in (self.keys, self.values) if t is not None)
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Bytes allocated, room for growth included."""
+        return sum(t.numel() * t.element_size() for t in self._buffers or ())
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing is allocated before the first update."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def hold(self, keys: Tensor, values: Tensor, seen: int, room: int = 0) -> None:
+        """Replace what is held by (1, heads, length, head_dim) tensors, with room for that many more positions."""
+        self.lazy_initialization(keys, values)
+        self.seen = seen
+        if room == 0:
+            self._buffers = (keys.contiguous(), values.contiguous())
+            self.keys, self.values = self._buffers
+            return
+        self._buffers = (_roomy(keys, room), _roomy(values, room))
+        self._view(keys.shape[2])
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append, and return all keys and values held, tagged with this layer for the attention function."""
+        new = key_states.shape[2]
+        if self.keys is None or self.values is None or self._buffers is None:
+            self.hold(key_states, value_states, new)
+        else:
+            group = self.keys.shape[1] // key_states.shape[1]
+            if group > 1:
+                key_states = key_states.repeat_interleave(group, dim=1)
+                value_states = value_states.repeat_interleave(group, dim=1)
+            length = self.length
+            if length + new > self._buffers[0].shape[2]:
+                room = -(-new // BLOCK) * BLOCK
+                self._buffers = (_roomy(self.keys, room), _roomy(self.values, room))
+            self._view(length + new)
+            self.keys[:, :, length:] = key_states
+            self.values[:, :, length:] = value_states
+            self.seen += new
+        assert self.keys is not None and self.values is not None
+        # A fresh view carries the tag, so that the stored tensors do not point back here.
+        tagged = (
+            self.keys.view(self.keys.shape)
+            if self.keys.is_contiguous()
+            else self.keys[:, :, : self.length]
+        )
+        tagged.kv_layer = self  # type: ignore[attr-defined]
+        return tagged, self.values
+
+    def _view(self, length: int) -> None:
+        assert self._buffers is not None
+        self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
+
+    def get_seq_length(self) -> int:
+        """Positions seen: the position of the next token."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(keys, offset) a mask for this layer would cover."""
+        return self.length + query_length, 0
+
+    def get_max_length(self) -> int:
+        """No limit of its own."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget everything and free the memory."""
+        self.keys = self.values = self._buffers = None
+        self.seen = 0
+        self.is_initialized = False
+
+
+class KVCache(Cache):
+    """One `KVLayer` per layer; what `model(..., past_key_values=)` takes."""
+
+    layers: list[KVLayer]
+
+    def __init__(self, num_layers: int, after_attention: AfterAttention | None = None) -> None:
+        super().__init__(layers=[KVLayer(index, after_attention) for index in range(num_layers)])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values held, summed from the tensors."""
+        return sum(layer.nbytes for layer in self.layers)
+
+
+def prune(prefill: Prefill, retention: Retention, room: int) -> KVCache:
+    """A cache of the retained positions, copied out of the prefill's, with room for `room` more tokens.
+
+    With one choice per query head the layer stores query heads, each a copy of its KV head's rows.
+    """
+    cache = KVCache(len(prefill.layers))
+    for layer, observation, value, kept in zip(
+        cache.layers, prefill.layers, prefill.values, retention.indices, strict=True
+    ):
+        layer.hold(
+            gather(observation.keys, kept, room), gather(value, kept, room), prefill.prompt.length
+        )
+        layer._view(kept.shape[1])
+    return cache
+
+
+def gather(states: Tensor, kept: Tensor, room: int) -> Tensor:
+    """Rows `kept` (heads, count) of (num_kv_heads, n, head_dim) -> (1, heads, count + room, head_dim), room unset."""
+    num_kv_heads, length, head_dim = states.shape
+    heads, count = kept.shape
+    buffer = torch.empty(heads, count + room, head_dim, dtype=states.dtype, device=states.device)
+    group = heads // num_kv_heads
+    if count == length:
+        buffer[:, :count] = states if group == 1 else states.repeat_interleave(group, dim=0)
+        return buffer.unsqueeze(0)
+    for head in range(heads):
+        torch.index_select(states[head // group], 0, kept[head], out=buffer[head, :count])
+    return buffer.unsqueeze(0)
+
+
+def _roomy(states: Tensor, room: int) -> Tensor:
+    """A copy with `room` unset positions behind."""
+    batch, heads, length, head_dim = states.shape
+    buffer = torch.empty(
+        batch, heads, length + room, head_dim, dtype=states.dtype, device=states.device
+    )
+    buffer[:, :, :length] = states
+    return buffer

@@ -1,0 +1,104 @@
+"""Greedy decoding from a cache, one step at a time. The generator is the primitive; a whole answer is a fold over it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dynamickv.cache import KVCache
+from dynamickv.models import LoadedModel
+from dynamickv.observe import observed
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One decoded token."""
+
+    token_id: int
+    logprob: float
+    seconds: float
+    last: str | None
+    """Why decoding ends here ("stop" or "length"), or None."""
+
+
+def decode(
+    llm: LoadedModel, cache: KVCache, logits: Tensor, position: int, max_new_tokens: int
+) -> Iterator[Step]:
+    """Yield greedy tokens until the end of the answer, `max_new_tokens` or the model's last position.
+
+    Args:
+        cache: what the prompt left behind; grows by one position per step.
+        logits: next-token logits after the prompt, (vocabulary,).
+        position: true position of the next token, whatever the cache dropped.
+    """
+    count = 0
+    start = time.perf_counter()
+    while True:
+        token_id, logprob = choose(logits)
+        count += 1
+        last = None
+        if token_id in llm.stop_ids:
+            last = "stop"
+        elif count == max_new_tokens or position == llm.geometry.max_positions:
+            last = "length"
+        yield Step(token_id, logprob, time.perf_counter() - start, last)
+        if last is not None:
+            return
+        start = time.perf_counter()
+        logits = decode_one_token(llm, cache, token_id, position)
+        position += 1
+
+
+@torch.inference_mode()
+def choose(logits: Tensor) -> tuple[int, float]:
+    """The most likely token and its natural-log probability."""
+    token_id = int(logits.argmax())
+    wide = logits.float()
+    return token_id, float(wide[token_id] - wide.logsumexp(dim=-1))
+
+
+@torch.inference_mode()
+def decode_one_token(llm: LoadedModel, cache: KVCache, token_id: int, position: int) -> Tensor:
+    """Feed one token at its true position; next-token logits, (vocabulary,)."""
+    device = llm.device
+    with observed(llm.model):
+        output = llm.model(
+            torch.tensor([[token_id]], device=device),
+            # The pruned cache is shorter than the text it stands for, so its length is not the next position.
+            position_ids=torch.tensor([[position]], device=device),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+    logits: Tensor = output.logits[0, -1]
+    return logits
+
+
+class TextStream:
+    """Turns token ids into text piece by piece; the pieces concatenate to the whole answer's text.
+
+    A character that spans several tokens appears with its last one.
+    """
+
+    def __init__(self, llm: LoadedModel) -> None:
+        self._tokenizer = llm.tokenizer
+        self._token_ids: list[int] = []
+        self.text = ""
+        self.pieces: list[str] = []
+
+    def push(self, token_id: int, final: bool) -> str:
+        """Add a token; the text it completes."""
+        self._token_ids.append(token_id)
+        text = self._tokenizer.decode(
+            self._token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        if not final and text.endswith("\ufffd"):
+            text = text.rstrip("\ufffd")
+        piece = text[len(self.text) :] if text.startswith(self.text) else ""
+        self.text += piece
+        self.pieces.append(piece)
+        return piece

@@ -1,0 +1,191 @@
+"""What a compression method is: parameters, and a choice of prompt positions made from observed layers.
+
+`Selection` walks the layers in order, so that the same code serves a finished prefill (all layers at once) and a
+prefill that is pruned while it runs (layer by layer). Nothing here knows models or caches.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from dynamickv.records import LayerObservation, Retention
+from dynamickv.scoring import mean_over_group, pool, top_positions, window_attention
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressionMethod(ABC):
+    """A method is its parameters; `select` is all it does."""
+
+    name: ClassVar[str]
+    needs_window: ClassVar[int] = 0
+    """Trailing queries `select` reads, at least."""
+    needs_mass: ClassVar[bool] = False
+    """Whether `select` reads the attention of all queries (LayerObservation.mass)."""
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Parameters by name, JSON-ready."""
+        return asdict(self)
+
+    @abstractmethod
+    def select(self, observations: Sequence[LayerObservation]) -> Retention:
+        """Choose the positions to keep in every layer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredMethod(CompressionMethod):
+    """Keep the observation window and the best-scored positions before it: score each layer, share the budget, cut."""
+
+    capacity: int
+    """Mean prompt tokens kept per layer and head, observation window included (the papers' "KV cache size")."""
+    window_size: int = 8
+    """Trailing prompt tokens whose queries vote and which are always kept."""
+    kernel_size: int = 7
+    """Pooling width in tokens, odd; wider keeps longer contiguous runs."""
+    pooling: str = "max"
+    """"max" or "avg"."""
+    granularity: str = "kv_head"
+    """"kv_head": one choice per KV head, scores averaged over its query heads before pooling. "query_head": one choice
+    per query head; the cache then stores every query head and is num_query_heads / num_kv_heads times larger."""
+
+    def __post_init__(self) -> None:
+        require_integer("window_size", self.window_size, 1, "token")
+        require_integer("kernel_size", self.kernel_size, 1, "token")
+        require_integer("capacity", self.capacity, 1, "token")
+        if self.kernel_size % 2 == 0:
+            raise ValueError(
+                f"kernel_size must be odd to keep positions aligned, got {self.kernel_size}"
+            )
+        if self.capacity <= self.window_size:
+            raise ValueError(
+                f"capacity must exceed window_size={self.window_size} tokens, got {self.capacity}"
+            )
+        require_choice("pooling", self.pooling, ("max", "avg"))
+        require_choice("granularity", self.granularity, ("kv_head", "query_head"))
+
+    @property
+    def mean_budget(self) -> int:
+        """Mean prefix tokens per layer and head: capacity without the window."""
+        return self.capacity - self.window_size
+
+    def raw_scores(self, layer: LayerObservation) -> Tensor:
+        """Importance per query head before reduction and pooling, (num_query_heads, prompt_length - window_size)."""
+        tail = layer.queries.shape[1]
+        if tail < self.window_size:
+            raise ValueError(
+                f"window_size={self.window_size} needs as many queries, and {tail} were recorded; "
+                f"prefill with tail={self.window_size} or lower window_size"
+            )
+        return window_attention(
+            layer.queries[:, tail - self.window_size :], layer.keys, layer.scaling
+        )
+
+    def score(self, layer: LayerObservation) -> Tensor:
+        """Importance per head and prefix position, (heads, prompt_length - window_size), float32."""
+        scores = self.raw_scores(layer)
+        if self.granularity == "kv_head":
+            scores = mean_over_group(scores, layer.num_kv_heads)
+        return pool(scores, self.kernel_size, self.pooling)
+
+    def first_budget(self, layer: int, num_layers: int, prefix_length: int) -> int:
+        """Prefix tokens a layer holds as soon as it is computed. Uniform unless overridden."""
+        return self.mean_budget
+
+    def updates_after(self, layer: int, num_layers: int) -> bool:
+        """Whether the layers seen so far are re-allocated once this layer is scored. Never unless overridden."""
+        return False
+
+    def allocate(self, scores: Sequence[Tensor], num_layers: int) -> list[int]:
+        """New prefix budgets for the layers seen so far; called where `updates_after` says so."""
+        raise ValueError(
+            f"{self.name} has no re-allocation; override allocate together with updates_after"
+        )
+
+    def select(self, observations: Sequence[LayerObservation]) -> Retention:
+        """Top-scored positions within each layer's budget, plus the window; everything if the prompt fits."""
+        if observations[0].prompt_length <= self.capacity:
+            return Retention.everything(observations)
+        selection = Selection(self, len(observations))
+        for layer in observations:
+            selection.observe(layer)
+        return selection.retention()
+
+
+class Selection:
+    """One prompt's walk through the layers: scores so far, and how many prefix tokens each layer still holds.
+
+    A cut is permanent: a budget that grows again later does not bring tokens back.
+    """
+
+    def __init__(self, method: ScoredMethod, num_layers: int) -> None:
+        self.method = method
+        self.num_layers = num_layers
+        self.scores: list[Tensor] = []
+        self.held: list[int] = []
+        self.history: list[tuple[int, ...]] = []
+
+    def observe(self, observation: LayerObservation) -> range:
+        """Score the next layer, re-allocate if its turn has come; the layers whose holdings changed."""
+        layer = len(self.scores)
+        scores = self.method.score(observation)
+        self.scores.append(scores)
+        first = self.method.first_budget(layer, self.num_layers, scores.shape[1])
+        self.held.append(min(first, scores.shape[1]))
+        if not self.method.updates_after(layer, self.num_layers):
+            return range(layer, layer + 1)
+        budgets = self.method.allocate(self.scores, self.num_layers)
+        self.history.append(tuple(budgets))
+        self.held = [min(held, budget) for held, budget in zip(self.held, budgets, strict=True)]
+        return range(layer + 1)
+
+    def positions(self, layer: int) -> Tensor:
+        """What a layer holds now, (heads, held + window) ascending."""
+        scores = self.scores[layer]
+        heads, prefix_length = scores.shape
+        kept = top_positions(scores, self.held[layer])
+        window = torch.arange(
+            prefix_length, prefix_length + self.method.window_size, device=kept.device
+        )
+        return torch.cat([kept, window.expand(heads, -1)], dim=1)
+
+    def retention(self) -> Retention:
+        """What all layers hold in the end."""
+        return Retention(
+            indices=tuple(self.positions(layer) for layer in range(len(self.scores))),
+            prompt_length=self.scores[0].shape[1] + self.method.window_size,
+            budget_history=tuple(self.history),
+        )
+
+
+def require_integer(name: str, value: Any, least: int, unit: str) -> None:
+    """Raise ValueError unless `value` is an int (not bool) of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name} must be a whole number of {unit}s, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least} {unit}, got {value}")
+
+
+def require_positive(name: str, value: Any) -> None:
+    """Raise ValueError unless `value` is a finite number above zero."""
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not math.isfinite(value)
+        or value <= 0
+    ):
+        raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
+
+
+def require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(
+            f"{name} must be {' or '.join(repr(choice) for choice in choices)}, got {value!r}"
+        )

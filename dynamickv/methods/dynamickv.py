@@ -1,0 +1,78 @@
+"""DynamicKV: layers compete for one budget, settled every few layers (Zhou et al., arXiv:2412.14838).
+
+Every layer first keeps up to `r_max` times the mean budget. After every `update_interval` layers the scores of all
+layers seen are ranked together, each layer's share of the best becomes its budget, and all of them are cut to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from torch import Tensor
+
+from dynamickv.methods.base import ScoredMethod, require_integer, require_positive
+from dynamickv.scoring import count_global_top
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynamicKV(ScoredMethod):
+    """Share `capacity` x layers tokens by where the prompt's attention mass lies, re-normalised every few layers.
+
+    Departures from the authors' code: a prompt with n <= capacity is kept whole; a budget is clamped to what the layer
+    still holds (theirs duplicates the window); a last update follows the last layer when the layers are no multiple of
+    `update_interval` (theirs leaves those layers at r_max x budget); shares that all round to nothing become an even
+    split (theirs raises); `update_interval` is a parameter (theirs is 4); scores stay float32; positions are
+    stored in order; the default granularity is the KV head.
+    """
+
+    name: ClassVar[str] = "DynamicKV"
+    r_max: float = 10.0
+    """A layer may first hold r_max times the mean budget."""
+    update_interval: int = 4
+    """Layers between two re-allocations (the paper's m)."""
+
+    def __post_init__(self) -> None:
+        ScoredMethod.__post_init__(self)
+        require_positive("r_max", self.r_max)
+        require_integer("update_interval", self.update_interval, 1, "layer")
+
+    def first_budget(self, layer: int, num_layers: int, prefix_length: int) -> int:
+        """r_max times the mean budget, or the whole prefix."""
+        return min(int(self.r_max * self.mean_budget), prefix_length)
+
+    def updates_after(self, layer: int, num_layers: int) -> bool:
+        """After every `update_interval` layers, and after the last."""
+        return (layer + 1) % self.update_interval == 0 or layer + 1 == num_layers
+
+    def allocate(self, scores: Sequence[Tensor], num_layers: int) -> list[int]:
+        """Prefix budgets of the layers seen, summing to mean_budget x num_layers at every update.
+
+        The roundings are the reference's, in its number formats, so that budgets match it to the token.
+        """
+        seen, (heads, prefix_length) = len(scores), scores[0].shape
+        total = self.mean_budget * num_layers
+        counts = count_global_top(scores, self.mean_budget * heads * seen)
+        shares = [count // seen for count in counts]
+        if seen == num_layers:
+            shares[-1] += self.mean_budget * heads - sum(shares)
+        claims = self._claims(shares, self.first_budget(0, num_layers, prefix_length))
+        if not any(claims):
+            budgets = [total // seen] * seen
+            budgets[-1] += total % seen
+            return budgets
+        # float64 floor division of the exact integer, not division then floor: they differ at exact multiples.
+        excess = float(sum(claims) / total)
+        budgets = [int(claim // excess) for claim in claims]
+        budgets[-1] += total - sum(budgets)
+        return budgets
+
+    @staticmethod
+    def _claims(shares: Sequence[int], most: int) -> list[int]:
+        """Each layer's share of `most` tokens, truncated in float32 as the reference does."""
+        if not any(shares):
+            return [0] * len(shares)
+        fractions = np.asarray(shares, np.float32) / np.float32(sum(shares))
+        return [int(claim) for claim in np.float32(most) * fractions]

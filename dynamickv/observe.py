@@ -1,0 +1,139 @@
+"""The registered attention function: the backend's own attention, seen from one step away.
+
+A layer of `KVCache` tags the keys it returns. For tagged keys this function builds the mask that layer needs (layers
+differ in length, so the model's shared mask cannot fit them all), calls the backend, and then hands the layer its
+post-RoPE queries. For other keys it is the backend, untouched. Nothing is patched: the function is registered with
+transformers under "dynamickv_<backend>" and selected like any other.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from dynamickv.cache import KVLayer
+
+PREFIX = "dynamickv_"
+MASKED_BACKENDS = ("eager", "sdpa")
+"""Backends that take a mask tensor; the flash kinds align causality to the end by themselves."""
+
+
+def backend_of(model: PreTrainedModel) -> str:
+    """The attention backend a model computes with, whether observed or not."""
+    return str(model.config._attn_implementation).removeprefix(PREFIX)
+
+
+@contextmanager
+def observed(model: PreTrainedModel) -> Iterator[None]:
+    """Let the model's attention be observed inside the block; afterwards it is as it was."""
+    before = str(model.config._attn_implementation)
+    if before.startswith(PREFIX):
+        yield
+        return
+    set_observed(model)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def set_observed(model: PreTrainedModel) -> None:
+    """Select the observing form of the model's backend.
+
+    Raises:
+        ValueError: if the model does not compute attention through transformers' registry.
+    """
+    backend = backend_of(model)
+    if (
+        "flex" in backend
+        or "paged" in backend
+        or not getattr(model, "_supports_attention_backend", False)
+    ):
+        raise ValueError(
+            f"{type(model).__name__} with attention {backend!r} cannot be observed; "
+            'load it with attention="sdpa" or choose a model that supports transformers\' AttentionInterface'
+        )
+    name = PREFIX + backend
+    masks = AttentionMaskInterface()
+    AttentionInterface.register(name, partial(_observed_attention, backend))
+    AttentionMaskInterface.register(name, masks[backend])
+    model.set_attn_implementation(name)
+
+
+def _observed_attention(
+    backend: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    attention = _backend_function(backend, module)
+    layer: KVLayer | None = getattr(key, "kv_layer", None)
+    if layer is None:
+        return attention(module, query, key, value, attention_mask, **kwargs)
+    if query.shape[2] < key.shape[2]:
+        attention_mask = _continuation_mask(backend, query, key)
+    output = attention(_grouped(module, query, key), query, key, value, attention_mask, **kwargs)
+    if layer.after_attention is not None:
+        scaling = kwargs.get("scaling")
+        layer.after_attention(
+            layer, query, query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+        )
+    return output
+
+
+def _continuation_mask(backend: str, query: Tensor, key: Tensor) -> Tensor | None:
+    """New tokens see everything the layer holds, and each other causally."""
+    new, held = query.shape[2], key.shape[2]
+    if new == 1 or backend not in MASKED_BACKENDS:
+        return None
+    visible = torch.ones(new, held, dtype=torch.bool, device=query.device).tril_(held - new)[
+        None, None
+    ]
+    if backend == "sdpa":
+        return visible
+    return torch.zeros_like(visible, dtype=query.dtype).masked_fill_(
+        ~visible, torch.finfo(query.dtype).min
+    )
+
+
+def _backend_function(
+    backend: str, module: nn.Module
+) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    if backend == "eager":
+        # Each model file defines its own eager attention; transformers passes it as the registry's default.
+        function: Callable[..., tuple[Tensor, Tensor | None]] = sys.modules[
+            type(module).__module__
+        ].eager_attention_forward
+        return function
+    return AttentionInterface().get_interface(backend, None)  # type: ignore[arg-type]
+
+
+def _grouped(module: nn.Module, query: Tensor, key: Tensor) -> Any:
+    """The module, or a stand-in that says how many query heads share a stored head when that is not the model's own."""
+    group = query.shape[1] // key.shape[1]
+    return (
+        module
+        if getattr(module, "num_key_value_groups", group) == group
+        else _Grouped(module, group)
+    )
+
+
+class _Grouped:
+    """A module's attributes with another `num_key_value_groups`, for caches stored per query head."""
+
+    def __init__(self, module: nn.Module, group: int) -> None:
+        self._module = module
+        self.num_key_value_groups = group
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)

@@ -1,0 +1,221 @@
+"""Document and question -> token ids, with the exact place of both in tokens and in characters.
+
+The document and the question are data: a special token spelled out in them is read as plain text, never as markup.
+Knows tokenizers and nothing else of a model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+SEPARATOR = "\n\n"
+_DOCUMENT, _QUESTION = "\ue000document\ue000", "\ue000question\ue000"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedPrompt:
+    """A tokenized prompt and the spans of its parts."""
+
+    token_ids: list[int]
+    text: str
+    offsets: list[tuple[int, int]]
+    """[start, end) of every token in `text`, in characters; tokens that share a character overlap."""
+    document_span: tuple[int, int]
+    """[first, last) token that touches the document."""
+    document_characters: tuple[int, int]
+    question_span: tuple[int, int]
+    question: str
+    original_length: int
+    """Tokens before the middle of the document was cut out."""
+
+    @property
+    def length(self) -> int:
+        """Tokens."""
+        return len(self.token_ids)
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the middle of the document was cut out."""
+        return self.original_length != self.length
+
+    def utf16_offsets(self) -> list[list[int]]:
+        """`offsets` in UTF-16 units, which is how browsers count."""
+        units = _utf16_positions(self.text)
+        return [[units[start], units[end]] for start, end in self.offsets]
+
+    def document_utf16_span(self) -> list[int]:
+        """`document_characters` in UTF-16 units."""
+        units = _utf16_positions(self.text)
+        start, end = self.document_characters
+        return [units[start], units[end]]
+
+
+def encode_prompt(
+    tokenizer: Any,
+    document: str,
+    question: str,
+    *,
+    limit: int,
+    truncate: bool = False,
+    chat_template: bool = True,
+) -> EncodedPrompt:
+    """Lay document and question out in the model's chat template and tokenize them.
+
+    Args:
+        tokenizer: a fast transformers tokenizer.
+        limit: the longest prompt allowed, in tokens.
+        truncate: cut the middle out of a document that is too long, keeping its first and last parts as LongBench
+            does, instead of refusing it.
+        chat_template: False feeds document and question as plain text, as LongBench's own templates expect.
+
+    Raises:
+        ValueError: if document or question hold no text, or the prompt is longer than `limit`.
+    """
+    for name, text in (("document", document), ("question", question)):
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"the {name} is empty; enter some text")
+    document, question = _valid_text(document), _valid_text(question)
+    parts = _template_parts(tokenizer, chat_template)
+    encoded = _encode(tokenizer, parts, document, question)
+    if encoded.length <= limit:
+        return encoded
+    if not truncate:
+        raise ValueError(
+            f"the prompt has {encoded.length:,} tokens and this model reads {limit:,}; "
+            "shorten the document or allow cutting out its middle"
+        )
+    return _truncated(tokenizer, parts, encoded, document, question, limit)
+
+
+def _truncated(
+    tokenizer: Any,
+    parts: tuple[str, str, str],
+    whole: EncodedPrompt,
+    document: str,
+    question: str,
+    limit: int,
+) -> EncodedPrompt:
+    """Keep the first and last halves of the document that fit; joined text may tokenize longer, so try again."""
+    first, last = whole.document_span
+    start = whole.document_characters[0]
+    room = limit - (whole.length - (last - first))
+    while room > 0:
+        head_end = whole.offsets[first + (room + 1) // 2 - 1][1] - start
+        tail_start = whole.offsets[last - room // 2][0] - start if room > 1 else len(document)
+        shorter = _encode(tokenizer, parts, document[:head_end] + document[tail_start:], question)
+        if shorter.length <= limit:
+            return EncodedPrompt(
+                token_ids=shorter.token_ids,
+                text=shorter.text,
+                offsets=shorter.offsets,
+                document_span=shorter.document_span,
+                document_characters=shorter.document_characters,
+                question_span=shorter.question_span,
+                question=question,
+                original_length=whole.length,
+            )
+        room -= shorter.length - limit
+    raise ValueError(
+        f"the question and the template alone take {whole.length - (last - first):,} tokens and this model reads "
+        f"{limit:,}; shorten the question"
+    )
+
+
+def _template_parts(tokenizer: Any, chat_template: bool) -> tuple[str, str, str]:
+    """What the template puts before the document, between document and question, and after the question."""
+    if not chat_template or not getattr(tokenizer, "chat_template", None):
+        return (
+            getattr(tokenizer, "bos_token", None) or "" if chat_template else "",
+            SEPARATOR,
+            "\n" if chat_template else "",
+        )
+    content = f"{_DOCUMENT}{SEPARATOR}{_QUESTION}"
+    rendered = tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    )
+    before, found, rest = rendered.partition(_DOCUMENT)
+    between, found_question, after = rest.partition(_QUESTION)
+    if not found or not found_question:
+        raise ValueError(
+            "this model's chat template does not contain the user's message; choose an instruction model"
+        )
+    return before, between, after
+
+
+def _encode(
+    tokenizer: Any, parts: tuple[str, str, str], document: str, question: str
+) -> EncodedPrompt:
+    before, between, after = parts
+    text = before + document + between + question + after
+    document_start = len(before)
+    document_end = document_start + len(document)
+    question_start = document_end + len(between)
+    question_end = question_start + len(question)
+    token_ids: list[int] = []
+    offsets: list[tuple[int, int]] = []
+    for start, end, plain in _segments(
+        tokenizer, text, document, question, len(before), question_end
+    ):
+        # Fast tokenizers keep the flag for later calls, so it is always given.
+        piece = tokenizer(
+            text[start:end],
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            split_special_tokens=plain,
+        )
+        token_ids += piece["input_ids"]
+        offsets += [(start + left, start + right) for left, right in piece["offset_mapping"]]
+    return EncodedPrompt(
+        token_ids=token_ids,
+        text=text,
+        offsets=offsets,
+        document_span=_touching(offsets, document_start, document_end),
+        document_characters=(document_start, document_end),
+        question_span=_touching(offsets, question_start, question_end),
+        question=question,
+        original_length=len(token_ids),
+    )
+
+
+def _segments(
+    tokenizer: Any, text: str, document: str, question: str, start: int, end: int
+) -> list[tuple[int, int, bool]]:
+    """[start, end, read special tokens as plain text) pieces of the prompt.
+
+    The prompt is tokenized whole, as a chat would be, unless the user's text spells a special token: then the user's
+    part is read apart, and its special tokens as plain text.
+    """
+    special = [token for token in tokenizer.get_added_vocab() if token]
+    if not any(token in document or token in question for token in special):
+        return [(0, len(text), False)]
+    return [
+        piece
+        for piece in ((0, start, False), (start, end, True), (end, len(text), False))
+        if piece[0] < piece[1]
+    ]
+
+
+def _touching(offsets: list[tuple[int, int]], start: int, end: int) -> tuple[int, int]:
+    """[first, last) token that shares a character with text[start:end]."""
+    touching = [
+        index for index, (left, right) in enumerate(offsets) if left < end and right > start
+    ]
+    return (touching[0], touching[-1] + 1) if touching else (0, 0)
+
+
+def _valid_text(text: str) -> str:
+    """Lone surrogates cannot be tokenized or saved; everything else stays as it is."""
+    return (
+        text.encode("utf-8", "replace").decode("utf-8")
+        if any("\ud800" <= c <= "\udfff" for c in text)
+        else text
+    )
+
+
+def _utf16_positions(text: str) -> list[int]:
+    """UTF-16 position of every character boundary of `text`, len(text) + 1 numbers."""
+    positions = [0]
+    for character in text:
+        positions.append(positions[-1] + (2 if ord(character) > 0xFFFF else 1))
+    return positions

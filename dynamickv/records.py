@@ -1,0 +1,112 @@
+"""Frozen tensor records that pass between the stages: what a layer saw, what is kept, what a prefill left behind.
+
+Tensors here have no batch dimension: the engine reads one prompt at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dynamickv.prompt import EncodedPrompt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerObservation:
+    """What one attention layer saw of the prompt; all a method may look at."""
+
+    queries: Tensor
+    """Post-RoPE queries of the last positions, (num_query_heads, tail, head_dim); tail <= prompt length."""
+    keys: Tensor
+    """Post-RoPE keys of the whole prompt, (num_kv_heads, prompt_length, head_dim)."""
+    scaling: float
+    """Factor on query-key products, usually head_dim ** -0.5."""
+    mass: Tensor | None = None
+    """Attention each position received from all queries, (num_query_heads, prompt_length), float32, when recorded."""
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens in the prompt."""
+        return self.keys.shape[1]
+
+    @property
+    def num_kv_heads(self) -> int:
+        """KV heads; query heads are a multiple of them."""
+        return self.keys.shape[0]
+
+    @property
+    def num_query_heads(self) -> int:
+        """Query heads."""
+        return self.queries.shape[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retention:
+    """The prompt positions a method keeps in every layer and head."""
+
+    indices: tuple[Tensor, ...]
+    """Per layer, LongTensor (heads, kept): ascending positions, observation window included."""
+    prompt_length: int
+    budget_history: tuple[tuple[int, ...], ...] = ()
+    """DynamicKV: prefix budgets (window excluded) of the layers seen so far, after each update."""
+
+    @property
+    def budgets(self) -> list[int]:
+        """Kept prompt tokens per layer and head, observation window included."""
+        return [kept.shape[1] for kept in self.indices]
+
+    @property
+    def kept_fraction(self) -> float:
+        """Kept positions over all positions, across layers and heads."""
+        kept = sum(positions.numel() for positions in self.indices)
+        return kept / sum(positions.shape[0] * self.prompt_length for positions in self.indices)
+
+    @classmethod
+    def everything(cls, observations: Sequence[LayerObservation]) -> Retention:
+        """Keep the whole prompt, stored per KV head."""
+        return cls(
+            indices=tuple(
+                torch.arange(layer.prompt_length, device=layer.keys.device).expand(
+                    layer.num_kv_heads, -1
+                )
+                for layer in observations
+            ),
+            prompt_length=observations[0].prompt_length,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prefill:
+    """One pass of the model over a prompt: enough to run any method without the model's prefill again."""
+
+    prompt: EncodedPrompt
+    layers: tuple[LayerObservation, ...]
+    values: tuple[Tensor, ...]
+    """Per layer, (num_kv_heads, prompt_length, head_dim)."""
+    logits: Tensor
+    """Next-token logits after the prompt, (vocabulary,)."""
+    seconds: float
+    question_aware: bool = True
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of all keys and values, summed from the tensors."""
+        return sum(
+            tensor.numel() * tensor.element_size()
+            for layer, value in zip(self.layers, self.values, strict=True)
+            for tensor in (layer.keys, value)
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every tensor this record holds."""
+        observed = sum(
+            tensor.numel() * tensor.element_size()
+            for layer in self.layers
+            for tensor in (layer.queries, layer.mass)
+            if tensor is not None
+        )
+        return self.kv_bytes + observed + self.logits.numel() * self.logits.element_size()

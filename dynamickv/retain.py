@@ -1,0 +1,73 @@
+"""A method's choice from bare tensors: no model, no tokenizer, no cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dynamickv.methods import CompressionMethod
+from dynamickv.records import LayerObservation, Retention
+
+
+@torch.no_grad()
+def retain(
+    method: CompressionMethod,
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    scaling: float | None = None,
+) -> Retention:
+    """Which prompt positions a method keeps, given every layer's post-RoPE queries and keys.
+
+    Args:
+        queries: per layer, (1, num_query_heads, n, head_dim); the last `window_size` positions are enough for
+            window-scored methods.
+        keys: per layer, (1, num_kv_heads, n, head_dim).
+        scaling: factor on query-key products; head_dim ** -0.5 by default.
+
+    Raises:
+        ValueError: shapes that do not belong together, no layers, an empty prompt, or values that are not finite.
+    """
+    if not isinstance(method, CompressionMethod):
+        raise ValueError(
+            f"{method!r} is not a method; give an instance such as dynamickv.SnapKV(capacity=64)"
+        )
+    if len(queries) != len(keys) or not keys:
+        raise ValueError(
+            f"queries and keys need one tensor per layer each, got {len(queries)} and {len(keys)}"
+        )
+    for layer, (query, key) in enumerate(zip(queries, keys, strict=True)):
+        _check_layer(layer, query, key, keys[0].shape)
+    return method.select(
+        [
+            LayerObservation(
+                queries=query[0],
+                keys=key[0],
+                scaling=key.shape[-1] ** -0.5 if scaling is None else scaling,
+            )
+            for query, key in zip(queries, keys, strict=True)
+        ]
+    )
+
+
+def _check_layer(layer: int, query: Tensor, key: Tensor, expected: torch.Size) -> None:
+    where = f"layer {layer}: queries {tuple(query.shape)}, keys {tuple(key.shape)}"
+    if query.dim() != 4 or key.dim() != 4 or query.shape[0] != 1 or key.shape[0] != 1:
+        raise ValueError(f"{where}; expected (1, heads, n, head_dim) each")
+    if key.shape[2] == 0:
+        raise ValueError(f"{where}; the prompt is empty, give at least one position")
+    if key.shape != expected:
+        raise ValueError(f"{where}; expected keys of shape {tuple(expected)} as in layer 0")
+    if (
+        query.shape[3] != key.shape[3]
+        or query.shape[1] % key.shape[1]
+        or query.shape[2] > key.shape[2]
+    ):
+        raise ValueError(
+            f"{where}; query heads must be a multiple of KV heads, head_dim equal, and queries no longer than keys"
+        )
+    if not (torch.isfinite(query).all() and torch.isfinite(key).all()):
+        raise ValueError(
+            f"{where}; they hold NaN or infinity, compute them again in a wider number format"
+        )

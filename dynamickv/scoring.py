@@ -1,0 +1,100 @@
+"""Turn recorded queries and keys into one importance score per head and prompt position.
+
+Pure functions of tensors: no model, no cache, no budget. Higher score = keep. Scores are raw attention mass in
+float32, so they may be compared across heads and layers, as DynamicKV does (arXiv:2412.14838).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def window_attention(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
+    """Attention mass that the last `window` queries pay to each position before them.
+
+    Args:
+        queries: (num_query_heads, window, head_dim), the last positions of the prompt.
+        keys: (num_kv_heads, prompt_length, head_dim); query head h reads KV head h // group.
+        scaling: factor on the query-key products.
+
+    Returns:
+        (num_query_heads, prompt_length - window) float32: summed over the window's queries. The window's own columns
+        take their share of the softmax and are then dropped, because the window is always kept.
+
+    Source: SnapKV, arXiv:2404.14469, observation window.
+    """
+    num_query_heads, window, head_dim = queries.shape
+    num_kv_heads, prompt_length, _ = keys.shape
+    group = num_query_heads // num_kv_heads
+    grouped = queries.float().reshape(num_kv_heads, group * window, head_dim)
+    logits = (
+        (grouped @ keys.float().transpose(1, 2))
+        .mul_(scaling)
+        .view(num_query_heads, window, prompt_length)
+    )
+    future = torch.ones(window, window, dtype=torch.bool, device=keys.device).triu_(1)
+    logits[..., prompt_length - window :].masked_fill_(future, torch.finfo(torch.float32).min)
+    return logits.softmax(dim=-1)[..., : prompt_length - window].sum(dim=1)
+
+
+def mean_over_group(scores: Tensor, num_kv_heads: int) -> Tensor:
+    """Average the query heads that share a KV head: (num_query_heads, n) -> (num_kv_heads, n)."""
+    return scores.view(num_kv_heads, -1, scores.shape[-1]).mean(dim=1)
+
+
+def pool(scores: Tensor, kernel_size: int, pooling: str) -> Tensor:
+    """Smooth scores along the positions so that phrases survive whole; shape (heads, n) is kept.
+
+    "max" ignores what lies beyond the ends; "avg" counts it as zero, as the references do.
+
+    Source: SnapKV, arXiv:2404.14469, clustering via pooling.
+    """
+    apply = F.max_pool1d if pooling == "max" else F.avg_pool1d
+    return apply(scores.unsqueeze(0), kernel_size, stride=1, padding=kernel_size // 2).squeeze(0)
+
+
+def top_positions(scores: Tensor, count: int) -> Tensor:
+    """The `count` best positions of every head, (heads, count) ascending; ties go to the earlier position.
+
+    The order (score, then position) is total, so the best k are always among the best k + 1: budgets can shrink
+    step by step and give the same set as one cut.
+    """
+    heads, length = scores.shape
+    if count >= length:
+        return torch.arange(length, device=scores.device).expand(heads, length)
+    if count <= 0:
+        return torch.empty(heads, 0, dtype=torch.long, device=scores.device)
+    threshold = scores.topk(count, dim=-1).values[:, -1:]
+    above = scores > threshold
+    tied = scores == threshold
+    room = count - above.sum(dim=-1, keepdim=True)
+    kept = above | (tied & (tied.cumsum(dim=-1) <= room))
+    return kept.nonzero()[:, 1].view(heads, count)
+
+
+def count_global_top(scores: Sequence[Tensor], count: int) -> list[int]:
+    """How many of the `count` best scores over all layers together lie in each layer.
+
+    Args:
+        scores: per layer, (heads, n); all layers of one shape.
+
+    Returns:
+        One number per layer; they sum to min(count, all scores). Scores equal at the cut go to the earlier layer.
+    """
+    device = scores[0].device
+    table = torch.stack([layer.to(device).reshape(-1) for layer in scores])
+    if count >= table.numel():
+        return [table.shape[1]] * table.shape[0]
+    threshold = table.reshape(-1).topk(count, sorted=False).values.min()
+    counts: list[int] = (table > threshold).sum(dim=1).tolist()
+    ties: list[int] = (table == threshold).sum(dim=1).tolist()
+    room = count - sum(counts)
+    for layer, tied in enumerate(ties):
+        taken = min(tied, room)
+        counts[layer] += taken
+        room -= taken
+    return counts

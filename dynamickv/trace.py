@@ -1,0 +1,434 @@
+"""The run record: everything a comparison measured, as plain data that needs neither torch nor a model to read.
+
+A record is what the engine hands to anything that draws, saves or compares runs. It knows nothing about models,
+caches or pages. Loading checks every type, size and range, because a record may come from a stranger.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import dataclasses
+import gzip
+import json
+import math
+import os
+import tempfile
+import types
+import typing
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+SCHEMA = 1
+MAX_BYTES = 64 * 2**20
+"""Largest record that is read, in bytes after decompression."""
+MAX_POSITIONS = 2**20
+MAX_LAYERS = 1024
+MAX_HEADS = 1024
+MAX_RUNS = 64
+
+Record = TypeVar("Record")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """Which model ran, in which geometry and number format."""
+
+    name: str
+    revision: str
+    num_layers: int
+    num_query_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: str
+    device: str
+    attention: str
+    max_positions: int
+    """Longest sequence the model reads, in tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """The prompt (template, document and question) and where each token sits in its text."""
+
+    length: int
+    """Tokens."""
+    text: str
+    text_utf16_offsets: list[list[int]]
+    """[start, end) of every token in `text`, in UTF-16 units; tokens that share a character overlap."""
+    document_span: list[int]
+    """[first, last) token that touches the document."""
+    document_utf16_span: list[int]
+    question_span: list[int]
+    question: str
+    question_aware: bool
+    """Whether the question was in the prompt when the cache was compressed."""
+    truncated: bool
+    original_length: int
+    """Tokens before the middle of the document was cut out; `length` when nothing was."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retained:
+    """Which prompt positions a run kept: one bit per layer, head and position."""
+
+    heads: int
+    bits: str
+    """base64 of numpy.packbits (most significant bit first) over (layer, head, position) in C order."""
+
+    @classmethod
+    def pack(cls, mask: np.ndarray) -> Retained:
+        """Pack a boolean (layers, heads, positions) array."""
+        return cls(
+            heads=int(mask.shape[1]),
+            bits=base64.b64encode(np.packbits(mask.reshape(-1)).tobytes()).decode("ascii"),
+        )
+
+    def unpack(self, num_layers: int, length: int) -> np.ndarray:
+        """Boolean (layers, heads, positions)."""
+        size = num_layers * self.heads * length
+        packed = np.frombuffer(_decode_base64(self.bits, "retained.bits"), np.uint8)
+        if packed.size != math.ceil(size / 8):
+            raise ValueError(
+                f"retained.bits holds {packed.size} bytes where {num_layers} layers x {self.heads} heads x "
+                f"{length} positions need {math.ceil(size / 8)}; save the run again"
+            )
+        return (
+            np.unpackbits(packed, count=size).astype(bool).reshape(num_layers, self.heads, length)
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """Importance of every position, averaged over heads and scaled per layer to 0..255."""
+
+    bytes: str
+    """base64 of uint8 (layer, position) in C order."""
+
+    @classmethod
+    def pack(cls, scores: np.ndarray) -> Scores:
+        """Pack a uint8 (layers, positions) array."""
+        return cls(
+            bytes=base64.b64encode(np.ascontiguousarray(scores, np.uint8).tobytes()).decode("ascii")
+        )
+
+    def unpack(self, num_layers: int, length: int) -> np.ndarray:
+        """uint8 (layers, positions)."""
+        raw = np.frombuffer(_decode_base64(self.bytes, "scores.bytes"), np.uint8)
+        if raw.size != num_layers * length:
+            raise ValueError(
+                f"scores.bytes holds {raw.size} values where {num_layers} layers x {length} positions need "
+                f"{num_layers * length}; save the run again"
+            )
+        return raw.reshape(num_layers, length)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Agreement:
+    """How far an answer follows FullKV's answer in the same comparison."""
+
+    first_divergence: int | None
+    """Index of the first differing answer token; None when the answers are identical."""
+    token_match: float
+    """Share of positions, over the longer answer, that hold the same token."""
+    rouge_l: float
+    """ROUGE-L F-measure over words."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One method's answer and what it kept to give it."""
+
+    method: str
+    parameters: dict[str, Any]
+    answer: str
+    token_ids: list[int]
+    pieces: list[str]
+    """Text of each answer token; their concatenation is `answer`."""
+    logprobs: list[float]
+    """Natural-log probability of each answer token under this run's cache."""
+    finish_reason: str
+    """"stop" (end of answer), "length" (max_new_tokens or the model's limit) or "cancelled"."""
+    budgets: list[int]
+    """Kept prompt tokens per layer and head, observation window included."""
+    budget_history: list[list[int]]
+    """DynamicKV: prefix budgets (window excluded) of the layers seen so far, after each update."""
+    retained: Retained
+    scores: Scores | None = None
+    kv_bytes: int
+    """Bytes of the keys and values kept for the prompt, summed from the tensors."""
+    kv_bytes_full: int
+    """The same for the uncompressed prompt."""
+    kept_fraction: float
+    """kept positions / all positions, over layers and heads."""
+    score_seconds: float
+    prune_seconds: float
+    decode_seconds: list[float]
+    """Per answer token; the first comes from the prefill's logits."""
+    agreement: Agreement | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trace:
+    """A whole comparison: one prompt, one model, one prefill, any number of runs."""
+
+    created: str
+    versions: dict[str, str]
+    model: ModelInfo
+    prompt: Prompt
+    prefill_seconds: float
+    runs: list[Run] = field(default_factory=list)
+    schema: int = SCHEMA
+
+    def run(self, method: str) -> Run:
+        """The first run of that method.
+
+        Raises:
+            ValueError: if the record holds no such run.
+        """
+        for run in self.runs:
+            if run.method == method:
+                return run
+        held = ", ".join(run.method for run in self.runs) or "none"
+        raise ValueError(f"this record holds no run of {method!r}; it holds {held}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as JSON-ready data."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Trace:
+        """Check and read a record.
+
+        Raises:
+            ValueError: one sentence that names the field, its value and what was expected.
+        """
+        if not isinstance(data, dict):
+            raise ValueError(
+                f"a run record is a JSON object, got {type(data).__name__}; choose a file saved here"
+            )
+        if data.get("schema") != SCHEMA:
+            raise ValueError(
+                f"this record has schema {_show(data.get('schema'))}, and schema {SCHEMA} is read here; "
+                "open it with the version that wrote it"
+            )
+        trace: Trace = _read(cls, data, "record")
+        _check(trace)
+        return trace
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the record as .json, or compressed when the name ends in .gz; a crash leaves no half file."""
+        target = Path(path)
+        text = json.dumps(
+            self.to_dict(), ensure_ascii=False, separators=(",", ":"), allow_nan=False
+        )
+        payload = text.encode("utf-8")
+        if target.suffix == ".gz":
+            payload = gzip.compress(payload, mtime=0)
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(payload)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, target)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Trace:
+        """Read a record file, compressed or not.
+
+        Raises:
+            OSError: if the file cannot be read.
+            ValueError: if it is not a run record, or larger than `MAX_BYTES`.
+        """
+        with open(path, "rb") as file:
+            return cls.from_bytes(file.read(MAX_BYTES + 1), Path(path).name)
+
+    @classmethod
+    def from_bytes(cls, payload: bytes, name: str = "the file") -> Trace:
+        """Read a record from the content of a file, compressed or not; errors as in `load`."""
+        try:
+            if payload[:2] == b"\x1f\x8b":
+                payload = zlib.decompressobj(wbits=31).decompress(payload, MAX_BYTES + 1)
+            if len(payload) > MAX_BYTES:
+                raise ValueError(
+                    f"{name} is larger than {MAX_BYTES // 2**20} MiB, the most a run record may hold"
+                )
+            data = json.loads(payload.decode("utf-8"), parse_constant=_no_constant)
+        except (zlib.error, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(
+                f"{name} is not a run record ({type(error).__name__}); choose a file saved here"
+            ) from None
+        return cls.from_dict(data)
+
+
+def _check(trace: Trace) -> None:
+    """Ranges and sizes that types alone do not say."""
+    model, prompt = trace.model, trace.prompt
+    _require(
+        1 <= model.num_layers <= MAX_LAYERS,
+        "model.num_layers",
+        model.num_layers,
+        f"1 to {MAX_LAYERS}",
+    )
+    _require(
+        1 <= model.num_query_heads <= MAX_HEADS,
+        "model.num_query_heads",
+        model.num_query_heads,
+        f"1 to {MAX_HEADS}",
+    )
+    _require(
+        1 <= model.num_kv_heads <= model.num_query_heads,
+        "model.num_kv_heads",
+        model.num_kv_heads,
+        "1 to num_query_heads",
+    )
+    _require(
+        1 <= prompt.length <= MAX_POSITIONS, "prompt.length", prompt.length, f"1 to {MAX_POSITIONS}"
+    )
+    offsets = prompt.text_utf16_offsets
+    _require(
+        len(offsets) == prompt.length,
+        "prompt.text_utf16_offsets",
+        len(offsets),
+        f"{prompt.length} pairs",
+    )
+    end = len(prompt.text.encode("utf-16-le", "surrogatepass")) // 2
+    _require(
+        all(len(pair) == 2 and 0 <= pair[0] <= pair[1] <= end for pair in offsets),
+        "prompt.text_utf16_offsets", "a pair outside the text", f"[start, end) pairs within 0..{end}",
+    )  # fmt: skip
+    for name, span, limit in (
+        ("document_span", prompt.document_span, prompt.length),
+        ("question_span", prompt.question_span, prompt.length),
+        ("document_utf16_span", prompt.document_utf16_span, end),
+    ):
+        _require(
+            len(span) == 2 and 0 <= span[0] <= span[1] <= limit,
+            f"prompt.{name}",
+            span,
+            f"[start, end) within 0..{limit}",
+        )
+    _require(len(trace.runs) <= MAX_RUNS, "runs", len(trace.runs), f"at most {MAX_RUNS}")
+    for index, run in enumerate(trace.runs):
+        where = f"runs[{index}]"
+        _require(
+            len(run.budgets) == model.num_layers,
+            f"{where}.budgets",
+            len(run.budgets),
+            f"{model.num_layers} layers",
+        )
+        _require(
+            all(0 <= kept <= prompt.length for kept in run.budgets),
+            f"{where}.budgets",
+            "a budget",
+            f"0 to {prompt.length}",
+        )
+        _require(
+            run.retained.heads in (model.num_kv_heads, model.num_query_heads),
+            f"{where}.retained.heads",
+            run.retained.heads,
+            "the KV or query heads",
+        )
+        _require(
+            len(run.token_ids) == len(run.logprobs) == len(run.decode_seconds) == len(run.pieces),
+            f"{where}.token_ids", len(run.token_ids), "as many as logprobs, decode_seconds and pieces",
+        )  # fmt: skip
+        _require(
+            run.finish_reason in ("stop", "length", "cancelled"),
+            f"{where}.finish_reason",
+            run.finish_reason,
+            "stop, length or cancelled",
+        )
+        _require(
+            all(1 <= len(update) <= model.num_layers for update in run.budget_history) and len(run.budget_history) <= MAX_LAYERS,
+            f"{where}.budget_history", len(run.budget_history), "one list of 1 to num_layers budgets per update",
+        )  # fmt: skip
+        run.retained.unpack(model.num_layers, prompt.length)
+        if run.scores is not None:
+            run.scores.unpack(model.num_layers, prompt.length)
+
+
+def _read(kind: Any, value: Any, where: str) -> Any:
+    """Build `kind` (a dataclass, list, dict, union or scalar type) from JSON data, or say what does not fit."""
+    origin = typing.get_origin(kind)
+    if kind is Any:
+        return value
+    if origin is types.UnionType or origin is typing.Union:
+        choices = typing.get_args(kind)
+        if value is None:
+            return None if type(None) in choices else _misfit(where, value, kind)
+        return _read(next(choice for choice in choices if choice is not type(None)), value, where)
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            _misfit(where, value, "an object")
+        hints = typing.get_type_hints(kind)
+        fields = dataclasses.fields(kind)
+        missing = [
+            f.name
+            for f in fields
+            if f.name not in value
+            and f.default is dataclasses.MISSING
+            and f.default_factory is dataclasses.MISSING
+        ]
+        if missing:
+            raise ValueError(f"{where}.{missing[0]} is missing; choose a complete run record")
+        return kind(
+            **{
+                f.name: _read(hints[f.name], value[f.name], f"{where}.{f.name}")
+                for f in fields
+                if f.name in value
+            }
+        )
+    if origin is list:
+        if not isinstance(value, list):
+            _misfit(where, value, "a list")
+        (item,) = typing.get_args(kind)
+        return [_read(item, element, f"{where}[{index}]") for index, element in enumerate(value)]
+    if origin is dict:
+        if not isinstance(value, dict):
+            _misfit(where, value, "an object")
+        return {
+            str(key): _read(typing.get_args(kind)[1], element, f"{where}.{key}")
+            for key, element in value.items()
+        }
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        _misfit(where, value, kind.__name__)
+    if kind is float and not math.isfinite(value):
+        _misfit(where, value, "a finite number")
+    return value
+
+
+def _decode_base64(text: str, where: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise ValueError(f"{where} is not base64; save the run again") from None
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"the record holds {name}, which is no number; save the run again")
+
+
+def _require(condition: bool, where: str, value: Any, expected: str) -> None:
+    if not condition:
+        raise ValueError(
+            f"{where} is {_show(value)}, expected {expected}; choose a record saved here"
+        )
+
+
+def _misfit(where: str, value: Any, expected: Any) -> typing.NoReturn:
+    raise ValueError(f"{where} is {_show(value)}, expected {expected}; choose a record saved here")
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
