@@ -1,7 +1,7 @@
 """KV caches whose layers may differ in length, with exact byte counts.
 
-A layer stores what it keeps in a preallocated buffer and remembers how many positions it has seen, which is the next
-token's position however much was dropped. Decides nothing about what to keep.
+A layer stores what it keeps in a preallocated buffer and remembers how many positions it has seen,
+which is the next token's position however much was dropped. Decides nothing about what to keep.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ AfterAttention = Callable[["KVLayer", Tensor, float], None]
 """Called with (layer, queries, scaling) once a layer's attention is computed."""
 
 
-class KVLayer(CacheLayerMixin):
+class KVLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """Keys and values of one layer, (1, heads, length, head_dim), in position order."""
 
     is_sliding = False
 
     def __init__(self, index: int, after_attention: AfterAttention | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.index = index
         self.after_attention = after_attention
         self.seen = 0
@@ -56,7 +56,8 @@ class KVLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def hold(self, keys: Tensor, values: Tensor, seen: int, room: int = 0) -> None:
-        """Replace what is held by (1, heads, length, head_dim) tensors, with room for that many more positions."""
+        """Replace what is held by (1, heads, length, head_dim) tensors, with room for that many
+        more positions."""
         self.lazy_initialization(keys, values)
         self.seen = seen
         if room == 0:
@@ -69,7 +70,8 @@ class KVLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append, and return all keys and values held, tagged with this layer for the attention function."""
+        """Append, and return all keys and values held, tagged with this layer for the attention
+        function."""
         new = key_states.shape[2]
         if self.keys is None or self.values is None or self._buffers is None:
             self.hold(key_states, value_states, new)
@@ -86,15 +88,21 @@ class KVLayer(CacheLayerMixin):
             self.keys[:, :, length:] = key_states
             self.values[:, :, length:] = value_states
             self.seen += new
-        assert self.keys is not None and self.values is not None
+        keys, values = self.held()
         # A fresh view carries the tag, so that the stored tensors do not point back here.
-        tagged = (
-            self.keys.view(self.keys.shape)
-            if self.keys.is_contiguous()
-            else self.keys[:, :, : self.length]
-        )
+        tagged = keys.view_as(keys)
         tagged.kv_layer = self  # type: ignore[attr-defined]
-        return tagged, self.values
+        return tagged, values
+
+    def held(self) -> tuple[Tensor, Tensor]:
+        """Keys and values, (1, heads, length, head_dim).
+
+        Raises:
+            RuntimeError: if nothing went through this layer yet.
+        """
+        if self.keys is None or self.values is None:
+            raise RuntimeError(f"layer {self.index} holds nothing yet; run the model first")
+        return self.keys, self.values
 
     def _view(self, length: int) -> None:
         assert self._buffers is not None
@@ -122,7 +130,7 @@ class KVLayer(CacheLayerMixin):
 class KVCache(Cache):
     """One `KVLayer` per layer; what `model(..., past_key_values=)` takes."""
 
-    layers: list[KVLayer]
+    layers: list[KVLayer]  # type: ignore[assignment]
 
     def __init__(self, num_layers: int, after_attention: AfterAttention | None = None) -> None:
         super().__init__(layers=[KVLayer(index, after_attention) for index in range(num_layers)])
@@ -134,7 +142,8 @@ class KVCache(Cache):
 
 
 def prune(prefill: Prefill, retention: Retention, room: int) -> KVCache:
-    """A cache of the retained positions, copied out of the prefill's, with room for `room` more tokens.
+    """A cache of the retained positions, copied out of the prefill's, with room for `room` more
+    tokens.
 
     With one choice per query head the layer stores query heads, each a copy of its KV head's rows.
     """
@@ -150,7 +159,8 @@ def prune(prefill: Prefill, retention: Retention, room: int) -> KVCache:
 
 
 def gather(states: Tensor, kept: Tensor, room: int) -> Tensor:
-    """Rows `kept` (heads, count) of (num_kv_heads, n, head_dim) -> (1, heads, count + room, head_dim), room unset."""
+    """Rows `kept` (heads, count) of (num_kv_heads, n, head_dim) -> (1, heads, count + room,
+    head_dim), room unset."""
     num_kv_heads, length, head_dim = states.shape
     heads, count = kept.shape
     buffer = torch.empty(heads, count + room, head_dim, dtype=states.dtype, device=states.device)

@@ -1,4 +1,5 @@
-"""The whole flow, in one place: one prefill, every method's choice, answers decoded in lockstep, one run record."""
+"""The whole flow, in one place: one prefill, every method's choice, answers decoded in lockstep,
+one run record."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from datetime import datetime, timezone
 import numpy as np
 import torch
 import transformers
-from rouge import Rouge
+from rouge import Rouge  # type: ignore[import-untyped]
 from torch import Tensor
 
 from dynamickv.cache import KVCache, prune
@@ -21,7 +22,8 @@ from dynamickv.decode import Step, TextStream, decode
 from dynamickv.events import ComparisonFinished, Compressed, Event, Progress, RunFinished, Token
 from dynamickv.methods import METHODS, CompressionMethod, FullKV, ScoredMethod
 from dynamickv.models import LoadedModel
-from dynamickv.prefill import TAIL, prefill as run_prefill
+from dynamickv.prefill import TAIL
+from dynamickv.prefill import prefill as run_prefill
 from dynamickv.records import Prefill, Retention
 from dynamickv.trace import Agreement, ModelInfo, Prompt, Retained, Run, Scores, Trace
 from dynamickv.version import __version__
@@ -75,17 +77,17 @@ def compare_stream(
 ) -> Generator[Event, None, None]:
     """`compare`, telling what happens while it happens.
 
-    Yields Progress for every layer of the prefill, Compressed for every method, Token for every decoded token (the
-    methods take turns), RunFinished, and ComparisonFinished at the end. Closing the generator stops the work within one
-    layer or one token and frees its memory.
+    Yields Progress for every layer of the prefill, Compressed for every method, Token for every
+    decoded token (the methods take turns), RunFinished, and ComparisonFinished at the end. Closing
+    the generator stops the work within one layer or one token and frees its memory.
 
     Args:
-        methods: what to compare, in this order; FullKV among them gives the others their `agreement`.
-        prefill: a prompt that was read before, instead of document and question: no new forward pass.
-        max_new_tokens: longest answer in tokens.
-        truncate: cut the middle out of a document that is too long instead of refusing it.
-        scores: record every scored method's importance per layer and position.
-        should_stop: asked between tokens and layers; once true, what exists is finished as "cancelled".
+        methods: what to compare, in this order; FullKV among them gives the others their
+            `agreement`. prefill: a prompt that was read before, instead of document and question:
+            no new forward pass. max_new_tokens: longest answer in tokens. truncate: cut the middle
+            out of a document that is too long instead of refusing it. scores: record every scored
+            method's importance per layer and position. should_stop: asked between tokens and
+            layers; once true, what exists is finished as "cancelled".
 
     Raises:
         ValueError: an empty or too long prompt, no methods, or a bad number, in one sentence.
@@ -215,7 +217,8 @@ def retained_mask(retention: Retention) -> np.ndarray:
 
 @torch.inference_mode()
 def layer_scores(method: ScoredMethod, prefill: Prefill) -> np.ndarray | None:
-    """Scores averaged over heads, each layer scaled to 0..255, uint8 (layers, positions); the window reads 255.
+    """Scores averaged over heads, each layer scaled to 0..255, uint8 (layers, positions); the
+    window reads 255.
 
     None when the prompt is too short to be scored.
     """
@@ -238,7 +241,8 @@ def _prefill_stream(
     tail: int,
     stop: Callable[[], bool],
 ) -> Generator[Event, None, Prefill | None]:
-    """Run the prefill in a thread, so that its progress can be told and it can be stopped; None when stopped."""
+    """Run the prefill in a thread, so that its progress can be told and it can be stopped; None
+    when stopped."""
     total = llm.geometry.num_layers
     messages: queue.SimpleQueue[int | Prefill | BaseException] = queue.SimpleQueue()
     abandoned = threading.Event()

@@ -1,4 +1,5 @@
-"""Greedy decoding from a cache, one step at a time. The generator is the primitive; a whole answer is a fold over it."""
+"""Greedy decoding from a cache, one step at a time. The generator is the primitive; a whole answer
+is a fold over it."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ class Step:
 def decode(
     llm: LoadedModel, cache: KVCache, logits: Tensor, position: int, max_new_tokens: int
 ) -> Iterator[Step]:
-    """Yield greedy tokens until the end of the answer, `max_new_tokens` or the model's last position.
+    """Yield greedy tokens until the end of the answer, `max_new_tokens` or the model's last
+    position.
 
     Args:
         cache: what the prompt left behind; grows by one position per step.
@@ -68,7 +70,8 @@ def decode_one_token(llm: LoadedModel, cache: KVCache, token_id: int, position: 
     with observed(llm.model):
         output = llm.model(
             torch.tensor([[token_id]], device=device),
-            # The pruned cache is shorter than the text it stands for, so its length is not the next position.
+            # The pruned cache is shorter than the text it stands for: its length is not the
+            # next position.
             position_ids=torch.tensor([[position]], device=device),
             past_key_values=cache,
             use_cache=True,
@@ -93,8 +96,10 @@ class TextStream:
     def push(self, token_id: int, final: bool) -> str:
         """Add a token; the text it completes."""
         self._token_ids.append(token_id)
-        text = self._tokenizer.decode(
-            self._token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        text = str(
+            self._tokenizer.decode(
+                self._token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
         )
         if not final and text.endswith("\ufffd"):
             text = text.rstrip("\ufffd")

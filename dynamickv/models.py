@@ -1,7 +1,8 @@
 """name | hub id | folder | .gguf file -> LoadedModel: a model, its tokenizer and its geometry.
 
-Loads safetensors and GGUF only: no pickle, no remote code. A GGUF file is converted once; the conversion is kept as
-safetensors in the user's cache folder, keyed by the file's hash and checked on every load.
+Loads safetensors and GGUF only: no pickle, no remote code. A GGUF file is converted once; the
+conversion is kept as safetensors in the user's cache folder, keyed by the file's hash and checked
+on every load.
 """
 
 from __future__ import annotations
@@ -85,7 +86,8 @@ class Geometry:
         heads = getattr(config, "num_attention_heads", None)
         if heads is None or getattr(config, "is_encoder_decoder", False):
             raise ValueError(
-                f"{config.model_type!r} is not a decoder-only attention model; choose a causal language model"
+                f"{config.model_type!r} is not a decoder-only attention model; "
+                "choose a causal language model"
             )
         return cls(
             num_layers=config.num_hidden_layers,
@@ -121,7 +123,7 @@ class LoadedModel:
         return cls(
             name=name,
             revision=revision,
-            model=model.eval(),
+            model=model.eval(),  # type: ignore[no-untyped-call]
             tokenizer=tokenizer,
             geometry=Geometry.of(model.config),
             stop_ids=frozenset(int(token) for token in stops),
@@ -130,7 +132,7 @@ class LoadedModel:
     @property
     def device(self) -> torch.device:
         """Where the embedding layer is, hence where token ids go."""
-        return self.model.get_input_embeddings().weight.device
+        return next(self.model.get_input_embeddings().parameters()).device
 
     @property
     def dtype(self) -> str:
@@ -159,10 +161,10 @@ def load_model(
     """Load a model by short name, hub id, folder or .gguf file.
 
     Args:
-        name: "smollm2-135m" (the embedded default), "organisation/model" on the hub, a folder with safetensors, or a file.
-        device: "auto" (cuda, then mps, then cpu) or a torch device.
-        dtype: "auto" (float32 on cpu, bfloat16 elsewhere), "float32", "bfloat16" or "float16".
-        attention: "auto" or a transformers attention backend such as "sdpa" or "eager".
+        name: "smollm2-135m" (the embedded default), "organisation/model" on the hub, a folder with
+            safetensors, or a file. device: "auto" (cuda, then mps, then cpu) or a torch device.
+            dtype: "auto" (float32 on cpu, bfloat16 elsewhere), "float32", "bfloat16" or "float16".
+            attention: "auto" or a transformers attention backend such as "sdpa" or "eager".
 
     Raises:
         ValueError: an unknown name or option, or a model that cannot be read, in one sentence.
@@ -189,10 +191,12 @@ def load_model(
         raise ValueError(_unreadable(name, error)) from error
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
-            f"{name} has no fast tokenizer, which exact text positions need; choose a model with tokenizer.json"
+            f"{name} has no fast tokenizer, which exact text positions need; "
+            "choose a model with tokenizer.json"
         )
     revision = revision or getattr(model.config, "_commit_hash", None) or "local"
-    return LoadedModel.wrap(model.to(place), tokenizer, name, revision)
+    model.to(place)  # type: ignore[call-arg, arg-type]
+    return LoadedModel.wrap(model, tokenizer, name, revision)
 
 
 def embedded_file(known: KnownModel) -> Path | None:
@@ -278,7 +282,8 @@ def _blocks(path: Path) -> Iterator[bytes]:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    """Write the conversion beside its place and rename it there, so that no half-written one is ever found."""
+    """Write the conversion beside its place and rename it there, so that no half-written one is
+    ever found."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".converting-"))
     try:
@@ -341,7 +346,8 @@ def _resolve(name: str) -> tuple[Path | str, str | None, Path | None]:
     parts = name.split("/")
     if len(parts) != 2 or not all(parts) or name.startswith((".", "~", "/")):
         raise ValueError(
-            f"there is no model {name!r}; give one of {', '.join(KNOWN_MODELS)}, a hub id (organisation/model), "
+            f"there is no model {name!r}; give one of {', '.join(KNOWN_MODELS)}, "
+            "a hub id (organisation/model), "
             "a folder with safetensors or a .gguf file"
         )
     return name, None, None
@@ -376,13 +382,22 @@ def _unreadable(name: str, error: Exception) -> str:
         or "offline" in text.lower()
         or "couldn't find them in the cached files" in text
     ):
-        return f"{name} is not on this machine and the hub cannot be reached; connect, or choose a model that is here"
+        return (
+            f"{name} is not on this machine and the hub cannot be reached; "
+            "connect, or choose a model that is here"
+        )
     if "gated" in text.lower() or "401" in text or "403" in text:
-        return f"{name} needs permission on the hub; accept its terms there and log in with `hf auth login`"
+        return (
+            f"{name} needs permission on the hub; "
+            "accept its terms there and log in with `hf auth login`"
+        )
     if "404" in text or "not a valid model identifier" in text or "Repository Not Found" in text:
         return f"there is no model {name} on the hub; check its name"
     if "safetensors" in text and "no file" in text.lower():
-        return f"{name} holds no safetensors weights; convert it to safetensors first (pickled weights are never loaded)"
+        return (
+            f"{name} holds no safetensors weights; "
+            "convert it to safetensors first (pickled weights are never loaded)"
+        )
     if "trust_remote_code" in text:
         return (
             f"{name} needs its own code, which is never run; choose a model that transformers knows"
@@ -390,7 +405,10 @@ def _unreadable(name: str, error: Exception) -> str:
     first_line = next(
         (line.strip() for line in text.splitlines() if line.strip()), type(error).__name__
     )
-    return f"{name} cannot be read as a language model ({first_line.rstrip('.')[:200]}); check that its files are complete"
+    return (
+        f"{name} cannot be read as a language model ({first_line.rstrip('.')[:200]}); "
+        "check that its files are complete"
+    )
 
 
 @contextmanager
@@ -398,9 +416,9 @@ def _quiet() -> Iterator[None]:
     """Keep transformers' own progress bars out of the way while loading."""
     bars = transformers.utils.logging
     shown = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
+    bars.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         if shown:
-            bars.enable_progress_bar()
+            bars.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -1,9 +1,10 @@
 """The registered attention function: the backend's own attention, seen from one step away.
 
-A layer of `KVCache` tags the keys it returns. For tagged keys this function builds the mask that layer needs (layers
-differ in length, so the model's shared mask cannot fit them all), calls the backend, and then hands the layer its
-post-RoPE queries. For other keys it is the backend, untouched. Nothing is patched: the function is registered with
-transformers under "dynamickv_<backend>" and selected like any other.
+A layer of `KVCache` tags the keys it returns. For tagged keys this function builds the mask that
+layer needs (layers differ in length, so the model's shared mask cannot fit them all), calls the
+backend, and then hands the layer its post-RoPE queries. For other keys it is the backend,
+untouched. Nothing is patched: the function is registered with transformers under
+"dynamickv_<backend>" and selected like any other.
 """
 
 from __future__ import annotations
@@ -58,10 +59,11 @@ def set_observed(model: PreTrainedModel) -> None:
     ):
         raise ValueError(
             f"{type(model).__name__} with attention {backend!r} cannot be observed; "
-            'load it with attention="sdpa" or choose a model that supports transformers\' AttentionInterface'
+            'load it with attention="sdpa" or choose a model that supports '
+            "transformers' AttentionInterface"
         )
     name = PREFIX + backend
-    masks = AttentionMaskInterface()
+    masks = AttentionMaskInterface()  # type: ignore[no-untyped-call]
     AttentionInterface.register(name, partial(_observed_attention, backend))
     AttentionMaskInterface.register(name, masks[backend])
     model.set_attn_implementation(name)
@@ -110,16 +112,19 @@ def _backend_function(
     backend: str, module: nn.Module
 ) -> Callable[..., tuple[Tensor, Tensor | None]]:
     if backend == "eager":
-        # Each model file defines its own eager attention; transformers passes it as the registry's default.
+        # Each model file defines its own eager attention, which transformers passes as the
+        # registry's default.
         function: Callable[..., tuple[Tensor, Tensor | None]] = sys.modules[
             type(module).__module__
         ].eager_attention_forward
         return function
-    return AttentionInterface().get_interface(backend, None)  # type: ignore[arg-type]
+    interface = AttentionInterface()  # type: ignore[no-untyped-call]
+    return interface.get_interface(backend, None)  # type: ignore[arg-type]
 
 
 def _grouped(module: nn.Module, query: Tensor, key: Tensor) -> Any:
-    """The module, or a stand-in that says how many query heads share a stored head when that is not the model's own."""
+    """The module, or a stand-in that says how many query heads share a stored head when that is not
+    the model's own."""
     group = query.shape[1] // key.shape[1]
     return (
         module
@@ -129,7 +134,8 @@ def _grouped(module: nn.Module, query: Tensor, key: Tensor) -> Any:
 
 
 class _Grouped:
-    """A module's attributes with another `num_key_value_groups`, for caches stored per query head."""
+    """A module's attributes with another `num_key_value_groups`, for caches stored per query
+    head."""
 
     def __init__(self, module: nn.Module, group: int) -> None:
         self._module = module

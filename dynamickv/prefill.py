@@ -1,6 +1,7 @@
 """prompt -> Prefill: one plain forward pass, with each layer's keys, values and last queries kept.
 
-The logits are those of the plain model, bit for bit: observing copies a few queries and changes no computation.
+The logits are those of the plain model, bit for bit: observing copies a few queries and changes no
+computation.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def prefill_prompt(
     logits = output.logits[0, -1]
     llm.synchronize()
     seconds = time.perf_counter() - start
-    held = [(layer.keys, layer.values) for layer in cache.layers]
+    held = [layer.held() for layer in cache.layers]
     return Prefill(
         prompt=prompt,
         layers=tuple(

@@ -1,7 +1,7 @@
 """Document and question -> token ids, with the exact place of both in tokens and in characters.
 
-The document and the question are data: a special token spelled out in them is read as plain text, never as markup.
-Knows tokenizers and nothing else of a model.
+The document and the question are data: a special token spelled out in them is read as plain text,
+never as markup. Knows tokenizers and nothing else of a model.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ class EncodedPrompt:
     token_ids: list[int]
     text: str
     offsets: list[tuple[int, int]]
-    """[start, end) of every token in `text`, in characters; tokens that share a character overlap."""
+    """[start, end) of every token in `text`, in characters; tokens that share a character
+    overlap."""
     document_span: tuple[int, int]
     """[first, last) token that touches the document."""
     document_characters: tuple[int, int]
@@ -65,9 +66,11 @@ def encode_prompt(
     Args:
         tokenizer: a fast transformers tokenizer.
         limit: the longest prompt allowed, in tokens.
-        truncate: cut the middle out of a document that is too long, keeping its first and last parts as LongBench
+        truncate: cut the middle out of a document that is too long, keeping its first and last
+            parts as LongBench
             does, instead of refusing it.
-        chat_template: False feeds document and question as plain text, as LongBench's own templates expect.
+        chat_template: False feeds document and question as plain text, as LongBench's own templates
+            expect.
 
     Raises:
         ValueError: if document or question hold no text, or the prompt is longer than `limit`.
@@ -96,7 +99,8 @@ def _truncated(
     question: str,
     limit: int,
 ) -> EncodedPrompt:
-    """Keep the first and last halves of the document that fit; joined text may tokenize longer, so try again."""
+    """Keep the first and last halves of the document that fit; joined text may tokenize longer, so
+    try again."""
     first, last = whole.document_span
     start = whole.document_characters[0]
     room = limit - (whole.length - (last - first))
@@ -117,13 +121,14 @@ def _truncated(
             )
         room -= shorter.length - limit
     raise ValueError(
-        f"the question and the template alone take {whole.length - (last - first):,} tokens and this model reads "
-        f"{limit:,}; shorten the question"
+        f"the question and the template alone take {whole.length - (last - first):,} tokens "
+        f"and this model reads {limit:,}; shorten the question"
     )
 
 
 def _template_parts(tokenizer: Any, chat_template: bool) -> tuple[str, str, str]:
-    """What the template puts before the document, between document and question, and after the question."""
+    """What the template puts before the document, between document and question, and after the
+    question."""
     if not chat_template or not getattr(tokenizer, "chat_template", None):
         return (
             getattr(tokenizer, "bos_token", None) or "" if chat_template else "",
@@ -138,7 +143,8 @@ def _template_parts(tokenizer: Any, chat_template: bool) -> tuple[str, str, str]
     between, found_question, after = rest.partition(_QUESTION)
     if not found or not found_question:
         raise ValueError(
-            "this model's chat template does not contain the user's message; choose an instruction model"
+            "this model's chat template does not contain the user's message; "
+            "choose an instruction model"
         )
     return before, between, after
 
@@ -183,8 +189,8 @@ def _segments(
 ) -> list[tuple[int, int, bool]]:
     """[start, end, read special tokens as plain text) pieces of the prompt.
 
-    The prompt is tokenized whole, as a chat would be, unless the user's text spells a special token: then the user's
-    part is read apart, and its special tokens as plain text.
+    The prompt is tokenized whole, as a chat would be, unless the user's text spells a special
+    token: then the user's part is read apart, and its special tokens as plain text.
     """
     special = [token for token in tokenizer.get_added_vocab() if token]
     if not any(token in document or token in question for token in special):

@@ -1,4 +1,5 @@
-"""Frozen tensor records that pass between the stages: what a layer saw, what is kept, what a prefill left behind.
+"""Frozen tensor records that pass between the stages: what a layer saw, what is kept, what a
+prefill left behind.
 
 Tensors here have no batch dimension: the engine reads one prompt at a time.
 """
@@ -19,13 +20,15 @@ class LayerObservation:
     """What one attention layer saw of the prompt; all a method may look at."""
 
     queries: Tensor
-    """Post-RoPE queries of the last positions, (num_query_heads, tail, head_dim); tail <= prompt length."""
+    """Post-RoPE queries of the last positions, (num_query_heads, tail, head_dim); tail <= prompt
+    length."""
     keys: Tensor
     """Post-RoPE keys of the whole prompt, (num_kv_heads, prompt_length, head_dim)."""
     scaling: float
     """Factor on query-key products, usually head_dim ** -0.5."""
     mass: Tensor | None = None
-    """Attention each position received from all queries, (num_query_heads, prompt_length), float32, when recorded."""
+    """Attention each position received from all queries, (num_query_heads, prompt_length), float32,
+    when recorded."""
 
     @property
     def prompt_length(self) -> int:
@@ -65,12 +68,14 @@ class Retention:
         return kept / sum(positions.shape[0] * self.prompt_length for positions in self.indices)
 
     @classmethod
-    def everything(cls, observations: Sequence[LayerObservation]) -> Retention:
-        """Keep the whole prompt, stored per KV head."""
+    def everything(
+        cls, observations: Sequence[LayerObservation], granularity: str = "kv_head"
+    ) -> Retention:
+        """Keep the whole prompt, per KV head or per query head."""
         return cls(
             indices=tuple(
                 torch.arange(layer.prompt_length, device=layer.keys.device).expand(
-                    layer.num_kv_heads, -1
+                    layer.num_kv_heads if granularity == "kv_head" else layer.num_query_heads, -1
                 )
                 for layer in observations
             ),
@@ -80,7 +85,8 @@ class Retention:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prefill:
-    """One pass of the model over a prompt: enough to run any method without the model's prefill again."""
+    """One pass of the model over a prompt: enough to run any method without the model's prefill
+    again."""
 
     prompt: EncodedPrompt
     layers: tuple[LayerObservation, ...]

@@ -21,13 +21,15 @@ def retain(
     """Which prompt positions a method keeps, given every layer's post-RoPE queries and keys.
 
     Args:
-        queries: per layer, (1, num_query_heads, n, head_dim); the last `window_size` positions are enough for
+        queries: per layer, (1, num_query_heads, n, head_dim); the last `window_size` positions are
+            enough for
             window-scored methods.
         keys: per layer, (1, num_kv_heads, n, head_dim).
         scaling: factor on query-key products; head_dim ** -0.5 by default.
 
     Raises:
-        ValueError: shapes that do not belong together, no layers, an empty prompt, or values that are not finite.
+        ValueError: shapes that do not belong together, no layers, an empty prompt, or values that
+        are not finite.
     """
     if not isinstance(method, CompressionMethod):
         raise ValueError(
@@ -65,7 +67,8 @@ def _check_layer(layer: int, query: Tensor, key: Tensor, expected: torch.Size) -
         or query.shape[2] > key.shape[2]
     ):
         raise ValueError(
-            f"{where}; query heads must be a multiple of KV heads, head_dim equal, and queries no longer than keys"
+            f"{where}; query heads must be a multiple of KV heads, head_dim equal, "
+            "and queries no longer than keys"
         )
     if not (torch.isfinite(query).all() and torch.isfinite(key).all()):
         raise ValueError(

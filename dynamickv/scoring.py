@@ -1,7 +1,8 @@
 """Turn recorded queries and keys into one importance score per head and prompt position.
 
-Pure functions of tensors: no model, no cache, no budget. Higher score = keep. Scores are raw attention mass in
-float32, so they may be compared across heads and layers, as DynamicKV does (arXiv:2412.14838).
+Pure functions of tensors: no model, no cache, no budget. Higher score = keep. Scores are raw
+attention mass in float32, so they may be compared across heads and layers, as DynamicKV does
+(arXiv:2412.14838).
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ def window_attention(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
         scaling: factor on the query-key products.
 
     Returns:
-        (num_query_heads, prompt_length - window) float32: summed over the window's queries. The window's own columns
-        take their share of the softmax and are then dropped, because the window is always kept.
+        (num_query_heads, prompt_length - window) float32: summed over the window's queries. The
+        window's own columns take their share of the softmax and are then dropped, because the
+        window is always kept.
 
     Source: SnapKV, arXiv:2404.14469, observation window.
     """
@@ -41,9 +43,17 @@ def window_attention(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
     return logits.softmax(dim=-1)[..., : prompt_length - window].sum(dim=1)
 
 
-def mean_over_group(scores: Tensor, num_kv_heads: int) -> Tensor:
-    """Average the query heads that share a KV head: (num_query_heads, n) -> (num_kv_heads, n)."""
-    return scores.view(num_kv_heads, -1, scores.shape[-1]).mean(dim=1)
+def reduce_group(scores: Tensor, num_kv_heads: int, reduction: str) -> Tensor:
+    """Join the query heads that share a KV head by "mean", "max" or "sum".
+
+    Args:
+        scores: (num_query_heads, n).
+
+    Returns:
+        (num_kv_heads, n).
+    """
+    grouped = scores.view(num_kv_heads, -1, scores.shape[-1])
+    return grouped.amax(dim=1) if reduction == "max" else getattr(grouped, reduction)(dim=1)
 
 
 def pool(scores: Tensor, kernel_size: int, pooling: str) -> Tensor:
@@ -58,10 +68,11 @@ def pool(scores: Tensor, kernel_size: int, pooling: str) -> Tensor:
 
 
 def top_positions(scores: Tensor, count: int) -> Tensor:
-    """The `count` best positions of every head, (heads, count) ascending; ties go to the earlier position.
+    """The `count` best positions of every head, (heads, count) ascending; ties go to the earlier
+    position.
 
-    The order (score, then position) is total, so the best k are always among the best k + 1: budgets can shrink
-    step by step and give the same set as one cut.
+    The order (score, then position) is total, so the best k are always among the best k + 1:
+    budgets can shrink step by step and give the same set as one cut.
     """
     heads, length = scores.shape
     if count >= length:
@@ -83,7 +94,8 @@ def count_global_top(scores: Sequence[Tensor], count: int) -> list[int]:
         scores: per layer, (heads, n); all layers of one shape.
 
     Returns:
-        One number per layer; they sum to min(count, all scores). Scores equal at the cut go to the earlier layer.
+        One number per layer; they sum to min(count, all scores). Scores equal at the cut go to the
+        earlier layer.
     """
     device = scores[0].device
     table = torch.stack([layer.to(device).reshape(-1) for layer in scores])

@@ -1,7 +1,9 @@
-"""The run record: everything a comparison measured, as plain data that needs neither torch nor a model to read.
+"""The run record: everything a comparison measured, as plain data that needs neither torch nor a
+model to read.
 
-A record is what the engine hands to anything that draws, saves or compares runs. It knows nothing about models,
-caches or pages. Loading checks every type, size and range, because a record may come from a stranger.
+A record is what the engine hands to anything that draws, saves or compares runs. It knows nothing
+about models, caches or pages. Loading checks every type, size and range, because a record may come
+from a stranger.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ MAX_POSITIONS = 2**20
 MAX_LAYERS = 1024
 MAX_HEADS = 1024
 MAX_RUNS = 64
+NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+FINISH_REASONS = ("stop", "length", "cancelled")
 
 Record = TypeVar("Record")
 
@@ -59,7 +63,8 @@ class Prompt:
     """Tokens."""
     text: str
     text_utf16_offsets: list[list[int]]
-    """[start, end) of every token in `text`, in UTF-16 units; tokens that share a character overlap."""
+    """[start, end) of every token in `text`, in UTF-16 units; tokens that share a character
+    overlap."""
     document_span: list[int]
     """[first, last) token that touches the document."""
     document_utf16_span: list[int]
@@ -78,7 +83,8 @@ class Retained:
 
     heads: int
     bits: str
-    """base64 of numpy.packbits (most significant bit first) over (layer, head, position) in C order."""
+    """base64 of numpy.packbits (most significant bit first) over (layer, head, position) in C
+    order."""
 
     @classmethod
     def pack(cls, mask: np.ndarray) -> Retained:
@@ -94,8 +100,8 @@ class Retained:
         packed = np.frombuffer(_decode_base64(self.bits, "retained.bits"), np.uint8)
         if packed.size != math.ceil(size / 8):
             raise ValueError(
-                f"retained.bits holds {packed.size} bytes where {num_layers} layers x {self.heads} heads x "
-                f"{length} positions need {math.ceil(size / 8)}; save the run again"
+                f"retained.bits holds {packed.size} bytes where {num_layers} layers x {self.heads} "
+                f"heads x {length} positions need {math.ceil(size / 8)}; save the run again"
             )
         return (
             np.unpackbits(packed, count=size).astype(bool).reshape(num_layers, self.heads, length)
@@ -121,8 +127,8 @@ class Scores:
         raw = np.frombuffer(_decode_base64(self.bytes, "scores.bytes"), np.uint8)
         if raw.size != num_layers * length:
             raise ValueError(
-                f"scores.bytes holds {raw.size} values where {num_layers} layers x {length} positions need "
-                f"{num_layers * length}; save the run again"
+                f"scores.bytes holds {raw.size} values where {num_layers} layers x {length} "
+                f"positions need {num_layers * length}; save the run again"
             )
         return raw.reshape(num_layers, length)
 
@@ -209,19 +215,21 @@ class Trace:
         """
         if not isinstance(data, dict):
             raise ValueError(
-                f"a run record is a JSON object, got {type(data).__name__}; choose a file saved here"
+                f"a run record is a JSON object, got {type(data).__name__}; "
+                "choose a file saved here"
             )
         if data.get("schema") != SCHEMA:
             raise ValueError(
-                f"this record has schema {_show(data.get('schema'))}, and schema {SCHEMA} is read here; "
-                "open it with the version that wrote it"
+                f"this record has schema {_show(data.get('schema'))}, and schema {SCHEMA} is read "
+                "here; open it with the version that wrote it"
             )
         trace: Trace = _read(cls, data, "record")
         _check(trace)
         return trace
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the record as .json, or compressed when the name ends in .gz; a crash leaves no half file."""
+        """Write the record as .json, or compressed when the name ends in .gz; a crash leaves no
+        half file."""
         target = Path(path)
         text = json.dumps(
             self.to_dict(), ensure_ascii=False, separators=(",", ":"), allow_nan=False
@@ -258,7 +266,8 @@ class Trace:
                 payload = zlib.decompressobj(wbits=31).decompress(payload, MAX_BYTES + 1)
             if len(payload) > MAX_BYTES:
                 raise ValueError(
-                    f"{name} is larger than {MAX_BYTES // 2**20} MiB, the most a run record may hold"
+                    f"{name} is larger than {MAX_BYTES // 2**20} MiB, the most a run record holds; "
+                    "choose a smaller file"
                 )
             data = json.loads(payload.decode("utf-8"), parse_constant=_no_constant)
         except (zlib.error, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
@@ -271,92 +280,60 @@ class Trace:
 def _check(trace: Trace) -> None:
     """Ranges and sizes that types alone do not say."""
     model, prompt = trace.model, trace.prompt
-    _require(
-        1 <= model.num_layers <= MAX_LAYERS,
-        "model.num_layers",
-        model.num_layers,
-        f"1 to {MAX_LAYERS}",
-    )
-    _require(
-        1 <= model.num_query_heads <= MAX_HEADS,
-        "model.num_query_heads",
-        model.num_query_heads,
-        f"1 to {MAX_HEADS}",
-    )
-    _require(
-        1 <= model.num_kv_heads <= model.num_query_heads,
-        "model.num_kv_heads",
-        model.num_kv_heads,
-        "1 to num_query_heads",
-    )
-    _require(
-        1 <= prompt.length <= MAX_POSITIONS, "prompt.length", prompt.length, f"1 to {MAX_POSITIONS}"
-    )
-    offsets = prompt.text_utf16_offsets
-    _require(
-        len(offsets) == prompt.length,
-        "prompt.text_utf16_offsets",
-        len(offsets),
-        f"{prompt.length} pairs",
-    )
+    _within("model.num_layers", model.num_layers, 1, MAX_LAYERS)
+    _within("model.num_query_heads", model.num_query_heads, 1, MAX_HEADS)
+    _within("model.num_kv_heads", model.num_kv_heads, 1, model.num_query_heads)
+    _within("prompt.length", prompt.length, 1, MAX_POSITIONS)
     end = len(prompt.text.encode("utf-16-le", "surrogatepass")) // 2
-    _require(
-        all(len(pair) == 2 and 0 <= pair[0] <= pair[1] <= end for pair in offsets),
-        "prompt.text_utf16_offsets", "a pair outside the text", f"[start, end) pairs within 0..{end}",
-    )  # fmt: skip
-    for name, span, limit in (
-        ("document_span", prompt.document_span, prompt.length),
-        ("question_span", prompt.question_span, prompt.length),
-        ("document_utf16_span", prompt.document_utf16_span, end),
-    ):
-        _require(
-            len(span) == 2 and 0 <= span[0] <= span[1] <= limit,
-            f"prompt.{name}",
-            span,
-            f"[start, end) within 0..{limit}",
-        )
-    _require(len(trace.runs) <= MAX_RUNS, "runs", len(trace.runs), f"at most {MAX_RUNS}")
+    _within(
+        "the number of prompt.text_utf16_offsets", len(prompt.text_utf16_offsets), prompt.length
+    )
+    for index, pair in enumerate(prompt.text_utf16_offsets):
+        _span(f"prompt.text_utf16_offsets[{index}]", pair, end)
+    _span("prompt.document_span", prompt.document_span, prompt.length)
+    _span("prompt.question_span", prompt.question_span, prompt.length)
+    _span("prompt.document_utf16_span", prompt.document_utf16_span, end)
+    _within("the number of runs", len(trace.runs), 0, MAX_RUNS)
     for index, run in enumerate(trace.runs):
-        where = f"runs[{index}]"
-        _require(
-            len(run.budgets) == model.num_layers,
-            f"{where}.budgets",
-            len(run.budgets),
-            f"{model.num_layers} layers",
-        )
-        _require(
-            all(0 <= kept <= prompt.length for kept in run.budgets),
-            f"{where}.budgets",
-            "a budget",
-            f"0 to {prompt.length}",
-        )
-        _require(
-            run.retained.heads in (model.num_kv_heads, model.num_query_heads),
-            f"{where}.retained.heads",
-            run.retained.heads,
-            "the KV or query heads",
-        )
-        _require(
-            len(run.token_ids) == len(run.logprobs) == len(run.decode_seconds) == len(run.pieces),
-            f"{where}.token_ids", len(run.token_ids), "as many as logprobs, decode_seconds and pieces",
-        )  # fmt: skip
-        _require(
-            run.finish_reason in ("stop", "length", "cancelled"),
-            f"{where}.finish_reason",
-            run.finish_reason,
-            "stop, length or cancelled",
-        )
-        _require(
-            all(1 <= len(update) <= model.num_layers for update in run.budget_history) and len(run.budget_history) <= MAX_LAYERS,
-            f"{where}.budget_history", len(run.budget_history), "one list of 1 to num_layers budgets per update",
-        )  # fmt: skip
-        run.retained.unpack(model.num_layers, prompt.length)
-        if run.scores is not None:
-            run.scores.unpack(model.num_layers, prompt.length)
+        _check_run(run, f"runs[{index}]", model, prompt.length)
+
+
+def _check_run(run: Run, where: str, model: ModelInfo, length: int) -> None:
+    _within(f"the number of {where}.budgets", len(run.budgets), model.num_layers)
+    for kept in run.budgets:
+        _within(f"a budget of {where}", kept, 0, length)
+    _within(f"the number of {where}.budget_history", len(run.budget_history), 0, model.num_layers)
+    for update in run.budget_history:
+        _within(f"an update's layers in {where}.budget_history", len(update), 1, model.num_layers)
+    if run.retained.heads not in (model.num_kv_heads, model.num_query_heads):
+        _misfit(f"{where}.retained.heads", run.retained.heads, "the model's KV or query heads")
+    if run.finish_reason not in FINISH_REASONS:
+        _misfit(f"{where}.finish_reason", run.finish_reason, f"one of {', '.join(FINISH_REASONS)}")
+    for name, values in (
+        ("pieces", run.pieces),
+        ("logprobs", run.logprobs),
+        ("decode_seconds", run.decode_seconds),
+    ):
+        _within(f"the number of {where}.{name}", len(values), len(run.token_ids))
+    run.retained.unpack(model.num_layers, length)
+    if run.scores is not None:
+        run.scores.unpack(model.num_layers, length)
+
+
+def _within(where: str, value: int, least: int, most: int | None = None) -> None:
+    most = least if most is None else most
+    if not least <= value <= most:
+        _misfit(where, value, str(least) if least == most else f"{least} to {most}")
+
+
+def _span(where: str, span: list[int], limit: int) -> None:
+    if len(span) != 2 or not 0 <= span[0] <= span[1] <= limit:
+        _misfit(where, span, f"[start, end) within 0..{limit}")
 
 
 def _read(kind: Any, value: Any, where: str) -> Any:
-    """Build `kind` (a dataclass, list, dict, union or scalar type) from JSON data, or say what does not fit."""
+    """Build `kind` (a dataclass, list, dict, union or scalar type) from JSON data, or say what does
+    not fit."""
     origin = typing.get_origin(kind)
     if kind is Any:
         return value
@@ -365,7 +342,7 @@ def _read(kind: Any, value: Any, where: str) -> Any:
         if value is None:
             return None if type(None) in choices else _misfit(where, value, kind)
         return _read(next(choice for choice in choices if choice is not type(None)), value, where)
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             _misfit(where, value, "an object")
         hints = typing.get_type_hints(kind)
@@ -398,12 +375,17 @@ def _read(kind: Any, value: Any, where: str) -> Any:
             str(key): _read(typing.get_args(kind)[1], element, f"{where}.{key}")
             for key, element in value.items()
         }
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and type(value) is int and abs(value) < 2**53:
         return float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        _misfit(where, value, kind.__name__)
+    if type(value) is not kind:
+        _misfit(where, value, NAMES[kind])
     if kind is float and not math.isfinite(value):
         _misfit(where, value, "a finite number")
+    if kind is str and not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            _misfit(where, value, "text without lone surrogates")
     return value
 
 
@@ -416,13 +398,6 @@ def _decode_base64(text: str, where: str) -> bytes:
 
 def _no_constant(name: str) -> float:
     raise ValueError(f"the record holds {name}, which is no number; save the run again")
-
-
-def _require(condition: bool, where: str, value: Any, expected: str) -> None:
-    if not condition:
-        raise ValueError(
-            f"{where} is {_show(value)}, expected {expected}; choose a record saved here"
-        )
 
 
 def _misfit(where: str, value: Any, expected: Any) -> typing.NoReturn:

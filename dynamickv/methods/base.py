@@ -1,7 +1,9 @@
-"""What a compression method is: parameters, and a choice of prompt positions made from observed layers.
+"""What a compression method is: parameters, and a choice of prompt positions made from observed
+layers.
 
-`Selection` walks the layers in order, so that the same code serves a finished prefill (all layers at once) and a
-prefill that is pruned while it runs (layer by layer). Nothing here knows models or caches.
+`Selection` walks the layers in order, so that the same code serves a finished prefill (all layers
+at once) and a prefill that is pruned while it runs (layer by layer). Nothing here knows models or
+caches.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dynamickv.records import LayerObservation, Retention
-from dynamickv.scoring import mean_over_group, pool, top_positions, window_attention
+from dynamickv.scoring import pool, reduce_group, top_positions, window_attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +43,12 @@ class CompressionMethod(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredMethod(CompressionMethod):
-    """Keep the observation window and the best-scored positions before it: score each layer, share the budget, cut."""
+    """Keep the observation window and the best-scored positions before it: score each layer, share
+    the budget, cut."""
 
     capacity: int
-    """Mean prompt tokens kept per layer and head, observation window included (the papers' "KV cache size")."""
+    """Mean prompt tokens kept per layer and head, observation window included (the papers' "KV
+    cache size")."""
     window_size: int = 8
     """Trailing prompt tokens whose queries vote and which are always kept."""
     kernel_size: int = 7
@@ -52,8 +56,11 @@ class ScoredMethod(CompressionMethod):
     pooling: str = "max"
     """"max" or "avg"."""
     granularity: str = "kv_head"
-    """"kv_head": one choice per KV head, scores averaged over its query heads before pooling. "query_head": one choice
-    per query head; the cache then stores every query head and is num_query_heads / num_kv_heads times larger."""
+    """"kv_head": one choice per KV head, scores joined over its query heads before pooling.
+    "query_head": one choice per query head; the cache then stores every query head and is
+    num_query_heads / num_kv_heads times larger."""
+    group_reduction: str = "mean"
+    """How query heads are joined with "kv_head": "mean", "max" or "sum"."""
 
     def __post_init__(self) -> None:
         require_integer("window_size", self.window_size, 1, "token")
@@ -69,6 +76,7 @@ class ScoredMethod(CompressionMethod):
             )
         require_choice("pooling", self.pooling, ("max", "avg"))
         require_choice("granularity", self.granularity, ("kv_head", "query_head"))
+        require_choice("group_reduction", self.group_reduction, ("mean", "max", "sum"))
 
     @property
     def mean_budget(self) -> int:
@@ -76,7 +84,8 @@ class ScoredMethod(CompressionMethod):
         return self.capacity - self.window_size
 
     def raw_scores(self, layer: LayerObservation) -> Tensor:
-        """Importance per query head before reduction and pooling, (num_query_heads, prompt_length - window_size)."""
+        """Importance per query head before reduction and pooling, (num_query_heads, prompt_length -
+        window_size)."""
         tail = layer.queries.shape[1]
         if tail < self.window_size:
             raise ValueError(
@@ -88,10 +97,11 @@ class ScoredMethod(CompressionMethod):
         )
 
     def score(self, layer: LayerObservation) -> Tensor:
-        """Importance per head and prefix position, (heads, prompt_length - window_size), float32."""
+        """Importance per head and prefix position, (heads, prompt_length - window_size),
+        float32."""
         scores = self.raw_scores(layer)
         if self.granularity == "kv_head":
-            scores = mean_over_group(scores, layer.num_kv_heads)
+            scores = reduce_group(scores, layer.num_kv_heads, self.group_reduction)
         return pool(scores, self.kernel_size, self.pooling)
 
     def first_budget(self, layer: int, num_layers: int, prefix_length: int) -> int:
@@ -99,7 +109,8 @@ class ScoredMethod(CompressionMethod):
         return self.mean_budget
 
     def updates_after(self, layer: int, num_layers: int) -> bool:
-        """Whether the layers seen so far are re-allocated once this layer is scored. Never unless overridden."""
+        """Whether the layers seen so far are re-allocated once this layer is scored. Never unless
+        overridden."""
         return False
 
     def allocate(self, scores: Sequence[Tensor], num_layers: int) -> list[int]:
@@ -109,9 +120,10 @@ class ScoredMethod(CompressionMethod):
         )
 
     def select(self, observations: Sequence[LayerObservation]) -> Retention:
-        """Top-scored positions within each layer's budget, plus the window; everything if the prompt fits."""
+        """Top-scored positions within each layer's budget, plus the window; everything if the
+        prompt fits."""
         if observations[0].prompt_length <= self.capacity:
-            return Retention.everything(observations)
+            return Retention.everything(observations, self.granularity)
         selection = Selection(self, len(observations))
         for layer in observations:
             selection.observe(layer)
@@ -119,7 +131,8 @@ class ScoredMethod(CompressionMethod):
 
 
 class Selection:
-    """One prompt's walk through the layers: scores so far, and how many prefix tokens each layer still holds.
+    """One prompt's walk through the layers: scores so far, and how many prefix tokens each layer
+    still holds.
 
     A cut is permanent: a budget that grows again later does not bring tokens back.
     """
@@ -132,7 +145,8 @@ class Selection:
         self.history: list[tuple[int, ...]] = []
 
     def observe(self, observation: LayerObservation) -> range:
-        """Score the next layer, re-allocate if its turn has come; the layers whose holdings changed."""
+        """Score the next layer, re-allocate if its turn has come; the layers whose holdings
+        changed."""
         layer = len(self.scores)
         scores = self.method.score(observation)
         self.scores.append(scores)

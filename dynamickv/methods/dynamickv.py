@@ -1,7 +1,9 @@
-"""DynamicKV: layers compete for one budget, settled every few layers (Zhou et al., arXiv:2412.14838).
+"""DynamicKV: layers compete for one budget, settled every few layers (Zhou et al.,
+arXiv:2412.14838).
 
-Every layer first keeps up to `r_max` times the mean budget. After every `update_interval` layers the scores of all
-layers seen are ranked together, each layer's share of the best becomes its budget, and all of them are cut to it.
+Every layer first keeps up to `r_max` times the mean budget. After every `update_interval` layers
+the scores of all layers seen are ranked together, each layer's share of the best becomes its
+budget, and all of them are cut to it.
 """
 
 from __future__ import annotations
@@ -19,13 +21,15 @@ from dynamickv.scoring import count_global_top
 
 @dataclass(frozen=True, kw_only=True)
 class DynamicKV(ScoredMethod):
-    """Share `capacity` x layers tokens by where the prompt's attention mass lies, re-normalised every few layers.
+    """Share `capacity` x layers tokens by where the prompt's attention mass lies, re-normalised
+    every few layers.
 
-    Departures from the authors' code: a prompt with n <= capacity is kept whole; a budget is clamped to what the layer
-    still holds (theirs duplicates the window); a last update follows the last layer when the layers are no multiple of
-    `update_interval` (theirs leaves those layers at r_max x budget); shares that all round to nothing become an even
-    split (theirs raises); `update_interval` is a parameter (theirs is 4); scores stay float32; positions are
-    stored in order; the default granularity is the KV head.
+    Departures from the authors' code: a prompt with n <= capacity is kept whole; a budget is
+    clamped to what the layer still holds (theirs duplicates the window); a last update follows the
+    last layer when the layers are no multiple of `update_interval` (theirs leaves those layers at
+    r_max x budget); shares that all round to nothing become an even split (theirs raises);
+    `update_interval` is a parameter (theirs is 4); scores stay float32; positions are stored in
+    order; the default granularity is the KV head.
     """
 
     name: ClassVar[str] = "DynamicKV"
@@ -50,7 +54,8 @@ class DynamicKV(ScoredMethod):
     def allocate(self, scores: Sequence[Tensor], num_layers: int) -> list[int]:
         """Prefix budgets of the layers seen, summing to mean_budget x num_layers at every update.
 
-        The roundings are the reference's, in its number formats, so that budgets match it to the token.
+        The roundings are the reference's, in its number formats, so that budgets match it to the
+        token.
         """
         seen, (heads, prefix_length) = len(scores), scores[0].shape
         total = self.mean_budget * num_layers
@@ -63,7 +68,8 @@ class DynamicKV(ScoredMethod):
             budgets = [total // seen] * seen
             budgets[-1] += total % seen
             return budgets
-        # float64 floor division of the exact integer, not division then floor: they differ at exact multiples.
+        # float64 floor division of the exact integer, not division then floor: they differ at
+        # exact multiples.
         excess = float(sum(claims) / total)
         budgets = [int(claim // excess) for claim in claims]
         budgets[-1] += total - sum(budgets)
