@@ -6,9 +6,19 @@ trace = compare(llm, document, question, methods=[FullKV(), DynamicKV(capacity=1
 
 from dynamickv.compare import compare, compare_stream
 from dynamickv.events import ComparisonFinished, Compressed, Event, Progress, RunFinished, Token
-from dynamickv.methods import METHODS, CompressionMethod, DynamicKV, FullKV, ScoredMethod, SnapKV
+from dynamickv.methods import (
+    METHODS,
+    CompressionMethod,
+    DynamicKV,
+    FullKV,
+    ScoredMethod,
+    SnapKV,
+    build_method,
+    build_methods,
+)
 from dynamickv.models import DEFAULT_MODEL, KNOWN_MODELS, Geometry, LoadedModel, load_model
 from dynamickv.prefill import prefill
+from dynamickv.prompt import require_longer_document
 from dynamickv.records import LayerObservation, Prefill, Retention
 from dynamickv.retain import retain
 from dynamickv.trace import Agreement, ModelInfo, Prompt, Retained, Run, Scores, Trace
@@ -42,9 +52,12 @@ __all__ = [
     "Token",
     "Trace",
     "__version__",
+    "build_method",
+    "build_methods",
     "compare",
     "compare_stream",
     "load_model",
     "prefill",
+    "require_longer_document",
     "retain",
 ]

@@ -14,7 +14,7 @@ from datetime import datetime, timezone
 import numpy as np
 import torch
 import transformers
-from rouge import Rouge  # type: ignore[import-untyped]
+from rouge import Rouge
 from torch import Tensor
 
 from dynamickv.cache import KVCache, prune
@@ -24,6 +24,7 @@ from dynamickv.methods import METHODS, CompressionMethod, FullKV, ScoredMethod
 from dynamickv.models import LoadedModel
 from dynamickv.prefill import TAIL
 from dynamickv.prefill import prefill as run_prefill
+from dynamickv.prompt import require_text
 from dynamickv.records import Prefill, Retention
 from dynamickv.trace import Agreement, ModelInfo, Prompt, Retained, Run, Scores, Trace
 from dynamickv.version import __version__
@@ -303,8 +304,9 @@ def _validate(
             raise ValueError(
                 f"{method!r} is not a method; give instances such as dynamickv.FullKV()"
             )
-    if prefill is None and (document is None or question is None):
-        raise ValueError("there is nothing to read; give a document and a question, or a prefill")
+    if prefill is None:
+        require_text("document", document)
+        require_text("question", question)
     if prefill is not None and (document is not None or question is not None):
         raise ValueError(
             "document and question are part of the prefill; give either the prefill or the texts"

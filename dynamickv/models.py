@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import platformdirs
 import torch
 import transformers
@@ -195,7 +196,7 @@ def load_model(
             "choose a model with tokenizer.json"
         )
     revision = revision or getattr(model.config, "_commit_hash", None) or "local"
-    model.to(place)  # type: ignore[call-arg, arg-type]
+    model.to(place)  # type: ignore[arg-type]
     return LoadedModel.wrap(model, tokenizer, name, revision)
 
 
@@ -220,6 +221,18 @@ def cache_folder() -> Path:
         os.environ.get("DYNAMICKV_CACHE")
         or platformdirs.user_cache_dir("dynamickv", appauthor=False)
     )
+
+
+def kept_conversions() -> list[tuple[Path, int]]:
+    """Converted models in the cache, (folder, bytes)."""
+    root = cache_folder() / "models"
+    if not root.is_dir():
+        return []
+    return [
+        (folder, sum(file.stat().st_size for file in folder.iterdir()))
+        for folder in sorted(root.iterdir())
+        if (folder / MANIFEST).is_file()
+    ]
 
 
 def converted(gguf: Path) -> Path:
@@ -328,6 +341,7 @@ def _resolve(name: str) -> tuple[Path | str, str | None, Path | None]:
         file = embedded_file(known)
         if file is not None:
             return file, None, file
+        _require_hub(known.hub_id)
         log.warning(
             "The package %s is not installed; %s is taken from the hub instead.",
             known.package,
@@ -350,7 +364,20 @@ def _resolve(name: str) -> tuple[Path | str, str | None, Path | None]:
             "a hub id (organisation/model), "
             "a folder with safetensors or a .gguf file"
         )
+    _require_hub(name)
     return name, None, None
+
+
+def _require_hub(name: str) -> None:
+    """Find out at once, rather than after minutes of retries, that a model cannot be fetched."""
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    try:
+        if huggingface_hub.constants.HF_HUB_OFFLINE:
+            raise OSError("offline mode is on")
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
+    except Exception as error:  # which kinds depends on the hub library's HTTP client
+        raise ValueError(_unreadable(name, OSError("cannot connect"))) from error
 
 
 def _choose_device(device: str) -> torch.device:

@@ -75,9 +75,8 @@ def encode_prompt(
     Raises:
         ValueError: if document or question hold no text, or the prompt is longer than `limit`.
     """
-    for name, text in (("document", document), ("question", question)):
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"the {name} is empty; enter some text")
+    require_text("document", document)
+    require_text("question", question)
     document, question = _valid_text(document), _valid_text(question)
     parts = _template_parts(tokenizer, chat_template)
     encoded = _encode(tokenizer, parts, document, question)
@@ -89,6 +88,27 @@ def encode_prompt(
             "shorten the document or allow cutting out its middle"
         )
     return _truncated(tokenizer, parts, encoded, document, question, limit)
+
+
+def require_text(name: str, text: object) -> None:
+    """Raise ValueError unless `text` is a string with something in it."""
+    if not isinstance(text, str):
+        raise ValueError(f"the {name} must be text, got {type(text).__name__}; enter some text")
+    if not text.strip():
+        raise ValueError(f"the {name} is empty; enter some text")
+
+
+def require_longer_document(document: str, question: str) -> None:
+    """Guard people against having swapped the two fields.
+
+    Raises:
+        ValueError: if the question is longer than the document.
+    """
+    if document.strip() and len(question) > len(document):
+        raise ValueError(
+            f"the question has {len(question):,} characters and the document {len(document):,}; "
+            "put the long text into the document and the short one into the question"
+        )
 
 
 def _truncated(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
 from dynamickv.methods.base import CompressionMethod, ScoredMethod
 from dynamickv.methods.dynamickv import DynamicKV
 from dynamickv.methods.full import FullKV
@@ -13,4 +17,41 @@ METHODS: dict[str, type[CompressionMethod]] = {
     DynamicKV.name: DynamicKV,
 }
 
-__all__ = ["METHODS", "CompressionMethod", "DynamicKV", "FullKV", "ScoredMethod", "SnapKV"]
+
+def build_method(name: str, **settings: Any) -> CompressionMethod:
+    """A method by name, with those of `settings` that it has; None leaves a default.
+
+    Raises:
+        ValueError: an unknown name, a missing or a bad parameter.
+    """
+    if name not in METHODS:
+        raise ValueError(f"there is no method {name!r}; choose from {', '.join(METHODS)}")
+    fields = dataclasses.fields(METHODS[name])
+    chosen = {
+        field.name: settings[field.name] for field in fields if settings.get(field.name) is not None
+    }
+    for field in fields:
+        if field.name not in chosen and field.default is dataclasses.MISSING:
+            raise ValueError(f"{name} needs {field.name}; give it a value")
+    return METHODS[name](**chosen)
+
+
+def build_methods(names: Iterable[str], **settings: Any) -> list[CompressionMethod]:
+    """`build_method` for several names, in the registry's order, each once."""
+    wanted = list(names)
+    for name in wanted:
+        if name not in METHODS:
+            raise ValueError(f"there is no method {name!r}; choose from {', '.join(METHODS)}")
+    return [build_method(name, **settings) for name in METHODS if name in wanted]
+
+
+__all__ = [
+    "METHODS",
+    "CompressionMethod",
+    "DynamicKV",
+    "FullKV",
+    "ScoredMethod",
+    "SnapKV",
+    "build_method",
+    "build_methods",
+]

@@ -1,0 +1,7 @@
+"""python -m dynamickv"""
+
+import sys
+
+from dynamickv.cli import main
+
+sys.exit(main())

@@ -1,0 +1,233 @@
+"""The command line: progress on stderr, results on stdout, exit code 2 and one sentence on bad
+input."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NoReturn
+
+from tqdm import tqdm
+
+from dynamickv.compare import compare_stream
+from dynamickv.events import ComparisonFinished, Progress, Token
+from dynamickv.methods import METHODS, CompressionMethod, build_methods
+from dynamickv.models import (
+    DEFAULT_MODEL,
+    KNOWN_MODELS,
+    LoadedModel,
+    cache_folder,
+    embedded_file,
+    kept_conversions,
+    load_model,
+)
+from dynamickv.prompt import require_longer_document, require_text
+from dynamickv.trace import Run, Trace
+from dynamickv.version import __version__
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; the process's exit code."""
+    options = _parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], None] = options.command
+    said = logging.StreamHandler(sys.stderr)
+    log = logging.getLogger("dynamickv")
+    log.addHandler(said)
+    log.setLevel(logging.INFO)
+    try:
+        command(options)
+    except (ValueError, OSError) as error:
+        print(f"error: {_sentence(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    finally:
+        log.removeHandler(said)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m dynamickv", description="KV-cache compression, compared on your own text."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    compare = commands.add_parser("compare", help="answer one question with several methods")
+    compare.set_defaults(command=_compare)
+    compare.add_argument(
+        "--document", required=True, metavar="FILE", help="UTF-8 text; - reads stdin"
+    )
+    compare.add_argument("--question", required=True, metavar="TEXT")
+    compare.add_argument("--model", default=DEFAULT_MODEL, metavar="NAME", help=_MODEL_HELP)
+    compare.add_argument(
+        "--methods", default="FullKV,DynamicKV", metavar="A,B", help=f"from {', '.join(METHODS)}"
+    )
+    compare.add_argument(
+        "--capacity", type=int, default=128, metavar="N", help="mean prompt tokens per layer"
+    )
+    compare.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    compare.add_argument("--window-size", type=int, metavar="N")
+    compare.add_argument("--kernel-size", type=int, metavar="N")
+    compare.add_argument("--pooling", metavar="max|avg")
+    compare.add_argument("--granularity", metavar="kv_head|query_head")
+    compare.add_argument("--r-max", type=float, metavar="X", help="DynamicKV")
+    compare.add_argument("--update-interval", type=int, metavar="N", help="DynamicKV")
+    compare.add_argument(
+        "--truncate", action="store_true", help="cut the middle out of a long document"
+    )
+    compare.add_argument("--output", metavar="FILE", help="the run record, .json or .json.gz")
+    models = commands.add_parser("models", help="list what can be loaded here, or prepare one")
+    models.set_defaults(command=_models)
+    models.add_argument(
+        "--prepare", metavar="NAME", help="load it once, so that later starts are fast"
+    )
+    return parser
+
+
+_MODEL_HELP = "short name, hub id, folder or .gguf file"
+
+
+def _compare(options: argparse.Namespace) -> None:
+    methods = build_methods(
+        (name.strip() for name in options.methods.split(",") if name.strip()),
+        capacity=options.capacity,
+        window_size=options.window_size,
+        kernel_size=options.kernel_size,
+        pooling=options.pooling,
+        granularity=options.granularity,
+        r_max=options.r_max,
+        update_interval=options.update_interval,
+    )
+    document = _read_text(options.document)
+    require_text("document", document)
+    require_text("question", options.question)
+    require_longer_document(document, options.question)
+    if options.output is not None and not Path(options.output).resolve().parent.is_dir():
+        raise ValueError(f"the folder of {options.output} does not exist; create it first")
+    llm = load_model(options.model)
+    with ExitStack() as bars:
+        trace = _followed(llm, document, methods, options, bars)
+    print(report(trace))
+    if options.output is not None:
+        trace.save(options.output)
+        print(f"Record saved to {options.output}", file=sys.stderr)
+
+
+def _followed(
+    llm: LoadedModel,
+    document: str,
+    methods: list[CompressionMethod],
+    options: argparse.Namespace,
+    bars: ExitStack,
+) -> Trace:
+    """Run the comparison, showing its progress on stderr."""
+    layers = bars.enter_context(tqdm(total=llm.geometry.num_layers, desc="prefill", unit="layer"))
+    tokens: tqdm[NoReturn] | None = None
+    for event in compare_stream(
+        llm,
+        document,
+        options.question,
+        methods=methods,
+        max_new_tokens=options.max_new_tokens,
+        truncate=options.truncate,
+    ):
+        if isinstance(event, Progress):
+            layers.update(event.completed - layers.n)
+        elif isinstance(event, Token):
+            if tokens is None:
+                layers.close()
+                tokens = bars.enter_context(tqdm(desc="decode", unit="token"))
+            tokens.update()
+        elif isinstance(event, ComparisonFinished):
+            return event.trace
+    raise RuntimeError("the comparison ended without a record")
+
+
+def report(trace: Trace) -> str:
+    """Answers and a small table, as text."""
+    prompt, model = trace.prompt, trace.model
+    lines = [
+        f"{model.name} ({model.dtype} on {model.device}, {model.attention}), "
+        f"prompt {prompt.length:,} tokens, prefill {trace.prefill_seconds:.2f} s"
+    ]
+    if prompt.truncated:
+        lines.append(
+            f"TRUNCATED: the middle of the document was cut out "
+            f"({prompt.original_length:,} tokens before)."
+        )
+    for run in trace.runs:
+        if run.method != "FullKV" and run.kept_fraction == 1:
+            lines.append(
+                f"NOTHING TO COMPRESS: {run.method} may keep {run.parameters['capacity']:,} tokens "
+                f"per layer and the prompt has {prompt.length:,}."
+            )
+    lines += ["", _row("method", "kept", "KV MiB", "ms/token", "same tokens", "first difference")]
+    lines += [_row(*_figures(run)) for run in trace.runs]
+    for run in trace.runs:
+        lines += ["", f"{run.method}:", run.answer.strip()]
+    return "\n".join(lines)
+
+
+def _figures(run: Run) -> tuple[str, ...]:
+    steps = sorted(run.decode_seconds[1:]) or [0.0]
+    match, difference = "-", "-"
+    if run.agreement is not None:
+        match, first = f"{run.agreement.token_match:.0%}", run.agreement.first_divergence
+        difference = "none" if first is None else f"token {first}"
+    return (
+        run.method,
+        f"{run.kept_fraction:.1%}",
+        f"{run.kv_bytes / 2**20:.2f}",
+        f"{steps[len(steps) // 2] * 1000:.1f}",
+        match,
+        difference,
+    )
+
+
+def _row(*cells: str) -> str:
+    widths = (8, 10, 10, 13, 18)
+    return f"{cells[0]:<14}" + "".join(
+        f"{cell:>{width}}" for cell, width in zip(cells[1:], widths, strict=True)
+    )
+
+
+def _models(options: argparse.Namespace) -> None:
+    if options.prepare is not None:
+        llm = load_model(options.prepare)
+        print(f"{llm.name} is ready ({llm.revision}, {llm.dtype} on {llm.device}).")
+        return
+    for known in KNOWN_MODELS.values():
+        file = embedded_file(known)
+        size = f"embedded, {file.stat().st_size / 2**20:.0f} MiB" if file else ""
+        state = size or f"from the hub: {known.hub_id}"
+        print(f"{known.name}  {state}  {known.licence}  {known.description}")
+    print("\nAlso: organisation/model on the hub, a folder with safetensors, or a .gguf file.")
+    print(f"Converted models are kept in {cache_folder() / 'models'}:")
+    for folder, held in kept_conversions():
+        print(f"  {folder.name}  {held / 2**20:.0f} MiB")
+
+
+def _read_text(name: str) -> str:
+    """A UTF-8 text file, or stdin for "-"."""
+    path = Path(name)
+    if name != "-" and not path.is_file():
+        raise ValueError(f"there is no file {name}; give the path of a text file")
+    content = sys.stdin.buffer.read() if name == "-" else path.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{name} is not UTF-8 text; save it as plain text first") from None
+    if "\x00" in text:
+        raise ValueError(f"{name} is a binary file; save it as plain text first")
+    return text
+
+
+def _sentence(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'a file'}: {error.strerror.lower()}"
+    return str(error)
