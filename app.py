@@ -1,0 +1,31 @@
+"""DynamicKV Explorer: `python app.py` here, and the entry point on Hugging Face Spaces."""
+
+from __future__ import annotations
+
+import argparse
+
+import dynamickv as dkv
+from app.layout import build_app, launch_options
+from app.model_host import ModelHost
+
+
+def main() -> None:
+    """Read the options, open the page; the model loads meanwhile."""
+    parser = argparse.ArgumentParser(
+        description="See what KV-cache compression keeps of your own text."
+    )
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: this machine only)"
+    )
+    parser.add_argument("--port", type=int, default=7860, help="port (default: 7860)")
+    parser.add_argument(
+        "--model", default=dkv.DEFAULT_MODEL, help="short name, hub id, folder or .gguf file"
+    )
+    options = parser.parse_args()
+    demo = build_app(ModelHost(options.model), url=f"http://{options.host}:{options.port}")
+    demo.queue(max_size=24)
+    demo.launch(server_name=options.host, server_port=options.port, **launch_options())
+
+
+if __name__ == "__main__":
+    main()

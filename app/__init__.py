@@ -1,0 +1,3 @@
+"""DynamicKV Explorer: the page. It draws run records and knows nothing about attention or
+caches.
+"""

@@ -1,0 +1,74 @@
+"""The page's own components, one class each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from app.view_model import dumps
+
+from .base import Component, head
+
+
+class ModelChip(Component):
+    """Title of the page and state of the model."""
+
+    view, template = "model", "model_chip"
+
+
+class StatusLine(Component):
+    """What a run is doing, or what went wrong."""
+
+    view, template = "status", "status_line"
+
+
+class Readout(Component):
+    """A number with its meaning."""
+
+    view, template = "readout", "readout"
+
+
+class AnswerCards(Component):
+    """The answers side by side."""
+
+    view, template = "answers", "answer_cards"
+
+
+class TraceStore(Component):
+    """Receives a run record and hands it to the views below; shows nothing."""
+
+    view, template = "store", "trace_store"
+
+
+class DocumentView(Component):
+    """The prompt's text with the kept tokens marked."""
+
+    view, template = "document", "document_view"
+
+
+class LayerMap(Component):
+    """Retention of all layers and positions on one canvas."""
+
+    view, template = "map", "layer_map"
+
+
+class FigureView(Component):
+    """Every registered Plotly view, one tab each."""
+
+    view, template = "figures", "figure_view"
+
+    def __init__(self, titles: list[dict[str, str]], **options: Any) -> None:
+        super().__init__(None, titles=dumps(titles), **options)
+
+
+__all__ = [
+    "AnswerCards",
+    "Component",
+    "DocumentView",
+    "FigureView",
+    "LayerMap",
+    "ModelChip",
+    "Readout",
+    "StatusLine",
+    "TraceStore",
+    "head",
+]

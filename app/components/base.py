@@ -1,0 +1,81 @@
+"""Components of the page: static templates plus one script each; data arrives as one JSON string in
+`value`.
+
+Gradio pastes templates into JavaScript and runs them, so no text of a user may ever be part of one.
+Templates here are files without placeholders (checked on import by a test), and scripts write texts
+with `textContent` only.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import gradio as gr
+
+from app.theme import css_variables
+from app.view_model import dumps
+
+STATIC = Path(__file__).parent / "static"
+# Order matters: core and retention define what the others use.
+SCRIPTS = (
+    "core",
+    "retention",
+    "trace_store",
+    "document_view",
+    "figure_view",
+    "layer_map",
+    "answer_cards",
+    "status_line",
+    "model_chip",
+    "readout",
+)
+MOUNT = """
+(function start() {
+  if (window.DynamicKV) window.DynamicKV.mount("%s", element, props, watch);
+  else requestAnimationFrame(start);
+})();
+"""
+
+
+class Component(gr.HTML):
+    """A gr.HTML with a fixed template and a script registered under `view`."""
+
+    view: ClassVar[str]
+    template: ClassVar[str]
+
+    def __init__(self, payload: Any = None, **options: Any) -> None:
+        super().__init__(
+            value=None if payload is None else dumps(payload),
+            html_template=read(f"{self.template}.html"),
+            css_template="",
+            js_on_load=MOUNT % self.view,
+            apply_default_css=False,
+            **options,
+        )
+
+    def postprocess(self, value: Any) -> str | None:
+        """Payloads become the one JSON string the script parses; strings are taken as that
+        already.
+        """
+        return value if value is None or isinstance(value, str) else dumps(value)
+
+    def get_block_name(self) -> str:
+        """Gradio finds the browser side of subclasses by this name."""
+        return "html"
+
+
+@lru_cache(maxsize=64)
+def read(name: str) -> str:
+    """A file of the static folder."""
+    return (STATIC / name).read_text(encoding="utf-8").strip()
+
+
+def head() -> str:
+    """Styles and scripts of all components, for the page's <head>: no request of their own, no
+    CDN.
+    """
+    scripts = "\n".join(read(f"{name}.js") for name in SCRIPTS)
+    styles = f"{css_variables()}\n{read('explorer.css')}"
+    return f"<style>\n{styles}\n</style>\n<script>\n{scripts}\n</script>"

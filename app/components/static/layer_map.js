@@ -1,0 +1,100 @@
+// Layer x position map on one canvas. Columns hold several positions; each shows its best-kept one, so that needles stay visible.
+(() => {
+  "use strict";
+  const { DynamicKV } = window;
+  const { store, on, plain, framed } = DynamicKV;
+  const ROW = 6; // CSS pixels per layer
+  // Cividis at 0, 1/4, 1/2, 3/4 and 1: readable without colour vision, and in grey.
+  const CIVIDIS = [[0, 34, 78], [66, 78, 108], [124, 123, 120], [187, 174, 113], [254, 232, 56]];
+
+  function color(share) {
+    const place = Math.min(0.999, share) * (CIVIDIS.length - 1);
+    const i = Math.floor(place);
+    return CIVIDIS[i].map((from, channel) => Math.round(from + (CIVIDIS[i + 1][channel] - from) * (place - i)));
+  }
+
+  // Greatest share of heads per layer and column, as Uint8 0..heads.
+  DynamicKV.binned = (kept, layers, length, columns) => {
+    const bins = new Uint8Array(layers * columns);
+    for (let layer = 0; layer < layers; layer += 1) {
+      for (let position = 0; position < length; position += 1) {
+        const at = layer * columns + Math.floor((position * columns) / length);
+        const value = kept[layer * length + position];
+        if (value > bins[at]) bins[at] = value;
+      }
+    }
+    return bins;
+  };
+
+  DynamicKV.register("map", (element) => {
+    const find = (role) => element.querySelector(`[data-role="${role}"]`);
+    const canvas = find("canvas");
+    const cursor = find("cursor");
+    const row = find("row");
+
+    const draw = () => {
+      if (!store.trace?.runs.length || !canvas.clientWidth) return;
+      const { layers } = store.trace;
+      const { length } = store.trace.prompt;
+      const run = store.trace.runs[store.run];
+      const columns = Math.max(1, Math.min(length, Math.round(canvas.clientWidth)));
+      const bins = DynamicKV.binned(run.kept, layers, length, columns);
+      const palette = Array.from({ length: run.heads + 1 }, (_, i) => color(i / run.heads));
+      canvas.width = columns;
+      canvas.height = layers;
+      canvas.style.height = `${layers * ROW}px`;
+      const context = canvas.getContext("2d");
+      const image = context.createImageData(columns, layers);
+      bins.forEach((value, i) => image.data.set([...palette[value], 255], i * 4));
+      context.putImageData(image, 0, 0);
+      find("last").textContent = String(layers - 1);
+      find("note").textContent = `${run.method} · bright: kept by more heads · one column holds ${length > columns ? `up to ${Math.ceil(length / columns)} tokens` : "one token"}`;
+      point();
+    };
+
+    // The cursor line (position) and the row frame (layer), from wherever the pointer is.
+    function point() {
+      if (!store.trace) return;
+      const { layers } = store.trace;
+      const { length } = store.trace.prompt;
+      const position = store.hover?.position;
+      const layer = store.hover?.layer ?? store.layer;
+      cursor.hidden = position === undefined;
+      if (position !== undefined) cursor.style.left = `${canvas.offsetLeft + ((position + 0.5) / length) * canvas.clientWidth}px`;
+      row.hidden = layer === null || layer === undefined;
+      if (!row.hidden) Object.assign(row.style, { top: `${canvas.offsetTop + layer * ROW}px`, height: `${ROW}px`, left: `${canvas.offsetLeft}px`, width: `${canvas.clientWidth}px` });
+      if (layers) where(position, layer);
+    }
+
+    function where(position, layer) {
+      const words = [];
+      if (layer !== null && layer !== undefined) words.push(`layer ${layer}`);
+      if (position !== undefined) words.push(`position ${plain(position)}`);
+      find("where").textContent = words.join(" · ");
+    }
+
+    const at = (event) => {
+      const box = canvas.getBoundingClientRect();
+      const { layers } = store.trace;
+      const { length } = store.trace.prompt;
+      const clamp = (value, top) => Math.min(top - 1, Math.max(0, Math.floor(value)));
+      return { layer: clamp(((event.clientY - box.top) / box.height) * layers, layers), position: clamp(((event.clientX - box.left) / box.width) * length, length) };
+    };
+    const hover = framed((event) => store.trace && DynamicKV.setHover({ source: "map", ...at(event) }));
+    canvas.addEventListener("pointermove", hover);
+    canvas.addEventListener("pointerleave", () => requestAnimationFrame(() => DynamicKV.setHover(null)));
+    canvas.addEventListener("click", (event) => {
+      if (!store.trace) return;
+      const { layer, position } = at(event);
+      DynamicKV.setLayer(layer);
+      DynamicKV.emit("reveal", position);
+    });
+    const framedDraw = framed(draw);
+    on("trace", framedDraw);
+    on("method", framedDraw);
+    on("hover", framed(point));
+    on("layer", framed(point));
+    new ResizeObserver(framedDraw).observe(canvas.parentElement);
+    return () => {};
+  });
+})();

@@ -1,0 +1,76 @@
+"""Example documents and their recorded runs, read from assets/. A broken file is left out, never a
+broken page.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from dynamickv.trace import Trace
+
+log = logging.getLogger(__name__)
+ASSETS = Path(__file__).parent.parent / "assets"
+
+
+@dataclass(frozen=True)
+class Example:
+    """A document with a question, the capacity at which comparing teaches something, and its
+    recorded run.
+    """
+
+    id: str
+    title: str
+    kind: str
+    question: str
+    capacity: int
+    max_new_tokens: int
+    document: str
+    run_file: Path | None
+
+    @cached_property
+    def trace(self) -> Trace | None:
+        """The recorded run, if there is a readable one."""
+        if self.run_file is None:
+            return None
+        try:
+            return Trace.load(self.run_file)
+        except (OSError, ValueError) as error:
+            log.warning("recorded run %s left out: %s", self.run_file.name, error)
+            return None
+
+    @property
+    def label(self) -> str:
+        """What the picker shows."""
+        return f"{self.title} ({self.kind})" if self.kind else self.title
+
+
+def load_examples(assets: Path = ASSETS) -> dict[str, Example]:
+    """Every readable example by id; those with a recorded run come first."""
+    examples = []
+    for path in sorted((assets / "examples").glob("*.json")):
+        try:
+            examples.append(read_example(path, assets))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            log.warning("example %s left out: %s", path.name, error)
+    examples.sort(key=lambda example: example.run_file is None)
+    return {example.id: example for example in examples}
+
+
+def read_example(path: Path, assets: Path) -> Example:
+    """One example: its description (JSON) and its text beside it."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    run_file = assets / "runs" / f"{data['id']}.json.gz"
+    return Example(
+        id=str(data["id"]),
+        title=str(data["title"]),
+        kind=str(data.get("kind", "")),
+        question=str(data["question"]),
+        capacity=int(data["capacity"]),
+        max_new_tokens=int(data["max_new_tokens"]),
+        document=(path.parent / Path(data["document"]).name).read_text(encoding="utf-8"),
+        run_file=run_file if run_file.is_file() else None,
+    )

@@ -1,0 +1,182 @@
+"""What people enter, checked: texts, files and numbers become a `Request`, or one sentence says
+what to change.
+
+Every entry point of the page and of its endpoints goes through here: what a browser's form allows
+is only a hint.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import dynamickv as dkv
+
+MAX_CHARACTERS = 1_000_000
+MAX_QUESTION_CHARACTERS = 20_000
+MAX_UPLOAD_BYTES = 2 * 2**20
+MAX_NEW_TOKENS = 512
+DEFAULT_CAPACITY = 128
+DEFAULT_NEW_TOKENS = 64
+DEFAULT_METHODS = ("FullKV", "DynamicKV")
+TEXT_SUFFIXES = (".txt", ".md")
+RUN_SUFFIXES = (".json", ".gz")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """A comparison to run."""
+
+    document: str
+    question: str
+    methods: list[dkv.CompressionMethod]
+    max_new_tokens: int
+    truncate: bool = False
+    question_aware: bool = True
+
+
+def check_texts(document: Any, question: Any) -> tuple[str, str]:
+    """Document and question, if there is something to read and something to ask.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    if not isinstance(document, str) or not isinstance(question, str):
+        raise ValueError("Document and question must be text.")
+    if not document.strip():
+        raise ValueError("The document is empty: paste a text, upload a file or pick an example.")
+    if not question.strip():
+        raise ValueError("The question is empty: type what you want to know about the document.")
+    if len(document) > MAX_CHARACTERS:
+        raise ValueError(
+            f"The document has {len(document):,} characters and this page reads "
+            f"{MAX_CHARACTERS:,}: shorten it."
+        )
+    if len(question) > MAX_QUESTION_CHARACTERS:
+        raise ValueError(
+            f"The question has {len(question):,} characters and this page reads "
+            f"{MAX_QUESTION_CHARACTERS:,}: shorten it."
+        )
+    if len(question) > len(document):
+        raise ValueError(
+            "The question is longer than the document: put the long text into Document "
+            "and keep the question short."
+        )
+    return document, question
+
+
+def build_methods(names: Any, settings: Mapping[str, Any]) -> list[dkv.CompressionMethod]:
+    """Method instances in the registry's order, FullKV always among them; each takes the settings
+    it knows.
+
+    Raises:
+        ValueError: an unknown name or a bad parameter.
+    """
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise ValueError(f"Methods must be a list of names; choose from {', '.join(dkv.METHODS)}.")
+    for name in names:
+        if name not in dkv.METHODS:
+            raise ValueError(f"Unknown method {name!r}; choose from {', '.join(dkv.METHODS)}.")
+    chosen = [name for name in dkv.METHODS if name == "FullKV" or name in names]
+    return [build_method(name, settings) for name in chosen]
+
+
+def build_method(name: str, settings: Mapping[str, Any]) -> dkv.CompressionMethod:
+    """One method with the settings that are among its parameters."""
+    method = dkv.METHODS[name]
+    known = {field.name for field in fields(method)}
+    return method(**{key: value for key, value in settings.items() if key in known})
+
+
+def whole_number(name: str, value: Any, least: int, most: int) -> int:
+    """An int within bounds; browsers send 128.0 for 128.
+
+    Raises:
+        ValueError: one sentence with name, value and bounds.
+    """
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or value != value
+        or int(value) != value
+    ):
+        raise ValueError(f"{name} must be a whole number, got {value!r}.")
+    if not least <= value <= most:
+        raise ValueError(f"{name} must lie between {least:,} and {most:,}, got {int(value):,}.")
+    return int(value)
+
+
+def build_request(
+    document: Any,
+    question: Any,
+    methods: Any,
+    max_new_tokens: Any,
+    settings: Mapping[str, Any],
+    *,
+    truncate: Any = False,
+    question_aware: Any = True,
+) -> Request:
+    """Check everything at once.
+
+    Raises:
+        ValueError: the first thing that is wrong, in one sentence.
+    """
+    document, question = check_texts(document, question)
+    numbers = dict(settings)
+    for name in ("capacity", "window_size", "kernel_size", "update_interval"):
+        if name in numbers:
+            numbers[name] = whole_number(name, numbers[name], 1, dkv.trace.MAX_POSITIONS)
+    return Request(
+        document=document,
+        question=question,
+        methods=build_methods(methods, numbers),
+        max_new_tokens=whole_number("max_new_tokens", max_new_tokens, 1, MAX_NEW_TOKENS),
+        truncate=bool(truncate),
+        question_aware=bool(question_aware),
+    )
+
+
+def read_text_upload(path: str | os.PathLike[str]) -> str:
+    """The text of an uploaded .txt or .md file, which is deleted.
+
+    Raises:
+        ValueError: not such a file, too large, or no text.
+    """
+    file = Path(path)
+    try:
+        if file.suffix.lower() not in TEXT_SUFFIXES:
+            raise ValueError(f"{file.name} cannot be read here: upload a .txt or .md file.")
+        with file.open("rb") as handle:
+            raw = handle.read(MAX_UPLOAD_BYTES + 1)
+    finally:
+        file.unlink(missing_ok=True)
+    if len(raw) > MAX_UPLOAD_BYTES:
+        raise ValueError(f"{file.name} is larger than {MAX_UPLOAD_BYTES // 2**20} MiB: shorten it.")
+    text = raw.decode("utf-8-sig", "replace")
+    if b"\0" in raw or text.count("\ufffd") > max(8, len(text) // 20):
+        raise ValueError(
+            f"{file.name} does not look like text: upload a plain .txt or .md file in UTF-8."
+        )
+    if not text.strip():
+        raise ValueError(f"{file.name} holds no text.")
+    return text
+
+
+def read_run_upload(path: str | os.PathLike[str]) -> dkv.Trace:
+    """The record in an uploaded run file, which is deleted.
+
+    Raises:
+        ValueError: not a run record.
+    """
+    file = Path(path)
+    try:
+        if file.suffix.lower() not in RUN_SUFFIXES:
+            raise ValueError(
+                f"{file.name} is not a run file: open a .json or .json.gz file saved here."
+            )
+        return dkv.Trace.load(file)
+    finally:
+        file.unlink(missing_ok=True)

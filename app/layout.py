@@ -1,0 +1,496 @@
+"""The page: which widgets there are, where they stand, and which handler each one calls."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Any
+
+import gradio as gr
+from starlette.requests import Request as HTTPRequest
+from starlette.responses import Response
+from starlette.routing import Route
+
+import dynamickv as dkv
+
+from . import view_model as vm
+from .components import (
+    AnswerCards,
+    DocumentView,
+    FigureView,
+    LayerMap,
+    ModelChip,
+    Readout,
+    StatusLine,
+    TraceStore,
+    head,
+)
+from .components.look import build_theme
+from .examples import Example, load_examples
+from .handlers import QUESTION_AWARE_SWITCH, Handlers, shown_payloads
+from .inputs import DEFAULT_CAPACITY, DEFAULT_METHODS, DEFAULT_NEW_TOKENS, MAX_NEW_TOKENS
+from .model_host import ModelHost
+from .snippets import snippets
+from .views import VIEWS, plotly_source
+
+TITLE = "DynamicKV Explorer"
+MODEL_QUEUE = "model"
+MAX_UPLOAD = "8mb"
+PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+
+
+@dataclass(slots=True)
+class Inputs:
+    """The widgets a run reads."""
+
+    example: gr.Dropdown
+    document: gr.Textbox
+    upload: gr.UploadButton
+    count: Readout
+    question: gr.Textbox
+    methods: gr.CheckboxGroup
+    capacity: gr.Slider
+    capacity_line: Readout
+    run: gr.Button
+    stop: gr.Button
+    status: StatusLine
+    window_size: gr.Number
+    kernel_size: gr.Number
+    pooling: gr.Dropdown
+    granularity: gr.Dropdown
+    r_max: gr.Number
+    update_interval: gr.Number
+    max_new_tokens: gr.Slider
+    truncate: gr.Checkbox
+    question_aware: gr.Checkbox
+    model: gr.Dropdown
+
+    def settings(self) -> list[gr.components.Component]:
+        """In the order `Handlers._request` takes them."""
+        return [
+            self.document,
+            self.question,
+            self.methods,
+            self.capacity,
+            self.window_size,
+            self.kernel_size,
+            self.pooling,
+            self.granularity,
+            self.r_max,
+            self.update_interval,
+            self.max_new_tokens,
+            self.truncate,
+            self.question_aware,
+            self.model,
+        ]
+
+
+@dataclass(slots=True)
+class Outputs:
+    """The widgets a run writes."""
+
+    cards: AnswerCards
+    store: TraceStore
+
+
+def build_app(
+    host: ModelHost | None = None,
+    examples: dict[str, Example] | None = None,
+    url: str = "http://127.0.0.1:7860",
+) -> gr.Blocks:
+    """The whole page; `launch_options` has what its launch needs. The default model starts loading
+    at once.
+    """
+    host = host or ModelHost()
+    examples = load_examples() if examples is None else examples
+    handlers = Handlers(host, examples)
+    first = next(iter(examples.values()), None)
+    opening_line = handlers.capacity_line(
+        first.capacity if first else DEFAULT_CAPACITY,
+        vm.dumps(initial_count(first)),
+        "kv_head",
+        host.default,
+    )
+    with gr.Blocks(
+        title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=(3600, 3600)
+    ) as demo:
+        chip = ModelChip(asdict(host.state()), elem_id="dkv-model")
+        with gr.Tabs():
+            with gr.Tab("Explore", id="explore"), gr.Row(elem_id="dkv-workbench"):
+                inputs = build_inputs(host, examples, first, opening_line)
+                outputs = build_results(first)
+            with gr.Tab("Runs & API", id="runs"):
+                build_runs(handlers, outputs, snippets(url, host.default))
+        wire_run(handlers, inputs, outputs)
+        wire_inputs(handlers, inputs, outputs)
+        loaded = demo.load(handlers.model_state, None, chip, concurrency_limit=None, **PRIVATE)
+        count_tokens = [inputs.document, inputs.question, inputs.model]
+        loaded.then(handlers.count, count_tokens, inputs.count, concurrency_limit=None, **PRIVATE)
+        add_endpoints(handlers)
+    host.start()
+    return demo  # type: ignore[no-any-return]
+
+
+def build_inputs(
+    host: ModelHost,
+    examples: dict[str, Example],
+    first: Example | None,
+    opening_line: dict[str, str],
+) -> Inputs:
+    """The column on the left: what to read, what to ask, how to compress, and the button."""
+    with gr.Column(scale=3, min_width=320, elem_id="dkv-inputs"):
+        example = gr.Dropdown(
+            [(e.label, e.id) for e in examples.values()],
+            value=first.id if first else None,
+            label="Example",
+            elem_id="dkv-example",
+            visible=bool(examples),
+        )
+        document = gr.Textbox(
+            first.document if first else "",
+            label="Document",
+            lines=9,
+            max_lines=9,
+            placeholder="Paste a long text here.",
+            elem_id="dkv-document",
+        )
+        with gr.Row(elem_id="dkv-below-document"):
+            count = Readout(initial_count(first), min_width=120, scale=1, elem_id="dkv-count")
+            upload = gr.UploadButton(
+                "Upload .txt or .md",
+                file_types=[".txt", ".md"],
+                size="sm",
+                scale=0,
+                elem_id="dkv-upload",
+            )
+        question = gr.Textbox(
+            first.question if first else "",
+            label="Question",
+            lines=2,
+            max_lines=4,
+            placeholder="What do you want to know about it?",
+            elem_id="dkv-question",
+        )
+        methods = gr.CheckboxGroup(
+            list(dkv.METHODS),
+            value=list(DEFAULT_METHODS),
+            label="Methods",
+            info="FullKV always runs: the others are compared with it.",
+            elem_id="dkv-methods",
+        )
+        capacity = gr.Slider(
+            8,
+            2048,
+            value=first.capacity if first else DEFAULT_CAPACITY,
+            step=8,
+            label="Capacity",
+            info="Prompt tokens kept per layer and head on average, window included.",
+            elem_id="dkv-capacity",
+        )
+        capacity_line = Readout(opening_line, elem_id="dkv-capacity-line")
+        advanced = build_advanced(host, first)
+        with gr.Row(elem_id="dkv-run-row"):
+            run = gr.Button("Run", variant="primary", scale=3, elem_id="dkv-run")
+            stop = gr.Button(
+                "Stop", variant="secondary", scale=1, interactive=False, elem_id="dkv-stop"
+            )
+        status = StatusLine({"state": "idle", "message": "", "detail": ""}, elem_id="dkv-status")
+    return Inputs(
+        example=example,
+        document=document,
+        upload=upload,
+        count=count,
+        question=question,
+        methods=methods,
+        capacity=capacity,
+        capacity_line=capacity_line,
+        run=run,
+        stop=stop,
+        status=status,
+        **advanced,
+    )
+
+
+def build_advanced(host: ModelHost, first: Example | None) -> dict[str, Any]:
+    """Settings that most people leave alone; defaults are the methods' own."""
+    default = parameter_defaults()
+    with gr.Accordion("Advanced settings", open=False, elem_id="dkv-advanced"):
+        with gr.Row():
+            window = gr.Number(
+                default.get("window_size", 8),
+                label="Window size",
+                info="last tokens: they vote, and stay",
+                precision=0,
+                minimum=1,
+                min_width=120,
+            )
+            kernel = gr.Number(
+                default.get("kernel_size", 7),
+                label="Kernel size",
+                info="pooling width, odd",
+                precision=0,
+                minimum=1,
+                min_width=120,
+            )
+        with gr.Row():
+            pooling = gr.Dropdown(
+                ["max", "avg"], value=default.get("pooling", "max"), label="Pooling", min_width=120
+            )
+            granularity = gr.Dropdown(
+                [("KV head", "kv_head"), ("query head (larger cache)", "query_head")],
+                value=default.get("granularity", "kv_head"),
+                label="One choice per",
+                min_width=120,
+            )
+        with gr.Row():
+            r_max = gr.Number(
+                default.get("r_max", 10),
+                label="r_max",
+                info="DynamicKV: first share, x mean",
+                minimum=0,
+                min_width=120,
+            )
+            interval = gr.Number(
+                default.get("update_interval", 4),
+                label="Update interval",
+                info="DynamicKV: every m layers",
+                precision=0,
+                minimum=1,
+                min_width=120,
+            )
+        new_tokens = gr.Slider(
+            1,
+            MAX_NEW_TOKENS,
+            value=first.max_new_tokens if first else DEFAULT_NEW_TOKENS,
+            step=1,
+            label="Longest answer, in tokens",
+        )
+        truncate = gr.Checkbox(False, label="Cut the middle out of a document that is too long")
+        aware = gr.Checkbox(
+            True,
+            label="Question-aware: the scores see the question",
+            visible=QUESTION_AWARE_SWITCH,
+            info="Off: compress after the document, ask afterwards.",
+        )
+        model = gr.Dropdown(host.names, value=host.default, label="Model")
+    return {
+        "window_size": window,
+        "kernel_size": kernel,
+        "pooling": pooling,
+        "granularity": granularity,
+        "r_max": r_max,
+        "update_interval": interval,
+        "max_new_tokens": new_tokens,
+        "truncate": truncate,
+        "question_aware": aware,
+        "model": model,
+    }
+
+
+def build_results(first: Example | None) -> Outputs:
+    """The column on the right: answers, and below them what each cache kept. A recorded run is
+    there from the start.
+    """
+    trace = first.trace if first else None
+    cards, store = shown_payloads(trace, "recorded") if trace else (None, None)
+    with gr.Column(scale=9, min_width=320, elem_id="dkv-views"):
+        answers = AnswerCards(cards, elem_id="dkv-answers")
+        with gr.Row(equal_height=True):
+            with gr.Column(scale=6, min_width=320):
+                DocumentView(elem_id="dkv-document-view", elem_classes=["dkv-fill"])
+            with gr.Column(scale=5, min_width=320):
+                FigureView(
+                    [{"key": v.key, "title": v.title} for v in VIEWS.values()],
+                    elem_id="dkv-figures",
+                    elem_classes=["dkv-fill"],
+                )
+        LayerMap(elem_id="dkv-map")
+        keeper = TraceStore(store, elem_id="dkv-store")
+    return Outputs(cards=answers, store=keeper)
+
+
+def build_runs(handlers: Handlers, outputs: Outputs, code: dict[str, str]) -> None:
+    """Run files, and the same comparison from outside."""
+    with gr.Row():
+        with gr.Column(scale=2, min_width=300):
+            gr.Markdown(
+                "### Run files\nA run file holds the prompt, what every method kept, "
+                "the answers and the measurements. It opens here without any model. "
+                "It contains your document in clear."
+            )
+            with gr.Row():
+                save = gr.Button("Save the run on screen", elem_id="dkv-save", min_width=160)
+                load = gr.UploadButton(
+                    "Open a run file",
+                    file_types=[".json", ".gz"],
+                    elem_id="dkv-open",
+                    min_width=160,
+                )
+            note = Readout(None, elem_id="dkv-open-note")
+        with gr.Column(scale=3, min_width=300):
+            gr.Markdown("### The same comparison from code")
+            gr.Code(
+                code["python"],
+                language="python",
+                label="Python",
+                interactive=False,
+                elem_id="dkv-python",
+            )
+            gr.Code(
+                code["client"],
+                language="python",
+                label="gradio_client",
+                interactive=False,
+                elem_id="dkv-client",
+            )
+            gr.Code(
+                code["curl"], language="shell", label="curl", interactive=False, elem_id="dkv-curl"
+            )
+    save.click(None, js="() => window.DynamicKV.saveRun()", api_visibility="private")
+    load.upload(
+        handlers.open_run,
+        load,
+        [outputs.cards, outputs.store, note],
+        concurrency_limit=None,
+        **PRIVATE,
+    )
+
+
+def wire_run(handlers: Handlers, inputs: Inputs, outputs: Outputs) -> None:
+    """Run and Stop."""
+    buttons = [inputs.run, inputs.stop]
+    begun = inputs.run.click(
+        handlers.begin,
+        inputs.settings(),
+        [inputs.status, *buttons],
+        concurrency_limit=None,
+        **PRIVATE,
+    )
+    begun.success(
+        handlers.run,
+        inputs.settings(),
+        [inputs.status, outputs.cards, outputs.store, *buttons],
+        concurrency_id=MODEL_QUEUE,
+        concurrency_limit=1,
+        **PRIVATE,
+    )
+    inputs.stop.click(handlers.stop, None, inputs.status, queue=False, **PRIVATE)
+
+
+def wire_inputs(handlers: Handlers, inputs: Inputs, outputs: Outputs) -> None:
+    """Example picker, upload, live counts."""
+    light: dict[str, Any] = {**PRIVATE, "concurrency_limit": None}
+    inputs.example.input(
+        handlers.pick,
+        inputs.example,
+        [
+            inputs.document,
+            inputs.question,
+            inputs.capacity,
+            inputs.max_new_tokens,
+            outputs.cards,
+            outputs.store,
+            inputs.status,
+        ],
+        **light,
+    )
+    inputs.upload.upload(handlers.upload, inputs.upload, inputs.document, **light)
+    inputs.methods.input(handlers.lock_reference, inputs.methods, inputs.methods, **light)
+    gr.on(
+        [inputs.document.change, inputs.question.change, inputs.model.change],
+        handlers.count,
+        [inputs.document, inputs.question, inputs.model],
+        inputs.count,
+        trigger_mode="always_last",
+        **light,
+    )
+    gr.on(
+        [inputs.capacity.change, inputs.granularity.change, inputs.count.change],
+        handlers.capacity_line,
+        [inputs.capacity, inputs.count, inputs.granularity, inputs.model],
+        inputs.capacity_line,
+        trigger_mode="always_last",
+        **light,
+    )
+
+
+def add_endpoints(handlers: Handlers) -> None:
+    """Named endpoints for gradio_client, curl and scripts; everything else on the page is
+    private.
+    """
+    default_model, default_methods = handlers.host.default, list(DEFAULT_METHODS)
+
+    def compare(
+        document: str,
+        question: str,
+        methods: list[str] = default_methods,
+        capacity: int = DEFAULT_CAPACITY,
+        max_new_tokens: int = DEFAULT_NEW_TOKENS,
+        model: str = default_model,
+    ) -> dict[str, Any]:
+        """Answer a question about a document with several methods over one prefill; returns the run
+        record, schema 1.
+        """
+        return handlers.compare(document, question, methods, capacity, max_new_tokens, model)
+
+    def tokenize(document: str, question: str = "", model: str = default_model) -> dict[str, Any]:
+        """Count the tokens of a prompt, and say how many the model reads."""
+        return handlers.tokenize(document, question, model)
+
+    def methods() -> list[dict[str, Any]]:
+        """List the methods with their parameters and defaults; null where a value is required."""
+        return handlers.list_methods()
+
+    def models() -> list[dict[str, Any]]:
+        """List the models this page offers."""
+        return handlers.host.describe()
+
+    register = gr.api  # type: ignore[attr-defined]
+    register(compare, api_name="compare", concurrency_id=MODEL_QUEUE, concurrency_limit=1)
+    register(tokenize, api_name="tokenize", concurrency_limit=None)
+    register(methods, api_name="methods", concurrency_limit=None)
+    register(models, api_name="models", concurrency_limit=None)
+
+
+def launch_options() -> dict[str, Any]:
+    """Arguments of `launch` that belong to the page: looks, privacy, and the chart library's local
+    address.
+    """
+    return {
+        "theme": build_theme(),
+        "head": head(),
+        "footer_links": ["api", "settings"],
+        "run_history": False,
+        "strict_cors": True,
+        "enable_monitoring": False,
+        "show_error": True,
+        "max_file_size": MAX_UPLOAD,
+        "app_kwargs": {"routes": [Route("/explorer/plotly.js", plotly_script)]},
+    }
+
+
+def plotly_script(_: HTTPRequest) -> Response:
+    """The chart library, from the installed package."""
+    return Response(
+        plotly_source(),
+        media_type="text/javascript",
+        headers={"Cache-Control": "public, max-age=86400"},
+    )
+
+
+def initial_count(first: Example | None) -> dict[str, Any] | None:
+    """Prompt length of the example on screen, known from its recorded run."""
+    if first is None or first.trace is None:
+        return None
+    return {
+        "value": f"{first.trace.prompt.length:,} tokens",
+        "note": "in the prompt",
+        "tokens": first.trace.prompt.length,
+    }
+
+
+def parameter_defaults() -> dict[str, Any]:
+    """Default of every parameter that any registered method has."""
+    found: dict[str, Any] = {}
+    for method in reversed(list(dkv.METHODS.values())):
+        found |= {f.name: f.default for f in fields(method) if f.default is not MISSING}
+    return found

@@ -1,0 +1,163 @@
+"""A comparison while it runs: engine events in, answer cards and a status line out. No widgets, no
+model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import dynamickv as dkv
+
+from . import view_model as vm
+
+PREFILL_SHARE = 0.6
+"""Part of the progress bar that reading the prompt takes; answering takes the rest."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speed:
+    """How fast this machine was the last time, to say an estimate before the next."""
+
+    prefill_per_token: float
+    decode_per_token: float
+    origin: str
+    """"the last run here" or "the recorded run"."""
+
+    @classmethod
+    def of(cls, trace: dkv.Trace, origin: str) -> Speed:
+        """What a record says about speed."""
+        steps = [step for run in trace.runs for step in run.decode_seconds[1:]]
+        return cls(
+            prefill_per_token=trace.prefill_seconds / max(trace.prompt.length, 1),
+            decode_per_token=sum(steps) / len(steps) if steps else 0.05,
+            origin=origin,
+        )
+
+    def estimate(self, tokens: int, methods: int, max_new_tokens: int) -> str:
+        """One phrase; the answers may end earlier, hence "up to"."""
+        total = self.prefill_per_token * tokens + self.decode_per_token * methods * max_new_tokens
+        return f"up to {vm.seconds(total)}, judging by {self.origin}"
+
+
+class LiveRun:
+    """Accumulates events into what the page shows."""
+
+    def __init__(
+        self,
+        methods: Sequence[str],
+        question: str,
+        max_new_tokens: int,
+        num_layers: int,
+        estimate: str = "",
+    ) -> None:
+        self.cards = [vm.card_frame(method) for method in methods]
+        self.question = question
+        self.trace: dkv.Trace | None = None
+        self._max_new_tokens = max_new_tokens
+        self._num_layers = num_layers
+        self._estimate = estimate
+        self._prompt_bytes: int | None = None
+        self._tokens = [0] * len(methods)
+        self._decode_seconds: list[list[float]] = [[] for _ in methods]
+        self._status: dict[str, Any] = {
+            "state": "running",
+            "message": "Starting",
+            "detail": estimate,
+            "done": 0,
+        }
+
+    def add(self, event: Any) -> bool:
+        """Take one event in; True when it is worth showing at once."""
+        if isinstance(event, dkv.Progress):
+            self._progress(event)
+            return False
+        if isinstance(event, dkv.Compressed):
+            self._compressed(event)
+            return True
+        if isinstance(event, dkv.Token):
+            self._token(event)
+            return False
+        if isinstance(event, dkv.RunFinished):
+            self.cards[event.run]["state"] = (
+                "stopped" if event.record.finish_reason == "cancelled" else "done"
+            )
+            self.cards[event.run]["finish"] = vm.finish_words(event.record)
+            return True
+        if isinstance(event, dkv.ComparisonFinished):
+            self.trace = event.trace
+            return True
+        return False
+
+    def status(self, elapsed: float) -> dict[str, Any]:
+        """The status line now."""
+        return self._status | {
+            "detail": " · ".join(filter(None, (f"{elapsed:.1f} s", self._estimate)))
+        }
+
+    def payload(self) -> dict[str, Any]:
+        """The cards now."""
+        return {
+            "source": "running now",
+            "question": self.question,
+            "notice": "",
+            "cards": self.cards,
+        }
+
+    def _progress(self, event: dkv.Progress) -> None:
+        total = max(event.total, 1)
+        if event.stage == "prefill":
+            self._say(
+                f"Reading the prompt (prefill): layer {event.completed} of {event.total}",
+                PREFILL_SHARE * event.completed / total,
+            )
+        else:
+            self._say(
+                f"{event.stage.capitalize()}: {event.completed} of {event.total}", PREFILL_SHARE
+            )
+
+    def _compressed(self, event: dkv.Compressed) -> None:
+        self._prompt_bytes = event.kv_bytes if event.method == "FullKV" else self._prompt_bytes
+        card = self.cards[event.run]
+        card["state"] = "running"
+        card["kept"] = event.kept_fraction
+        if event.method == "FullKV":
+            card["chip"] = "keeps everything"
+        elif event.kept_fraction >= 1:
+            card["chip"], card["tone"] = "nothing to compress: the prompt fits", "loud"
+        else:
+            card["chip"], card["tone"] = f"compressing {self._num_layers} layers", "plain"
+        self._put(event.run, "Kept", vm.percent(event.kept_fraction), "of prompt tokens")
+        full = f"of {vm.mebibytes(self._prompt_bytes)}" if self._prompt_bytes else ""
+        self._put(event.run, "KV cache", vm.mebibytes(event.kv_bytes), full)
+        if event.method != "FullKV":
+            self._put(
+                event.run,
+                "Score + prune",
+                vm.milliseconds(event.score_seconds + event.prune_seconds),
+                "all layers",
+            )
+        self._say("Choosing what each method keeps (score and prune)", PREFILL_SHARE)
+
+    def _token(self, event: dkv.Token) -> None:
+        self._tokens[event.run] += 1
+        self._decode_seconds[event.run].append(event.seconds)
+        card = self.cards[event.run]
+        card["answer"] = [event.answer, "", ""]
+        card["finish"] = vm.count(self._tokens[event.run], "token")
+        self._put(event.run, "Decode", *vm.decode_row(self._decode_seconds[event.run]))
+        longest = max(self._tokens)
+        share = longest / max(self._max_new_tokens, 1)
+        self._say(
+            f"Answering (decode): token {longest} of at most {self._max_new_tokens}",
+            PREFILL_SHARE + (1 - PREFILL_SHARE) * share,
+        )
+
+    def _put(self, index: int, label: str, value: str, note: str) -> None:
+        for row in self.cards[index]["receipts"]:
+            if row["label"] == label:
+                row["value"], row["note"] = value, note
+
+    def _say(self, message: str, done: float) -> None:
+        self._status = {"state": "running", "message": message, "done": round(min(done, 1.0), 3)}

@@ -1,0 +1,302 @@
+"""From a run record to what the browser draws: compact JSON, built by pure functions.
+
+Nothing here knows widgets, models or plots. Bit sets stay base64 as the record holds them; token
+offsets become deltas, which are a tenth of the pairs' size. Texts stay texts: whoever shows them
+uses `textContent`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from dynamickv.trace import Prompt, Run, Trace
+
+from .theme import method_style
+
+MIB = 2**20
+NOTHING = "\u2013"
+CARD_HINTS = {
+    "Kept": "Share of the prompt's tokens that stay in the cache, over all layers and heads.",
+    "KV cache": "Bytes of keys and values for the prompt, summed from the tensors themselves.",
+    "Prefill": "Reading the prompt once. The same prefill serves every method here.",
+    "Score + prune": "Choosing the tokens and copying them into the smaller cache.",
+    "Decode": "Mean time for each answer token.",
+    "Agreement": "Share of answer tokens equal to FullKV's at the same place.",
+}
+
+
+def dumps(value: Any) -> str:
+    """The one compact JSON string that a component receives."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+def trace_payload(
+    trace: Trace, source: str, figures: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Everything the views need of one comparison; `source` says where it comes from, in words.
+
+    The record travels whole, so that the page can save it without asking the server; only its token
+    offsets are replaced by `starts` and `ends`, see `encode_offsets`.
+    """
+    record = trace.to_dict()
+    starts, ends = encode_offsets(record["prompt"].pop("text_utf16_offsets"))
+    return {
+        "source": source,
+        "name": run_file_name(trace),
+        "record": record,
+        "starts": starts,
+        "ends": ends,
+        "looks": [look(run, trace.prompt) for run in trace.runs],
+        "figures": dict(figures or {}),
+    }
+
+
+def look(run: Run, prompt: Prompt) -> dict[str, Any]:
+    """What a record does not say: how its method is drawn, and how long its observation window
+    was.
+    """
+    style = method_style(run.method)
+    return {
+        "color": [style.light, style.dark],
+        "glyph": style.glyph,
+        "window": window_tokens(run, prompt),
+    }
+
+
+def run_file_name(trace: Trace) -> str:
+    """A name that says what is in the file, of safe characters only."""
+    capacity = next(
+        (run.parameters["capacity"] for run in trace.runs if "capacity" in run.parameters), "full"
+    )
+    raw = f"dynamickv_{trace.model.name}_b{capacity}_{trace.created[:10]}"
+    return (
+        "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "-" for c in raw)[:100]
+        + ".json.gz"
+    )
+
+
+def encode_offsets(offsets: Sequence[Sequence[int]]) -> tuple[list[int], list[list[int]]]:
+    """Token starts as deltas, and [token, end] only where a token does not end at the next one's
+    start.
+    """
+    starts: list[int] = []
+    ends: list[list[int]] = []
+    previous = 0
+    for index, (start, end) in enumerate(offsets):
+        starts.append(start - previous)
+        previous = start
+        following = offsets[index + 1][0] if index + 1 < len(offsets) else -1
+        if end != following:
+            ends.append([index, end])
+    return starts, ends
+
+
+def window_tokens(run: Run, prompt: Prompt) -> int:
+    """Length of the observation window in this run; 0 where nothing was scored."""
+    if "window_size" not in run.parameters or prompt.length <= int(
+        run.parameters.get("capacity", 0)
+    ):
+        return 0
+    return min(int(run.parameters["window_size"]), prompt.length)
+
+
+def compressed_layers(run: Run, prompt: Prompt) -> int:
+    """How many layers hold fewer tokens than the prompt has."""
+    return sum(kept < prompt.length for kept in run.budgets)
+
+
+def cards_payload(trace: Trace, source: str) -> dict[str, Any]:
+    """The answer cards of a finished comparison."""
+    return {
+        "final": True,
+        "source": source,
+        "question": trace.prompt.question,
+        "notice": fits_notice(trace),
+        "cards": [card(run, trace) for run in trace.runs],
+    }
+
+
+def fits_notice(trace: Trace) -> str:
+    """One loud sentence when no method had anything to remove."""
+    compressing = [run for run in trace.runs if run.method != "FullKV"]
+    if not compressing or any(compressed_layers(run, trace.prompt) for run in compressing):
+        return ""
+    capacity = min(int(run.parameters.get("capacity", trace.prompt.length)) for run in compressing)
+    return (
+        f"Nothing to compress: the prompt ({count(trace.prompt.length, 'token')}) fits in the "
+        f"capacity ({capacity:,} tokens per layer). "
+        "Lower the capacity or paste a longer document."
+    )
+
+
+def card(run: Run, trace: Trace) -> dict[str, Any]:
+    """One finished answer with its receipts."""
+    layers = compressed_layers(run, trace.prompt)
+    total = trace.model.num_layers
+    if run.method == "FullKV":
+        chip, tone = "keeps everything", "plain"
+    elif layers:
+        chip, tone = f"compressed at {layers} of {total} layers", "good"
+    else:
+        chip, tone = "nothing to compress: the prompt fits", "loud"
+    split = run.agreement.first_divergence if run.agreement and run.method != "FullKV" else None
+    same = "".join(run.pieces[:split]) if split is not None else run.answer
+    differs = "".join(run.pieces[split : split + 1]) if split is not None else ""
+    rest = "".join(run.pieces[split + 1 :]) if split is not None else ""
+    return card_frame(run.method) | {
+        "state": "stopped" if run.finish_reason == "cancelled" else "done",
+        "chip": chip,
+        "tone": tone,
+        "answer": [same, differs, rest],
+        "finish": finish_words(run),
+        "kept": run.kept_fraction,
+        "receipts": receipts(run, trace),
+    }
+
+
+def card_frame(method: str) -> dict[str, Any]:
+    """What a card shows before its run has begun."""
+    return {
+        "method": method,
+        "glyph": method_style(method).glyph,
+        "state": "waiting",
+        "chip": "",
+        "tone": "plain",
+        "answer": ["", "", ""],
+        "finish": "",
+        "kept": None,
+        "receipts": [
+            {"label": label, "value": NOTHING, "note": "", "hint": hint}
+            for label, hint in CARD_HINTS.items()
+        ],
+    }
+
+
+def receipts(run: Run, trace: Trace) -> list[dict[str, str]]:
+    """The measured numbers of a run: label, value, and a note in small type."""
+    rows = {
+        "Kept": (percent(run.kept_fraction), "of prompt tokens"),
+        "KV cache": (mebibytes(run.kv_bytes), f"of {mebibytes(run.kv_bytes_full)}"),
+        "Prefill": (seconds(trace.prefill_seconds), "shared by all"),
+        "Score + prune": compression_row(run),
+        "Decode": decode_row(run.decode_seconds),
+        "Agreement": agreement_row(run),
+    }
+    return [
+        {"label": label, "value": value, "note": note, "hint": CARD_HINTS[label]}
+        for label, (value, note) in rows.items()
+    ]
+
+
+def compression_row(run: Run) -> tuple[str, str]:
+    """Time to choose and copy the kept tokens."""
+    if run.method == "FullKV":
+        return NOTHING, "nothing removed"
+    return milliseconds(run.score_seconds + run.prune_seconds), "all layers"
+
+
+def decode_row(per_token: Sequence[float]) -> tuple[str, str]:
+    """Mean time per decoded token; the first token comes free with the prefill."""
+    steps = list(per_token[1:])
+    if not steps:
+        return NOTHING, count(len(per_token), "token")
+    return f"{milliseconds(sum(steps) / len(steps))}/token", count(len(per_token), "token")
+
+
+def agreement_row(run: Run) -> tuple[str, str]:
+    """How far the answer follows FullKV's."""
+    if run.method == "FullKV":
+        return NOTHING, "the reference"
+    if run.agreement is None:
+        return NOTHING, "no FullKV run"
+    if run.agreement.first_divergence is None:
+        return "100 %", "same as FullKV"
+    return percent(
+        run.agreement.token_match
+    ), f"differs from token {run.agreement.first_divergence + 1}"
+
+
+def finish_words(run: Run) -> str:
+    """Why the answer ended."""
+    tokens = count(len(run.token_ids), "token")
+    return {
+        "stop": f"{tokens}, complete",
+        "length": f"{tokens}, cut at the limit",
+        "cancelled": f"stopped after {tokens}",
+    }[run.finish_reason]
+
+
+def source_label(kind: str, created: str) -> str:
+    """Where a record comes from, in words: "recorded on 23 November 2026"."""
+    try:
+        moment = datetime.fromisoformat(created.replace("Z", "+00:00"))
+    except ValueError:
+        return kind
+    day = f"{moment.day} {moment:%B %Y}"
+    return {
+        "recorded": f"recorded on {day}",
+        "file": f"opened from a file, run on {day}",
+        "run": f"run here, {day} {moment:%H:%M} UTC",
+    }.get(kind, f"{kind}, {day}")
+
+
+def capacity_line(
+    model: Mapping[str, int], capacity: int, tokens: int | None, heads: int | None = None
+) -> str:
+    """What a capacity means for this prompt: per cent of its tokens, and MiB of cache."""
+    per_token = cache_bytes_per_token(model, heads)
+    kept = capacity if tokens is None else min(capacity, tokens)
+    size = f"about {mebibytes(per_token * kept)}"
+    if not tokens:
+        return f"{size} of cache"
+    return f"{percent(kept / tokens)} of the prompt · {size} of {mebibytes(per_token * tokens)}"
+
+
+def cache_bytes_per_token(model: Mapping[str, int], heads: int | None = None) -> int:
+    """Bytes of keys and values one token takes over all layers."""
+    return (
+        2
+        * model["num_layers"]
+        * (heads or model["num_kv_heads"])
+        * model["head_dim"]
+        * model["bytes_per_value"]
+    )
+
+
+def count(number: int, noun: str) -> str:
+    """ "1 token", "3,412 tokens"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def percent(share: float) -> str:
+    """A share with as many digits as it deserves."""
+    value = 100 * share
+    if value >= 99.95:
+        return "100 %"
+    return f"{value:.0f} %" if value >= 20 else f"{value:.1f} %"
+
+
+def mebibytes(size: float) -> str:
+    """Bytes in MiB (2**20)."""
+    value = size / MIB
+    return (
+        f"{value:,.0f} MiB"
+        if value >= 100
+        else f"{value:.1f} MiB"
+        if value >= 1
+        else f"{value:.2f} MiB"
+    )
+
+
+def seconds(value: float) -> str:
+    """Seconds, or milliseconds below one."""
+    return f"{value:.1f} s" if value >= 1 else milliseconds(value)
+
+
+def milliseconds(value: float) -> str:
+    """Milliseconds, two digits at least."""
+    value *= 1000
+    return f"{value:.0f} ms" if value >= 10 else f"{value:.1f} ms"

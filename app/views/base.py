@@ -1,0 +1,84 @@
+"""What a view is: a pure function from a run record to a figure the browser draws. No widget, no
+state.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import plotly.graph_objects as go
+from plotly.utils import PlotlyJSONEncoder
+
+from dynamickv.trace import Trace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One frame of a figure's film: what every trace shows at that moment."""
+
+    label: str
+    note: str
+    x: list[list[float]]
+    """Values per figure trace, in the figure's order."""
+    base: list[list[float]]
+    """Where the bars start, per trace."""
+    limit: float
+    """End of the value axis."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figure:
+    """A Plotly figure, its height in pixels, and optionally a film."""
+
+    plot: go.Figure
+    height: int
+    note: str = ""
+    """A sentence under the title."""
+    steps: list[Step] = field(default_factory=list)
+    layer_axis: str = ""
+    """"x" or "y" when that axis counts layers: hovering it points at a layer everywhere."""
+    wide_limit: float | None = None
+    """A second end of the value axis, offered as a switch."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for the browser."""
+        spec = json.loads(json.dumps(self.plot.to_plotly_json(), cls=PlotlyJSONEncoder))
+        return {
+            "data": spec["data"],
+            "layout": spec["layout"],
+            "height": self.height,
+            "note": self.note,
+            "layerAxis": self.layer_axis,
+            "wideLimit": self.wide_limit,
+            "steps": [
+                {"label": s.label, "note": s.note, "x": s.x, "base": s.base, "limit": s.limit}
+                for s in self.steps
+            ],
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """A named view: its tab's title and how to draw it."""
+
+    key: str
+    title: str
+    render: Callable[[Trace], Figure]
+
+
+def blank_figure(height: int, **layout: Any) -> go.Figure:
+    """A figure in the page's manner: transparent, no template, zoom kept over updates."""
+    figure = go.Figure()
+    figure.update_layout(
+        template=None,
+        height=height,
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        uirevision="kept",
+        hovermode="closest",
+        **layout,
+    )
+    return figure

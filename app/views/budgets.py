@@ -1,0 +1,171 @@
+"""Tokens kept per layer: flat for SnapKV, the task's own shape for DynamicKV, and each update that
+made it.
+"""
+
+from __future__ import annotations
+
+import plotly.graph_objects as go
+
+from app.theme import method_style
+from app.view_model import count, window_tokens
+from dynamickv.trace import Run, Trace
+
+from .base import Figure, Step, View, blank_figure
+
+BAR_SPAN = 0.84
+WINDOW_OPACITY = 0.45
+
+
+def render(trace: Trace) -> Figure:
+    """Horizontal bars, layer 0 on top; every method has its lane, its window part is hatched."""
+    layers = list(range(trace.model.num_layers))
+    height = max(420, 17 * len(layers) + 90)
+    figure = blank_figure(
+        height,
+        barmode="overlay",
+        showlegend=False,
+        margin={"l": 40, "r": 14, "t": 8, "b": 42},
+        yaxis={
+            "title": {"text": "Layer", "standoff": 6},
+            "range": [len(layers) - 0.4, -0.6],
+            "dtick": 5,
+            "zeroline": False,
+            "showgrid": False,
+            "fixedrange": True,
+        },
+        xaxis={
+            "title": {"text": "Prompt tokens kept per head, window included"},
+            "rangemode": "tozero",
+            "zeroline": False,
+            "fixedrange": True,
+        },
+    )
+    lane = BAR_SPAN / max(len(trace.runs), 1)
+    for index, run in enumerate(trace.runs):
+        offset = -BAR_SPAN / 2 + index * lane
+        add_run(figure, run, window_tokens(run, trace.prompt), layers, offset, lane * 0.9)
+    limit = axis_limit(trace)
+    figure.update_xaxes(range=[0, limit])
+    return Figure(
+        plot=figure,
+        height=height,
+        note=scale_note(trace, limit),
+        steps=film(trace, limit),
+        layer_axis="y",
+        wide_limit=trace.prompt.length * 1.04 if trace.prompt.length > limit else None,
+    )
+
+
+def add_run(
+    figure: go.Figure, run: Run, window: int, layers: list[int], offset: float, width: float
+) -> None:
+    """Two bars per layer: the observation window (hatched) and what was chosen (solid or in the
+    method's pattern).
+    """
+    style = method_style(run.method)
+    window_part, chosen_part = split_budgets(run.budgets, window)
+    common = {"y": layers, "orientation": "h", "offset": offset, "width": width, "meta": run.method}
+    figure.add_bar(
+        **common,
+        name=f"{run.method}, window",
+        x=window_part,
+        base=[0] * len(layers),
+        marker={
+            "color": style.light,
+            "opacity": WINDOW_OPACITY,
+            "line": {"width": 0},
+            "pattern": {"shape": "/", "fillmode": "replace", "size": 4, "solidity": 0.45},
+        },
+        customdata=run.budgets,
+        hovertemplate="layer %{y} · " + run.method + "<br>observation window %{x}<extra></extra>",
+    )
+    figure.add_bar(
+        **common,
+        name=run.method,
+        x=chosen_part,
+        base=window_part,
+        marker={
+            "color": style.light,
+            "opacity": 0.35 if run.method == "FullKV" else 1,
+            "line": {"width": 0},
+            "pattern": {"shape": style.pattern, "fillmode": "overlay", "size": 5, "solidity": 0.3},
+        },
+        customdata=run.budgets,
+        hovertemplate="layer %{y} · "
+        + run.method
+        + "<br>%{customdata:,} tokens kept<extra></extra>",
+    )
+
+
+def split_budgets(budgets: list[int], window: int) -> tuple[list[int], list[int]]:
+    """Window part and chosen part of each layer's budget."""
+    window_part = [min(window, kept) for kept in budgets]
+    return window_part, [kept - part for kept, part in zip(budgets, window_part, strict=True)]
+
+
+def axis_limit(trace: Trace) -> float:
+    """Room for the compressed methods; FullKV's bars may run out of the picture, and the note says
+    so.
+    """
+    compressed = [kept for run in trace.runs if run.method != "FullKV" for kept in run.budgets]
+    return 1.08 * max(compressed or [trace.prompt.length])
+
+
+def scale_note(trace: Trace, limit: float) -> str:
+    """What the axis leaves out."""
+    if trace.prompt.length <= limit or not any(run.method == "FullKV" for run in trace.runs):
+        return ""
+    tokens = count(trace.prompt.length, "token")
+    return f"FullKV keeps all {tokens} in every layer: its bars run out of the picture."
+
+
+def film(trace: Trace, final_limit: float) -> list[Step]:
+    """One step per update of DynamicKV's budgets, then the result."""
+    run = next((run for run in trace.runs if run.budget_history), None)
+    if run is None:
+        return []
+    window = window_tokens(run, trace.prompt)
+    widest = 1.08 * (window + max(max(update) for update in run.budget_history))
+    capacity = int(run.parameters["capacity"])
+    total = (capacity - window) * trace.model.num_layers
+    steps = []
+    for number, update in enumerate(run.budget_history, start=1):
+        steps.append(
+            Step(
+                label=f"update {number} of {len(run.budget_history)}",
+                note=f"after layer {len(update) - 1}: {count(sum(update), 'token')} shared by "
+                f"{count(len(update), 'layer')} (budget {total:,})",
+                **bars_at(trace, run, [window + kept for kept in update]),
+                limit=max(widest, final_limit),
+            )
+        )
+    kept_total = sum(run.budgets) - window * trace.model.num_layers
+    steps.append(
+        Step(
+            label="result",
+            note=f"{count(kept_total, 'token')} chosen over {trace.model.num_layers} layers "
+            f"(budget {total:,}), plus a window of {window}",
+            **bars_at(trace, run, run.budgets),
+            limit=final_limit,
+        )
+    )
+    return steps
+
+
+def bars_at(trace: Trace, moving: Run, budgets: list[int]) -> dict[str, list[list[float]]]:
+    """All bars when `moving` holds these budgets; layers not seen yet are empty, other methods
+    stay.
+    """
+    x: list[list[float]] = []
+    base: list[list[float]] = []
+    for run in trace.runs:
+        window = window_tokens(run, trace.prompt)
+        shown = budgets if run is moving else run.budgets
+        window_part, chosen_part = split_budgets(shown, window)
+        missing = [0] * (trace.model.num_layers - len(shown))
+        x += [[*window_part, *missing], [*chosen_part, *missing]]
+        base += [[0] * trace.model.num_layers, [*window_part, *missing]]
+    return {"x": x, "base": base}
+
+
+VIEW = View(key="budgets", title="Budgets", render=render)
