@@ -7,12 +7,16 @@ trace = compare(llm, document, question, methods=[FullKV(), DynamicKV(capacity=1
 from dynamickv.compare import compare, compare_stream
 from dynamickv.events import ComparisonFinished, Compressed, Event, Progress, RunFinished, Token
 from dynamickv.methods import (
+    H2O,
     METHODS,
     CompressionMethod,
     DynamicKV,
     FullKV,
+    Manual,
+    PyramidKV,
     ScoredMethod,
     SnapKV,
+    StreamingLLM,
     build_method,
     build_methods,
 )
@@ -26,6 +30,7 @@ from dynamickv.version import __version__
 
 __all__ = [
     "DEFAULT_MODEL",
+    "H2O",
     "KNOWN_MODELS",
     "METHODS",
     "Agreement",
@@ -38,10 +43,12 @@ __all__ = [
     "Geometry",
     "LayerObservation",
     "LoadedModel",
+    "Manual",
     "ModelInfo",
     "Prefill",
     "Progress",
     "Prompt",
+    "PyramidKV",
     "Retained",
     "Retention",
     "Run",
@@ -49,6 +56,7 @@ __all__ = [
     "ScoredMethod",
     "Scores",
     "SnapKV",
+    "StreamingLLM",
     "Token",
     "Trace",
     "__version__",

@@ -6,27 +6,23 @@ from __future__ import annotations
 import platform
 import queue
 import threading
-import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 
-import numpy as np
 import torch
 import transformers
-from rouge import Rouge
-from torch import Tensor
 
-from dynamickv.cache import KVCache, prune
-from dynamickv.decode import Step, TextStream, decode
-from dynamickv.events import ComparisonFinished, Compressed, Event, Progress, RunFinished, Token
-from dynamickv.methods import METHODS, CompressionMethod, FullKV, ScoredMethod
+from dynamickv.agreement import agreement
+from dynamickv.answer import Answer
+from dynamickv.events import ComparisonFinished, Event, Progress, RunFinished
+from dynamickv.methods import METHODS, CompressionMethod, FullKV
 from dynamickv.models import LoadedModel
 from dynamickv.prefill import TAIL
 from dynamickv.prefill import prefill as run_prefill
-from dynamickv.prompt import require_text
-from dynamickv.records import Prefill, Retention
-from dynamickv.trace import Agreement, ModelInfo, Prompt, Retained, Run, Scores, Trace
+from dynamickv.prompt import EncodedPrompt, encode_prompt, require_text
+from dynamickv.records import Prefill
+from dynamickv.trace import ModelInfo, Prompt, Run, Trace
 from dynamickv.version import __version__
 
 
@@ -42,6 +38,7 @@ def compare(
     methods: Sequence[CompressionMethod],
     prefill: Prefill | None = None,
     max_new_tokens: int = 64,
+    question_aware: bool = True,
     truncate: bool = False,
     scores: bool = False,
 ) -> Trace:
@@ -56,6 +53,7 @@ def compare(
         methods=methods,
         prefill=prefill,
         max_new_tokens=max_new_tokens,
+        question_aware=question_aware,
         truncate=truncate,
         scores=scores,
     ):
@@ -72,6 +70,7 @@ def compare_stream(
     methods: Sequence[CompressionMethod],
     prefill: Prefill | None = None,
     max_new_tokens: int = 64,
+    question_aware: bool = True,
     truncate: bool = False,
     scores: bool = False,
     should_stop: Callable[[], bool] | None = None,
@@ -83,12 +82,16 @@ def compare_stream(
     the generator stops the work within one layer or one token and frees its memory.
 
     Args:
-        methods: what to compare, in this order; FullKV among them gives the others their
-            `agreement`. prefill: a prompt that was read before, instead of document and question:
-            no new forward pass. max_new_tokens: longest answer in tokens. truncate: cut the middle
-            out of a document that is too long instead of refusing it. scores: record every scored
-            method's importance per layer and position. should_stop: asked between tokens and
-            layers; once true, what exists is finished as "cancelled".
+        methods: what to compare, in this order; FullKV among them gives the others `agreement`.
+        prefill: a prompt that was read before, instead of document and question: no new forward
+            pass. One of a document alone takes any question.
+        max_new_tokens: longest answer in tokens.
+        question_aware: False compresses right after the document and then feeds the question to
+            the compressed caches, so that nothing is kept for the question's sake.
+        truncate: cut the middle out of a document that is too long instead of refusing it.
+        scores: record every scored method's importance per layer and position.
+        should_stop: asked between tokens and layers; once true, what exists is finished as
+            "cancelled".
 
     Raises:
         ValueError: an empty or too long prompt, no methods, or a bad number, in one sentence.
@@ -96,15 +99,24 @@ def compare_stream(
     _validate(document, question, methods, prefill, max_new_tokens)
     stop = should_stop or (lambda: False)
     if prefill is None:
-        tail = max(
-            [TAIL, *(method.window_size for method in methods if isinstance(method, ScoredMethod))]
-        )
         prefill = yield from _prefill_stream(
-            llm, document or "", question or "", truncate, tail, stop
+            llm,
+            lambda on_layer: run_prefill(
+                llm,
+                str(document),
+                question,
+                question_aware=question_aware,
+                truncate=truncate,
+                tail=max(TAIL, *(method.tail for method in methods)),
+                mass=any(method.needs_mass for method in methods),
+                on_layer=on_layer,
+            ),
+            stop,
         )
         if prefill is None:
             return
-    answers = [_Answer(llm, prefill, method, max_new_tokens, scores) for method in methods]
+    prompt = prefill.prompt if prefill.question_aware else _with_question(llm, prefill, question)
+    answers = [Answer(llm, prefill, prompt, method, max_new_tokens, scores) for method in methods]
     for index, answer in enumerate(answers):
         yield answer.compressed(index)
     finished: dict[int, Run] = {}
@@ -120,166 +132,7 @@ def compare_stream(
                 finished[index] = answer.finish()
                 yield RunFinished(index, finished[index])
     runs = _with_agreement([finished[index] for index in range(len(answers))])
-    yield ComparisonFinished(_trace(llm, prefill, runs))
-
-
-class _Answer:
-    """One method's cache and the answer growing from it."""
-
-    def __init__(
-        self,
-        llm: LoadedModel,
-        prefill: Prefill,
-        method: CompressionMethod,
-        max_new_tokens: int,
-        scores: bool,
-    ) -> None:
-        self._llm, self._prefill, self._method = llm, prefill, method
-        start = time.perf_counter()
-        self._retention = select(method, prefill)
-        llm.synchronize()
-        self._score_seconds = time.perf_counter() - start
-        start = time.perf_counter()
-        room = min(max_new_tokens, max(llm.geometry.max_positions - prefill.prompt.length, 0))
-        self._cache: KVCache | None = prune(prefill, self._retention, room)
-        llm.synchronize()
-        self._prune_seconds = time.perf_counter() - start
-        self._kv_bytes = self._cache.nbytes
-        self._scores = (
-            layer_scores(method, prefill) if scores and isinstance(method, ScoredMethod) else None
-        )
-        self._steps: Iterator[Step] = decode(
-            llm, self._cache, prefill.logits, prefill.prompt.length, max_new_tokens
-        )
-        self._text = TextStream(llm)
-        self._done: list[Step] = []
-        self.finish_reason: str | None = None
-
-    def compressed(self, index: int) -> Compressed:
-        """What was kept, before any token is decoded."""
-        return Compressed(
-            run=index,
-            method=self._method.name,
-            budgets=self._retention.budgets,
-            kept_fraction=self._retention.kept_fraction,
-            kv_bytes=self._kv_bytes,
-            score_seconds=self._score_seconds,
-            prune_seconds=self._prune_seconds,
-        )
-
-    def step(self, index: int) -> Token:
-        """Decode one token."""
-        step = next(self._steps)
-        self._done.append(step)
-        self._text.push(step.token_id, final=step.last is not None)
-        self.finish_reason = step.last
-        return Token(index, self._method.name, step.token_id, self._text.text, step.seconds)
-
-    def finish(self) -> Run:
-        """The record of this answer; its cache is freed."""
-        self._cache = None
-        self._steps = iter(())
-        return Run(
-            method=self._method.name,
-            parameters=self._method.parameters,
-            answer=self._text.text,
-            token_ids=[step.token_id for step in self._done],
-            pieces=self._text.pieces,
-            logprobs=[step.logprob for step in self._done],
-            finish_reason=self.finish_reason or "cancelled",
-            budgets=self._retention.budgets,
-            budget_history=[list(update) for update in self._retention.budget_history],
-            retained=Retained.pack(retained_mask(self._retention)),
-            scores=None if self._scores is None else Scores.pack(self._scores),
-            kv_bytes=self._kv_bytes,
-            kv_bytes_full=self._prefill.kv_bytes,
-            kept_fraction=self._retention.kept_fraction,
-            score_seconds=self._score_seconds,
-            prune_seconds=self._prune_seconds,
-            decode_seconds=[step.seconds for step in self._done],
-        )
-
-
-@torch.inference_mode()
-def select(method: CompressionMethod, prefill: Prefill) -> Retention:
-    """A method's choice over a prefill."""
-    return method.select(prefill.layers)
-
-
-def retained_mask(retention: Retention) -> np.ndarray:
-    """Boolean (layers, heads, positions)."""
-    mask = np.zeros(
-        (len(retention.indices), retention.indices[0].shape[0], retention.prompt_length), bool
-    )
-    for layer, kept in enumerate(retention.indices):
-        np.put_along_axis(mask[layer], kept.cpu().numpy(), True, axis=1)
-    return mask
-
-
-@torch.inference_mode()
-def layer_scores(method: ScoredMethod, prefill: Prefill) -> np.ndarray | None:
-    """Scores averaged over heads, each layer scaled to 0..255, uint8 (layers, positions); the
-    window reads 255.
-
-    None when the prompt is too short to be scored.
-    """
-    length = prefill.prompt.length
-    if length <= method.window_size:
-        return None
-    table = np.full((len(prefill.layers), length), 255, np.uint8)
-    for index, layer in enumerate(prefill.layers):
-        scores: Tensor = method.score(layer).mean(dim=0)
-        scaled = scores / scores.max().clamp_min(torch.finfo(torch.float32).tiny) * 255
-        table[index, : scores.shape[0]] = scaled.round().to(torch.uint8).cpu().numpy()
-    return table
-
-
-def _prefill_stream(
-    llm: LoadedModel,
-    document: str,
-    question: str,
-    truncate: bool,
-    tail: int,
-    stop: Callable[[], bool],
-) -> Generator[Event, None, Prefill | None]:
-    """Run the prefill in a thread, so that its progress can be told and it can be stopped; None
-    when stopped."""
-    total = llm.geometry.num_layers
-    messages: queue.SimpleQueue[int | Prefill | BaseException] = queue.SimpleQueue()
-    abandoned = threading.Event()
-
-    def on_layer(layer: int) -> None:
-        if abandoned.is_set() or stop():
-            raise Cancelled
-        messages.put(layer)
-
-    def work() -> None:
-        try:
-            messages.put(
-                run_prefill(
-                    llm, document, question, truncate=truncate, tail=tail, on_layer=on_layer
-                )
-            )
-        except BaseException as error:  # handed to the reader, which raises it
-            messages.put(error)
-
-    yield Progress("prefill", 0, total)
-    worker = threading.Thread(target=work, name="prefill", daemon=True)
-    worker.start()
-    try:
-        while True:
-            message = messages.get()
-            if isinstance(message, int):
-                yield Progress("prefill", message, total)
-            elif isinstance(message, Prefill):
-                return message
-            elif isinstance(message, Cancelled):
-                return None
-            else:
-                raise message
-    finally:
-        abandoned.set()
-        worker.join()
+    yield ComparisonFinished(_trace(llm, prefill, prompt, runs))
 
 
 def _validate(
@@ -307,10 +160,75 @@ def _validate(
     if prefill is None:
         require_text("document", document)
         require_text("question", question)
-    if prefill is not None and (document is not None or question is not None):
+    elif document is not None:
+        raise ValueError("the document is part of the prefill; give one or the other")
+    elif prefill.question_aware and question is not None:
         raise ValueError(
-            "document and question are part of the prefill; give either the prefill or the texts"
+            "the question is part of this prefill; leave it out, or prefill the document alone"
         )
+    elif not prefill.question_aware and not (question or prefill.prompt.question):
+        raise ValueError("this prefill holds a document alone; give a question")
+
+
+def _with_question(llm: LoadedModel, prefill: Prefill, question: str | None) -> EncodedPrompt:
+    """The whole prompt for a prefill of its document alone."""
+    start, end = prefill.prompt.document_characters
+    prompt = encode_prompt(
+        llm.tokenizer,
+        prefill.prompt.text[start:end],
+        question or prefill.prompt.question,
+        limit=llm.geometry.max_positions,
+        chat_template=prefill.prompt.chat_template,
+    )
+    if prompt.token_ids[: prefill.length] != prefill.prompt.token_ids:
+        raise ValueError(
+            "this question changes how the document is tokenized; prefill them together"
+        )
+    cut = prefill.prompt.original_length - prefill.length
+    return replace(prompt, original_length=prompt.length + cut)
+
+
+def _prefill_stream(
+    llm: LoadedModel,
+    run: Callable[[Callable[[int], None]], Prefill],
+    stop: Callable[[], bool],
+) -> Generator[Event, None, Prefill | None]:
+    """Run a prefill in a thread, so that its progress can be told and it can be stopped.
+
+    None when it was stopped.
+    """
+    total = llm.geometry.num_layers
+    messages: queue.SimpleQueue[int | Prefill | BaseException] = queue.SimpleQueue()
+    abandoned = threading.Event()
+
+    def on_layer(layer: int) -> None:
+        if abandoned.is_set() or stop():
+            raise Cancelled
+        messages.put(layer)
+
+    def work() -> None:
+        try:
+            messages.put(run(on_layer))
+        except BaseException as error:  # handed to the reader, which raises it
+            messages.put(error)
+
+    yield Progress("prefill", 0, total)
+    worker = threading.Thread(target=work, name="prefill", daemon=True)
+    worker.start()
+    try:
+        while True:
+            message = messages.get()
+            if isinstance(message, int):
+                yield Progress("prefill", message, total)
+            elif isinstance(message, Prefill):
+                return message
+            elif isinstance(message, Cancelled):
+                return None
+            else:
+                raise message
+    finally:
+        abandoned.set()
+        worker.join()
 
 
 def _with_agreement(runs: list[Run]) -> list[Run]:
@@ -321,31 +239,8 @@ def _with_agreement(runs: list[Run]) -> list[Run]:
     return [replace(run, agreement=agreement(run, yardstick)) for run in runs]
 
 
-def agreement(run: Run, yardstick: Run) -> Agreement:
-    """How far `run` follows `yardstick`."""
-    ours, theirs = run.token_ids, yardstick.token_ids
-    longest = max(len(ours), len(theirs), 1)
-    same = [a == b for a, b in zip(ours, theirs, strict=False)]
-    return Agreement(
-        first_divergence=None
-        if ours == theirs
-        else next((i for i, equal in enumerate(same) if not equal), len(same)),
-        token_match=1.0 if ours == theirs else sum(same) / longest,
-        rouge_l=rouge_l(run.answer, yardstick.answer),
-    )
-
-
-def rouge_l(prediction: str, reference: str) -> float:
-    """ROUGE-L F-measure over words, 0 to 1; 1 for equal texts."""
-    if prediction.split() == reference.split():
-        return 1.0
-    if not prediction.strip(" .\n") or not reference.strip(" .\n"):
-        return 0.0
-    return float(Rouge(metrics=["rouge-l"]).get_scores(prediction, reference)[0]["rouge-l"]["f"])
-
-
-def _trace(llm: LoadedModel, prefill: Prefill, runs: list[Run]) -> Trace:
-    prompt, geometry = prefill.prompt, llm.geometry
+def _trace(llm: LoadedModel, prefill: Prefill, prompt: EncodedPrompt, runs: list[Run]) -> Trace:
+    geometry = llm.geometry
     return Trace(
         created=datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z"),
         versions={

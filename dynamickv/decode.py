@@ -4,7 +4,7 @@ is a fold over it."""
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,7 +51,7 @@ def decode(
         if last is not None:
             return
         start = time.perf_counter()
-        logits = decode_one_token(llm, cache, token_id, position)
+        logits = extend(llm, cache, [token_id], position)
         position += 1
 
 
@@ -64,15 +64,19 @@ def choose(logits: Tensor) -> tuple[int, float]:
 
 
 @torch.inference_mode()
-def decode_one_token(llm: LoadedModel, cache: KVCache, token_id: int, position: int) -> Tensor:
-    """Feed one token at its true position; next-token logits, (vocabulary,)."""
+def extend(llm: LoadedModel, cache: KVCache, token_ids: Sequence[int], position: int) -> Tensor:
+    """Feed tokens from their true position on; next-token logits, (vocabulary,).
+
+    Layers may hold different numbers of positions: each attends to what it holds and, causally, to
+    the new tokens.
+    """
     device = llm.device
     with observed(llm.model):
         output = llm.model(
-            torch.tensor([[token_id]], device=device),
+            torch.tensor([list(token_ids)], device=device),
             # The pruned cache is shorter than the text it stands for: its length is not the
             # next position.
-            position_ids=torch.tensor([[position]], device=device),
+            position_ids=torch.arange(position, position + len(token_ids), device=device)[None],
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,

@@ -17,6 +17,7 @@ from dynamickv.models import LoadedModel
 from dynamickv.observe import observed
 from dynamickv.prompt import EncodedPrompt, encode_prompt
 from dynamickv.records import LayerObservation, Prefill
+from dynamickv.scoring import attention_mass
 
 TAIL = 64
 """Queries kept per layer: the widest observation window that can be chosen afterwards."""
@@ -25,19 +26,26 @@ TAIL = 64
 def prefill(
     llm: LoadedModel,
     document: str,
-    question: str,
+    question: str | None = None,
     *,
+    question_aware: bool | None = None,
     truncate: bool = False,
     chat_template: bool = True,
     tail: int = TAIL,
+    mass: bool = False,
     on_layer: Callable[[int], None] | None = None,
 ) -> Prefill:
     """Read a document and a question once; any number of methods can follow.
 
     Args:
+        question: None reads the document alone, so that several questions can follow.
+        question_aware: False stops after the document, so that compression does not see the
+            question, which is fed to the compressed caches later. By default True with a question.
         truncate: cut the middle out of a document that is too long instead of refusing it.
         chat_template: False feeds plain text.
         tail: last queries to keep per layer, the widest `window_size` allowed later.
+        mass: also record the attention every position receives from all queries, which H2O needs
+            and which about doubles the work.
         on_layer: called with the number of layers done; an exception it raises stops the pass.
 
     Raises:
@@ -46,12 +54,14 @@ def prefill(
     prompt = encode_prompt(
         llm.tokenizer,
         document,
-        question,
+        "?" if question is None else question,
         limit=llm.geometry.max_positions,
         truncate=truncate,
         chat_template=chat_template,
     )
-    return prefill_prompt(llm, prompt, tail=tail, on_layer=on_layer)
+    if question is None or question_aware is False:
+        prompt = prompt.document_part(question or "")
+    return prefill_prompt(llm, prompt, tail=tail, mass=mass, on_layer=on_layer)
 
 
 @torch.inference_mode()
@@ -60,17 +70,29 @@ def prefill_prompt(
     prompt: EncodedPrompt,
     *,
     tail: int = TAIL,
+    mass: bool = False,
     on_layer: Callable[[int], None] | None = None,
 ) -> Prefill:
     """`prefill` for a prompt that is already encoded."""
-    queries: list[Tensor] = []
-    scalings: list[float] = []
+    layers: list[LayerObservation] = []
+    mass_seconds = 0.0
 
     def record(layer: KVLayer, query: Tensor, scaling: float) -> None:
-        queries.append(query[0, :, -tail:].clone())
-        scalings.append(scaling)
+        nonlocal mass_seconds
+        keys = layer.held()[0][0]
+        received = None
+        if mass:
+            llm.synchronize()
+            started = time.perf_counter()
+            received = attention_mass(query[0], keys, scaling)
+            llm.synchronize()
+            mass_seconds += time.perf_counter() - started
+        tail_queries = query[0, :, -tail:].clone()
+        layers.append(
+            LayerObservation(queries=tail_queries, keys=keys, scaling=scaling, mass=received)
+        )
         if on_layer is not None:
-            on_layer(len(queries))
+            on_layer(len(layers))
 
     cache = KVCache(llm.geometry.num_layers, record)
     token_ids = torch.tensor([prompt.token_ids], device=llm.device)
@@ -79,15 +101,11 @@ def prefill_prompt(
         output = llm.model(token_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     logits = output.logits[0, -1]
     llm.synchronize()
-    seconds = time.perf_counter() - start
-    held = [layer.held() for layer in cache.layers]
     return Prefill(
         prompt=prompt,
-        layers=tuple(
-            LayerObservation(queries=query, keys=keys[0], scaling=scaling)
-            for query, scaling, (keys, _) in zip(queries, scalings, held, strict=True)
-        ),
-        values=tuple(values[0] for _, values in held),
+        layers=tuple(layers),
+        values=tuple(layer.held()[1][0] for layer in cache.layers),
         logits=logits,
-        seconds=seconds,
+        seconds=time.perf_counter() - start - mass_seconds,
+        mass_seconds=mass_seconds,
     )

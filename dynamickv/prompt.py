@@ -6,7 +6,7 @@ never as markup. Knows tokenizers and nothing else of a model.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 SEPARATOR = "\n\n"
@@ -29,6 +29,7 @@ class EncodedPrompt:
     question: str
     original_length: int
     """Tokens before the middle of the document was cut out."""
+    chat_template: bool = True
 
     @property
     def length(self) -> int:
@@ -39,6 +40,25 @@ class EncodedPrompt:
     def truncated(self) -> bool:
         """Whether the middle of the document was cut out."""
         return self.original_length != self.length
+
+    def document_part(self, question: str) -> EncodedPrompt:
+        """The prompt up to the end of the document, for a question that is fed later."""
+        end = self.document_characters[1]
+        count = next(
+            (index for index, (_, right) in enumerate(self.offsets) if right > end), self.length
+        )
+        cut = self.original_length - self.length
+        return EncodedPrompt(
+            token_ids=self.token_ids[:count],
+            text=self.text[:end],
+            offsets=self.offsets[:count],
+            document_span=(self.document_span[0], count),
+            document_characters=self.document_characters,
+            question_span=(0, 0),
+            question=question,
+            original_length=count + cut,
+            chat_template=self.chat_template,
+        )
 
     def utf16_offsets(self) -> list[list[int]]:
         """`offsets` in UTF-16 units, which is how browsers count."""
@@ -67,8 +87,7 @@ def encode_prompt(
         tokenizer: a fast transformers tokenizer.
         limit: the longest prompt allowed, in tokens.
         truncate: cut the middle out of a document that is too long, keeping its first and last
-            parts as LongBench
-            does, instead of refusing it.
+            parts as LongBench does, instead of refusing it.
         chat_template: False feeds document and question as plain text, as LongBench's own templates
             expect.
 
@@ -79,7 +98,7 @@ def encode_prompt(
     require_text("question", question)
     document, question = _valid_text(document), _valid_text(question)
     parts = _template_parts(tokenizer, chat_template)
-    encoded = _encode(tokenizer, parts, document, question)
+    encoded = replace(_encode(tokenizer, parts, document, question), chat_template=chat_template)
     if encoded.length <= limit:
         return encoded
     if not truncate:
@@ -129,16 +148,7 @@ def _truncated(
         tail_start = whole.offsets[last - room // 2][0] - start if room > 1 else len(document)
         shorter = _encode(tokenizer, parts, document[:head_end] + document[tail_start:], question)
         if shorter.length <= limit:
-            return EncodedPrompt(
-                token_ids=shorter.token_ids,
-                text=shorter.text,
-                offsets=shorter.offsets,
-                document_span=shorter.document_span,
-                document_characters=shorter.document_characters,
-                question_span=shorter.question_span,
-                question=question,
-                original_length=whole.length,
-            )
+            return replace(shorter, original_length=whole.length, chat_template=whole.chat_template)
         room -= shorter.length - limit
     raise ValueError(
         f"the question and the template alone take {whole.length - (last - first):,} tokens "

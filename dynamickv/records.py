@@ -95,7 +95,19 @@ class Prefill:
     logits: Tensor
     """Next-token logits after the prompt, (vocabulary,)."""
     seconds: float
-    question_aware: bool = True
+    """Without `mass_seconds`."""
+    mass_seconds: float = 0.0
+    """Time spent on the attention of all queries, when it was recorded."""
+
+    @property
+    def question_aware(self) -> bool:
+        """Whether the question was read along, so that scores could see it."""
+        return self.prompt.question_span[1] > 0
+
+    @property
+    def length(self) -> int:
+        """Tokens that were read: the prompt, or the part of it up to the end of the document."""
+        return self.layers[0].prompt_length
 
     @property
     def kv_bytes(self) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dynamickv.methods import CompressionMethod
 from dynamickv.records import LayerObservation, Retention
+from dynamickv.scoring import attention_mass
 
 
 @torch.no_grad()
@@ -41,12 +42,16 @@ def retain(
         )
     for layer, (query, key) in enumerate(zip(queries, keys, strict=True)):
         _check_layer(layer, query, key, keys[0].shape)
+    factor = keys[0].shape[-1] ** -0.5 if scaling is None else scaling
     return method.select(
         [
             LayerObservation(
                 queries=query[0],
                 keys=key[0],
-                scaling=key.shape[-1] ** -0.5 if scaling is None else scaling,
+                scaling=factor,
+                mass=attention_mass(query[0], key[0], factor)
+                if method.needs_mass and query.shape[2] == key.shape[2]
+                else None,
             )
             for query, key in zip(queries, keys, strict=True)
         ]

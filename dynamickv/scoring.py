@@ -13,6 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_BLOCK_ELEMENTS = (2**26, 2**20)
+"""Attention weights computed at a time: on accelerators, and on CPUs, where they should stay in
+the cache."""
+
 
 def window_attention(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
     """Attention mass that the last `window` queries pay to each position before them.
@@ -41,6 +45,37 @@ def window_attention(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
     future = torch.ones(window, window, dtype=torch.bool, device=keys.device).triu_(1)
     logits[..., prompt_length - window :].masked_fill_(future, torch.finfo(torch.float32).min)
     return logits.softmax(dim=-1)[..., : prompt_length - window].sum(dim=1)
+
+
+def attention_mass(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
+    """Attention that every position receives from all queries of the prompt, exactly.
+
+    Works in blocks of queries: memory is O(block x n) per KV head, never n x n.
+
+    Args:
+        queries: (num_query_heads, prompt_length, head_dim), the whole prompt.
+        keys: (num_kv_heads, prompt_length, head_dim).
+
+    Returns:
+        (num_query_heads, prompt_length) float32, summed over queries, not normalised.
+
+    Source: H2O, arXiv:2306.14048, accumulated attention.
+    """
+    num_query_heads, length, head_dim = queries.shape
+    num_kv_heads = keys.shape[0]
+    group = num_query_heads // num_kv_heads
+    grouped = queries.view(num_kv_heads, group, length, head_dim)
+    mass = torch.zeros(num_kv_heads, group, length, dtype=torch.float32, device=keys.device)
+    block = max(16, _BLOCK_ELEMENTS[keys.device.type == "cpu"] // (group * length))
+    for head in range(num_kv_heads):
+        columns = keys[head].float().mul(scaling).t().contiguous()
+        for start in range(0, length, block):
+            end = min(start + block, length)
+            logits = grouped[head, :, start:end].float() @ columns[:, :end]
+            future = torch.ones(end - start, end - start, dtype=torch.bool, device=keys.device)
+            logits[..., start:].masked_fill_(future.triu_(1), float("-inf"))
+            mass[head, :, :end] += logits.softmax(dim=-1).sum(dim=1)
+    return mass.view(num_query_heads, length)
 
 
 def reduce_group(scores: Tensor, num_kv_heads: int, reduction: str) -> Tensor:

@@ -9,12 +9,20 @@ from typing import Any
 from dynamickv.methods.base import CompressionMethod, ScoredMethod
 from dynamickv.methods.dynamickv import DynamicKV
 from dynamickv.methods.full import FullKV
+from dynamickv.methods.h2o import H2O
+from dynamickv.methods.manual import Manual
+from dynamickv.methods.pyramidkv import PyramidKV
 from dynamickv.methods.snapkv import SnapKV
+from dynamickv.methods.streaming_llm import StreamingLLM
 
 METHODS: dict[str, type[CompressionMethod]] = {
     FullKV.name: FullKV,
+    StreamingLLM.name: StreamingLLM,
+    H2O.name: H2O,
     SnapKV.name: SnapKV,
+    PyramidKV.name: PyramidKV,
     DynamicKV.name: DynamicKV,
+    Manual.name: Manual,
 }
 
 
@@ -46,12 +54,16 @@ def build_methods(names: Iterable[str], **settings: Any) -> list[CompressionMeth
 
 
 __all__ = [
+    "H2O",
     "METHODS",
     "CompressionMethod",
     "DynamicKV",
     "FullKV",
+    "Manual",
+    "PyramidKV",
     "ScoredMethod",
     "SnapKV",
+    "StreamingLLM",
     "build_method",
     "build_methods",
 ]

@@ -1,7 +1,7 @@
 """What a compression method is: parameters, and a choice of prompt positions made from observed
 layers.
 
-`Selection` walks the layers in order, so that the same code serves a finished prefill (all layers
+A `Selection` walks the layers in order, so that the same code serves a finished prefill (all layers
 at once) and a prefill that is pruned while it runs (layer by layer). Nothing here knows models or
 caches.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -23,49 +23,122 @@ from dynamickv.scoring import pool, reduce_group, top_positions, window_attentio
 
 @dataclass(frozen=True, kw_only=True)
 class CompressionMethod(ABC):
-    """A method is its parameters; `select` is all it does."""
+    """A method is its parameters and the selection it starts for each prompt."""
 
     name: ClassVar[str]
-    needs_window: ClassVar[int] = 0
-    """Trailing queries `select` reads, at least."""
     needs_mass: ClassVar[bool] = False
-    """Whether `select` reads the attention of all queries (LayerObservation.mass)."""
+    """Whether it reads the attention of all queries (LayerObservation.mass)."""
 
     @property
     def parameters(self) -> dict[str, Any]:
         """Parameters by name, JSON-ready."""
         return asdict(self)
 
+    @property
+    def tail(self) -> int:
+        """Trailing queries it reads."""
+        return 1
+
     @abstractmethod
+    def fits(self, prompt_length: int) -> bool:
+        """Whether a prompt is kept whole."""
+
+    @abstractmethod
+    def start(self, num_layers: int) -> Selection:
+        """Begin choosing for one prompt, which does not fit."""
+
     def select(self, observations: Sequence[LayerObservation]) -> Retention:
         """Choose the positions to keep in every layer."""
+        selection = self.start(len(observations))
+        for layer in observations:
+            selection.observe(layer)
+        return selection.retention()
+
+
+class Selection(ABC):
+    """One prompt's walk through the layers."""
+
+    @abstractmethod
+    def observe(self, observation: LayerObservation) -> range:
+        """Take in the next layer; the layers whose holdings changed."""
+
+    @abstractmethod
+    def positions(self, layer: int) -> Tensor:
+        """What a layer holds now, LongTensor (heads, held) ascending, window included."""
+
+    @abstractmethod
+    def retention(self) -> Retention:
+        """What all layers hold in the end."""
+
+
+class FixedSelection(Selection):
+    """Every layer keeps what a function of that layer alone says."""
+
+    def __init__(self, choose: Callable[[LayerObservation], Tensor]) -> None:
+        self._choose = choose
+        self._chosen: list[Tensor] = []
+        self._prompt_length = 0
+
+    def observe(self, observation: LayerObservation) -> range:
+        """Choose for the next layer."""
+        self._chosen.append(self._choose(observation))
+        self._prompt_length = observation.prompt_length
+        return range(len(self._chosen) - 1, len(self._chosen))
+
+    def positions(self, layer: int) -> Tensor:
+        """That layer's choice."""
+        return self._chosen[layer]
+
+    def retention(self) -> Retention:
+        """All layers' choices."""
+        return Retention(indices=tuple(self._chosen), prompt_length=self._prompt_length)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoredMethod(CompressionMethod):
-    """Keep the observation window and the best-scored positions before it: score each layer, share
-    the budget, cut."""
+class EvictingMethod(CompressionMethod):
+    """A method that keeps `capacity` tokens of a longer prompt."""
 
     capacity: int
     """Mean prompt tokens kept per layer and head, observation window included (the papers' "KV
     cache size")."""
+    granularity: str = "kv_head"
+    """"kv_head": one choice per KV head, scores joined over its query heads before pooling.
+    "query_head": one choice per query head; the cache then stores every query head and is
+    num_query_heads / num_kv_heads times larger."""
+
+    def __post_init__(self) -> None:
+        require_integer("capacity", self.capacity, 1, "token")
+        require_choice("granularity", self.granularity, ("kv_head", "query_head"))
+
+    def fits(self, prompt_length: int) -> bool:
+        """A prompt no longer than `capacity` is kept whole."""
+        return prompt_length <= self.capacity
+
+    def select(self, observations: Sequence[LayerObservation]) -> Retention:
+        """Choose the positions to keep in every layer; everything if the prompt fits."""
+        if self.fits(observations[0].prompt_length):
+            return Retention.everything(observations, self.granularity)
+        return CompressionMethod.select(self, observations)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredMethod(EvictingMethod):
+    """Keep the observation window and the best-scored positions before it: score each layer, share
+    the budget, cut."""
+
     window_size: int = 8
     """Trailing prompt tokens whose queries vote and which are always kept."""
     kernel_size: int = 7
     """Pooling width in tokens, odd; wider keeps longer contiguous runs."""
     pooling: str = "max"
     """"max" or "avg"."""
-    granularity: str = "kv_head"
-    """"kv_head": one choice per KV head, scores joined over its query heads before pooling.
-    "query_head": one choice per query head; the cache then stores every query head and is
-    num_query_heads / num_kv_heads times larger."""
     group_reduction: str = "mean"
     """How query heads are joined with "kv_head": "mean", "max" or "sum"."""
 
     def __post_init__(self) -> None:
+        EvictingMethod.__post_init__(self)
         require_integer("window_size", self.window_size, 1, "token")
         require_integer("kernel_size", self.kernel_size, 1, "token")
-        require_integer("capacity", self.capacity, 1, "token")
         if self.kernel_size % 2 == 0:
             raise ValueError(
                 f"kernel_size must be odd to keep positions aligned, got {self.kernel_size}"
@@ -75,8 +148,16 @@ class ScoredMethod(CompressionMethod):
                 f"capacity must exceed window_size={self.window_size} tokens, got {self.capacity}"
             )
         require_choice("pooling", self.pooling, ("max", "avg"))
-        require_choice("granularity", self.granularity, ("kv_head", "query_head"))
         require_choice("group_reduction", self.group_reduction, ("mean", "max", "sum"))
+
+    @property
+    def tail(self) -> int:
+        """The window's queries."""
+        return self.window_size
+
+    def start(self, num_layers: int) -> Selection:
+        """Score, allocate, cut."""
+        return ScoredSelection(self, num_layers)
 
     @property
     def mean_budget(self) -> int:
@@ -119,18 +200,8 @@ class ScoredMethod(CompressionMethod):
             f"{self.name} has no re-allocation; override allocate together with updates_after"
         )
 
-    def select(self, observations: Sequence[LayerObservation]) -> Retention:
-        """Top-scored positions within each layer's budget, plus the window; everything if the
-        prompt fits."""
-        if observations[0].prompt_length <= self.capacity:
-            return Retention.everything(observations, self.granularity)
-        selection = Selection(self, len(observations))
-        for layer in observations:
-            selection.observe(layer)
-        return selection.retention()
 
-
-class Selection:
+class ScoredSelection(Selection):
     """One prompt's walk through the layers: scores so far, and how many prefix tokens each layer
     still holds.
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from dynamickv.methods.base import CompressionMethod
-from dynamickv.records import LayerObservation, Retention
+import torch
+
+from dynamickv.methods.base import CompressionMethod, FixedSelection, Selection
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +16,14 @@ class FullKV(CompressionMethod):
 
     name: ClassVar[str] = "FullKV"
 
-    def select(self, observations: Sequence[LayerObservation]) -> Retention:
-        """Everything."""
-        return Retention.everything(observations)
+    def fits(self, prompt_length: int) -> bool:
+        """Every prompt does."""
+        return True
+
+    def start(self, num_layers: int) -> Selection:
+        """Keep all positions, per KV head."""
+        return FixedSelection(
+            lambda layer: torch.arange(layer.prompt_length, device=layer.keys.device).expand(
+                layer.num_kv_heads, -1
+            )
+        )

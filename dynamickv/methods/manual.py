@@ -1,0 +1,52 @@
+"""Manual: budgets given layer by layer, for people who want to beat the methods."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from dynamickv.methods.base import ScoredMethod, Selection, require_integer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manual(ScoredMethod):
+    """Score like SnapKV; keep `budgets[layer]` tokens in each layer, observation window included.
+
+    Without budgets every layer keeps `capacity`; with them capacity is their mean, rounded down.
+    """
+
+    name: ClassVar[str] = "Manual"
+    capacity: int = 0
+    budgets: Sequence[int] = ()
+    """Prompt tokens kept per layer and head, one number per layer."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.budgets, str) or not isinstance(self.budgets, Sequence):
+            raise ValueError(f"budgets must be a list of tokens per layer, got {self.budgets!r}")
+        object.__setattr__(self, "budgets", tuple(self.budgets))
+        for layer, budget in enumerate(self.budgets):
+            require_integer(f"budgets[{layer}]", budget, self.window_size, "token")
+        if self.budgets:
+            object.__setattr__(self, "capacity", sum(self.budgets) // len(self.budgets))
+        elif self.capacity == 0:
+            raise ValueError("Manual needs budgets, one number of tokens per layer; give a list")
+        if not self.budgets or self.capacity > self.window_size:
+            ScoredMethod.__post_init__(self)
+
+    def fits(self, prompt_length: int) -> bool:
+        """A prompt that every layer has room for is kept whole."""
+        return prompt_length <= min(self.budgets or (self.capacity,))
+
+    def start(self, num_layers: int) -> Selection:
+        """Check that there is one budget per layer."""
+        if self.budgets and len(self.budgets) != num_layers:
+            raise ValueError(
+                f"budgets has {len(self.budgets)} numbers and the model {num_layers} layers; "
+                "give one number per layer"
+            )
+        return ScoredMethod.start(self, num_layers)
+
+    def first_budget(self, layer: int, num_layers: int, prefix_length: int) -> int:
+        """The given budget without the window."""
+        return (self.budgets[layer] if self.budgets else self.capacity) - self.window_size
