@@ -201,7 +201,9 @@ def _encode(
             split_special_tokens=plain,
         )
         token_ids += piece["input_ids"]
-        offsets += [(start + left, start + right) for left, right in piece["offset_mapping"]]
+        offsets += [
+            (start + left, start + right) for left, right in _untrimmed(piece["offset_mapping"])
+        ]
     return EncodedPrompt(
         token_ids=token_ids,
         text=text,
@@ -230,6 +232,17 @@ def _segments(
         for piece in ((0, start, False), (start, end, True), (end, len(text), False))
         if piece[0] < piece[1]
     ]
+
+
+def _untrimmed(offsets: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Give tokens the leading spaces back that some tokenizers leave out of their offsets."""
+    whole: list[tuple[int, int]] = []
+    covered = 0
+    for (left, right), (following, _) in zip(offsets, [*offsets[1:], (0, 0)], strict=True):
+        left = min(left, covered)
+        whole.append((left, max(right, following if left == right else right)))
+        covered = max(covered, whole[-1][1])
+    return whole
 
 
 def _touching(offsets: list[tuple[int, int]], start: int, end: int) -> tuple[int, int]:
