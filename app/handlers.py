@@ -95,7 +95,7 @@ class Handlers:
         except (ValueError, OSError) as error:
             yield failed(error), RESTORE, gr.skip(), *idle_buttons()
             raise page_error(error) from None
-        except (RuntimeError, MemoryError) as error:
+        except Exception as error:  # whatever it is, the page stays usable and says so
             log.exception("a comparison failed")
             cause = type(error).__name__
             sentence = f"The run failed ({cause}): shorten the document or choose fewer methods."
@@ -442,7 +442,9 @@ def failed(error: object) -> dict[str, Any]:
 
 def page_error(error: object) -> gr.Error:
     """The same as Gradio's message; its toast reads HTML, so the text is escaped."""
-    return gr.Error(html.escape(sentence_of(error)), print_exception=False, title="Not run")
+    return gr.Error(
+        html.escape(sentence_of(error)), print_exception=False, title="Not run", duration=8
+    )
 
 
 def session(request: gr.Request | None) -> str:

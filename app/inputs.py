@@ -68,6 +68,15 @@ def check_texts(document: Any, question: Any) -> tuple[str, str]:
     return document, question
 
 
+def offered_methods() -> list[str]:
+    """Registered methods that a form can ask for: those given layer by layer need a view."""
+    return [
+        name
+        for name, method in dkv.METHODS.items()
+        if "budgets" not in {field.name for field in fields(method)}
+    ]
+
+
 def build_methods(names: Any, settings: Mapping[str, Any]) -> list[dkv.CompressionMethod]:
     """Method instances in the registry's order, FullKV always among them; each takes the settings
     it knows.

@@ -27,7 +27,13 @@ from .components import (
 from .components.look import build_theme
 from .examples import Example, load_examples
 from .handlers import QUESTION_AWARE_SWITCH, Handlers, shown_payloads
-from .inputs import DEFAULT_CAPACITY, DEFAULT_METHODS, DEFAULT_NEW_TOKENS, MAX_NEW_TOKENS
+from .inputs import (
+    DEFAULT_CAPACITY,
+    DEFAULT_METHODS,
+    DEFAULT_NEW_TOKENS,
+    MAX_NEW_TOKENS,
+    offered_methods,
+)
 from .model_host import ModelHost
 from .snippets import snippets
 from .views import VIEWS, plotly_source
@@ -148,8 +154,8 @@ def build_inputs(
         document = gr.Textbox(
             first.document if first else "",
             label="Document",
-            lines=9,
-            max_lines=9,
+            lines=6,
+            max_lines=6,
             placeholder="Paste a long text here.",
             elem_id="dkv-document",
         )
@@ -171,10 +177,9 @@ def build_inputs(
             elem_id="dkv-question",
         )
         methods = gr.CheckboxGroup(
-            list(dkv.METHODS),
+            offered_methods(),
             value=list(DEFAULT_METHODS),
             label="Methods",
-            info="FullKV always runs: the others are compared with it.",
             elem_id="dkv-methods",
         )
         capacity = gr.Slider(
@@ -182,18 +187,20 @@ def build_inputs(
             2048,
             value=first.capacity if first else DEFAULT_CAPACITY,
             step=8,
-            label="Capacity",
-            info="Prompt tokens kept per layer and head on average, window included.",
+            label="Capacity (tokens per layer)",
             elem_id="dkv-capacity",
         )
         capacity_line = Readout(opening_line, elem_id="dkv-capacity-line")
         advanced = build_advanced(host, first)
-        with gr.Row(elem_id="dkv-run-row"):
-            run = gr.Button("Run", variant="primary", scale=3, elem_id="dkv-run")
-            stop = gr.Button(
-                "Stop", variant="secondary", scale=1, interactive=False, elem_id="dkv-stop"
+        with gr.Column(elem_id="dkv-action"):
+            with gr.Row(elem_id="dkv-run-row"):
+                run = gr.Button("Run", variant="primary", scale=3, elem_id="dkv-run")
+                stop = gr.Button(
+                    "Stop", variant="secondary", scale=1, interactive=False, elem_id="dkv-stop"
+                )
+            status = StatusLine(
+                {"state": "idle", "message": "", "detail": ""}, elem_id="dkv-status"
             )
-        status = StatusLine({"state": "idle", "message": "", "detail": ""}, elem_id="dkv-status")
     return Inputs(
         example=example,
         document=document,

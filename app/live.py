@@ -59,6 +59,7 @@ class LiveRun:
         self._num_layers = num_layers
         self._estimate = estimate
         self._prompt_bytes: int | None = None
+        self._full_budgets: list[int] | None = None
         self._tokens = [0] * len(methods)
         self._decode_seconds: list[list[float]] = [[] for _ in methods]
         self._status: dict[str, Any] = {
@@ -118,7 +119,8 @@ class LiveRun:
             )
 
     def _compressed(self, event: dkv.Compressed) -> None:
-        self._prompt_bytes = event.kv_bytes if event.method == "FullKV" else self._prompt_bytes
+        if event.method == "FullKV":
+            self._prompt_bytes, self._full_budgets = event.kv_bytes, event.budgets
         card = self.cards[event.run]
         card["state"] = "running"
         card["kept"] = event.kept_fraction
@@ -127,15 +129,17 @@ class LiveRun:
         elif event.kept_fraction >= 1:
             card["chip"], card["tone"] = "nothing to compress: the prompt fits", "loud"
         else:
-            card["chip"], card["tone"] = f"compressing {self._num_layers} layers", "plain"
-        self._put(event.run, "Kept", vm.percent(event.kept_fraction), "of prompt tokens")
+            whole = max(self._full_budgets or event.budgets)
+            layers = sum(kept < whole for kept in event.budgets)
+            card["chip"], card["tone"] = vm.compressed_words(layers, self._num_layers), "good"
+        self._put(event.run, "Kept", vm.percent(event.kept_fraction), "of prompt")
         full = f"of {vm.mebibytes(self._prompt_bytes)}" if self._prompt_bytes else ""
         self._put(event.run, "KV cache", vm.mebibytes(event.kv_bytes), full)
         if event.method != "FullKV":
             self._put(
                 event.run,
                 "Score + prune",
-                vm.milliseconds(event.score_seconds + event.prune_seconds),
+                vm.seconds(event.score_seconds + event.prune_seconds),
                 "all layers",
             )
         self._say("Choosing what each method keeps (score and prune)", PREFILL_SHARE)

@@ -24,7 +24,7 @@ CARD_HINTS = {
     "Prefill": "Reading the prompt once. The same prefill serves every method here.",
     "Score + prune": "Choosing the tokens and copying them into the smaller cache.",
     "Decode": "Mean time for each answer token.",
-    "Agreement": "Share of answer tokens equal to FullKV's at the same place.",
+    "Agreement": "Share of answer tokens equal to FullKV's, and the first that differs.",
 }
 
 
@@ -132,6 +132,11 @@ def fits_notice(trace: Trace) -> str:
     )
 
 
+def compressed_words(layers: int, total: int) -> str:
+    """The receipt that compression happened."""
+    return f"compressed at {layers} of {total} layers"
+
+
 def card(run: Run, trace: Trace) -> dict[str, Any]:
     """One finished answer with its receipts."""
     layers = compressed_layers(run, trace.prompt)
@@ -139,7 +144,7 @@ def card(run: Run, trace: Trace) -> dict[str, Any]:
     if run.method == "FullKV":
         chip, tone = "keeps everything", "plain"
     elif layers:
-        chip, tone = f"compressed at {layers} of {total} layers", "good"
+        chip, tone = compressed_words(layers, total), "good"
     else:
         chip, tone = "nothing to compress: the prompt fits", "loud"
     split = run.agreement.first_divergence if run.agreement and run.method != "FullKV" else None
@@ -178,9 +183,9 @@ def card_frame(method: str) -> dict[str, Any]:
 def receipts(run: Run, trace: Trace) -> list[dict[str, str]]:
     """The measured numbers of a run: label, value, and a note in small type."""
     rows = {
-        "Kept": (percent(run.kept_fraction), "of prompt tokens"),
+        "Kept": (percent(run.kept_fraction), "of prompt"),
         "KV cache": (mebibytes(run.kv_bytes), f"of {mebibytes(run.kv_bytes_full)}"),
-        "Prefill": (seconds(trace.prefill_seconds), "shared by all"),
+        "Prefill": (seconds(trace.prefill_seconds), "shared"),
         "Score + prune": compression_row(run),
         "Decode": decode_row(run.decode_seconds),
         "Agreement": agreement_row(run),
@@ -194,29 +199,27 @@ def receipts(run: Run, trace: Trace) -> list[dict[str, str]]:
 def compression_row(run: Run) -> tuple[str, str]:
     """Time to choose and copy the kept tokens."""
     if run.method == "FullKV":
-        return NOTHING, "nothing removed"
-    return milliseconds(run.score_seconds + run.prune_seconds), "all layers"
+        return NOTHING, "not needed"
+    return seconds(run.score_seconds + run.prune_seconds), "all layers"
 
 
 def decode_row(per_token: Sequence[float]) -> tuple[str, str]:
     """Mean time per decoded token; the first token comes free with the prefill."""
     steps = list(per_token[1:])
     if not steps:
-        return NOTHING, count(len(per_token), "token")
-    return f"{milliseconds(sum(steps) / len(steps))}/token", count(len(per_token), "token")
+        return NOTHING, "per token"
+    return milliseconds(sum(steps) / len(steps)), "per token"
 
 
 def agreement_row(run: Run) -> tuple[str, str]:
     """How far the answer follows FullKV's."""
     if run.method == "FullKV":
-        return NOTHING, "the reference"
+        return NOTHING, "reference"
     if run.agreement is None:
-        return NOTHING, "no FullKV run"
+        return NOTHING, "no FullKV"
     if run.agreement.first_divergence is None:
-        return "100 %", "same as FullKV"
-    return percent(
-        run.agreement.token_match
-    ), f"differs from token {run.agreement.first_divergence + 1}"
+        return "100 %", "as FullKV"
+    return percent(run.agreement.token_match), f"differs at {run.agreement.first_divergence + 1}"
 
 
 def finish_words(run: Run) -> str:

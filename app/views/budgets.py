@@ -125,7 +125,6 @@ def film(trace: Trace, final_limit: float) -> list[Step]:
     if run is None:
         return []
     window = window_tokens(run, trace.prompt)
-    widest = 1.08 * (window + max(max(update) for update in run.budget_history))
     capacity = int(run.parameters["capacity"])
     total = (capacity - window) * trace.model.num_layers
     steps = []
@@ -136,7 +135,7 @@ def film(trace: Trace, final_limit: float) -> list[Step]:
                 note=f"after layer {len(update) - 1}: {count(sum(update), 'token')} shared by "
                 f"{count(len(update), 'layer')} (budget {total:,})",
                 **bars_at(trace, run, [window + kept for kept in update]),
-                limit=max(widest, final_limit),
+                limit=max(1.08 * (window + max(update)), final_limit),
             )
         )
     kept_total = sum(run.budgets) - window * trace.model.num_layers

@@ -2,6 +2,14 @@
 (() => {
   "use strict";
   const { DynamicKV } = window;
+
+  // A run is watched in the answers: bring them on screen when most of them is not.
+  function showAnswers() {
+    const box = document.querySelector(".dkv-answers")?.getBoundingClientRect();
+    if (!box || (box.top > -60 && box.top < window.innerHeight * 0.6)) return;
+    document.querySelector(".dkv-answers").scrollIntoView({ behavior: DynamicKV.reducedMotion() ? "auto" : "smooth", block: "start" });
+  }
+
   DynamicKV.register("status", (element) => (payload) => {
     const box = element.querySelector(".dkv-status");
     box.dataset.state = payload?.state ?? "idle";
@@ -9,6 +17,8 @@
     box.querySelector('[data-role="detail"]').textContent = payload?.detail ?? "";
     box.querySelector(".dkv-progress > i").style.width = `${100 * (payload?.done ?? 0)}%`;
     // While a run is on, what the views below show is the run before it.
-    document.body.classList.toggle("dkv-running", payload?.state === "running");
+    const running = payload?.state === "running";
+    if (running && !document.body.classList.contains("dkv-running")) showAnswers();
+    document.body.classList.toggle("dkv-running", running);
   });
 })();
