@@ -25,6 +25,7 @@ from dynamickv.prefill import prefill
 from dynamickv.prompt import require_longer_document
 from dynamickv.records import LayerObservation, Prefill, Retention
 from dynamickv.retain import retain
+from dynamickv.serve import CompressedCache, compress
 from dynamickv.trace import Agreement, ModelInfo, Prompt, Retained, Run, Scores, Trace
 from dynamickv.version import __version__
 
@@ -36,6 +37,7 @@ __all__ = [
     "Agreement",
     "ComparisonFinished",
     "Compressed",
+    "CompressedCache",
     "CompressionMethod",
     "DynamicKV",
     "Event",
@@ -64,6 +66,7 @@ __all__ = [
     "build_methods",
     "compare",
     "compare_stream",
+    "compress",
     "load_model",
     "prefill",
     "require_longer_document",

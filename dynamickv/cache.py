@@ -34,6 +34,7 @@ class KVLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.seen = 0
         """Positions that went through this layer, kept or not."""
         self._buffers: tuple[Tensor, Tensor] | None = None
+        self._positions: Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -94,6 +95,21 @@ class KVLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         tagged.kv_layer = self  # type: ignore[attr-defined]
         return tagged, values
 
+    def keep(self, positions: Tensor) -> None:
+        """Drop every position but these, (heads, kept) ascending, all of them held; frees the rest.
+
+        More heads than are stored means one choice per query head: stored heads are repeated.
+        """
+        keys, values = self.held()
+        places = positions
+        if self._positions is not None:
+            if positions.shape == self._positions.shape:
+                return
+            places = torch.searchsorted(self._positions, positions.contiguous())
+        self._buffers = (gather(keys[0], places, 0), gather(values[0], places, 0))
+        self._positions = positions
+        self._view(positions.shape[1])
+
     def held(self) -> tuple[Tensor, Tensor]:
         """Keys and values, (1, heads, length, head_dim).
 
@@ -122,7 +138,7 @@ class KVLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def reset(self) -> None:
         """Forget everything and free the memory."""
-        self.keys = self.values = self._buffers = None
+        self.keys = self.values = self._buffers = self._positions = None
         self.seen = 0
         self.is_initialized = False
 

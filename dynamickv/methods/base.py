@@ -143,12 +143,17 @@ class ScoredMethod(EvictingMethod):
             raise ValueError(
                 f"kernel_size must be odd to keep positions aligned, got {self.kernel_size}"
             )
-        if self.capacity <= self.window_size:
+        if self.capacity < self.least_capacity:
             raise ValueError(
                 f"capacity must exceed window_size={self.window_size} tokens, got {self.capacity}"
             )
         require_choice("pooling", self.pooling, ("max", "avg"))
         require_choice("group_reduction", self.group_reduction, ("mean", "max", "sum"))
+
+    @property
+    def least_capacity(self) -> int:
+        """The window and at least one token before it."""
+        return self.window_size + 1
 
     @property
     def tail(self) -> int:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
 from dynamickv.methods.base import ScoredMethod, Selection, require_integer
 
@@ -25,14 +25,24 @@ class Manual(ScoredMethod):
         if isinstance(self.budgets, str) or not isinstance(self.budgets, Sequence):
             raise ValueError(f"budgets must be a list of tokens per layer, got {self.budgets!r}")
         object.__setattr__(self, "budgets", tuple(self.budgets))
+        require_integer("window_size", self.window_size, 1, "token")
         for layer, budget in enumerate(self.budgets):
             require_integer(f"budgets[{layer}]", budget, self.window_size, "token")
         if self.budgets:
             object.__setattr__(self, "capacity", sum(self.budgets) // len(self.budgets))
-        elif self.capacity == 0:
+        elif self.capacity == 0 and not isinstance(self.capacity, bool):
             raise ValueError("Manual needs budgets, one number of tokens per layer; give a list")
-        if not self.budgets or self.capacity > self.window_size:
-            ScoredMethod.__post_init__(self)
+        ScoredMethod.__post_init__(self)
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Parameters by name, JSON-ready."""
+        return {**asdict(self), "budgets": list(self.budgets)}
+
+    @property
+    def least_capacity(self) -> int:
+        """Given budgets may be the window alone."""
+        return self.window_size if self.budgets else self.window_size + 1
 
     def fits(self, prompt_length: int) -> bool:
         """A prompt that every layer has room for is kept whole."""

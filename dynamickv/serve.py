@@ -1,0 +1,143 @@
+"""Prune while prefilling: a cache for any transformers model's own `generate`.
+
+Each layer is cut as soon as its attention is computed, and DynamicKV's layers again every
+`update_interval` layers, so the full cache never exists. Uses the same selection code as a finished
+prefill; knows nothing about prompts' text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dynamickv.cache import KVCache, KVLayer
+from dynamickv.methods import CompressionMethod
+from dynamickv.methods.base import Selection
+from dynamickv.models import Geometry
+from dynamickv.observe import observed
+from dynamickv.records import LayerObservation, Retention
+from dynamickv.scoring import attention_mass
+
+
+class CompressedCache(KVCache):
+    """A KV cache that keeps what a method chooses of the first prompt fed through it."""
+
+    def __init__(self, method: CompressionMethod, num_layers: int) -> None:
+        super().__init__(num_layers, self._after_attention)
+        self.method = method
+        self.peak_bytes = 0
+        """Most bytes of keys and values held at once so far."""
+        self._selection: Selection | None = None
+        self._observed = 0
+        self._kept: list[Tensor] = []
+
+    def retention(self) -> Retention:
+        """What was kept of the prompt.
+
+        Raises:
+            ValueError: before a prompt has gone through all layers.
+        """
+        if self._observed < len(self.layers):
+            raise ValueError("no prompt has gone through this cache yet; call generate first")
+        if self._selection is not None:
+            return self._selection.retention()
+        return Retention(indices=tuple(self._kept), prompt_length=self._kept[0].shape[1])
+
+    def reset(self) -> None:
+        """Forget the prompt; the next one is compressed anew."""
+        super().reset()  # type: ignore[no-untyped-call]
+        self._selection, self._observed, self._kept = None, 0, []
+
+    @torch.no_grad()
+    def _after_attention(self, layer: KVLayer, queries: Tensor, scaling: float) -> None:
+        self.peak_bytes = max(self.peak_bytes, self.nbytes)
+        if self._observed == len(self.layers):
+            return
+        self._observed += 1
+        keys = layer.held()[0][0]
+        prompt_length = keys.shape[1]
+        if self.method.fits(prompt_length):
+            heads = keys.shape[0]
+            self._kept.append(torch.arange(prompt_length, device=keys.device).expand(heads, -1))
+            return
+        if self._selection is None:
+            self._selection = self.method.start(len(self.layers))
+        mass = attention_mass(queries[0], keys, scaling) if self.method.needs_mass else None
+        changed = self._selection.observe(
+            LayerObservation(
+                queries=queries[0, :, -self.method.tail :], keys=keys, scaling=scaling, mass=mass
+            )
+        )
+        for index in changed:
+            self.layers[index].keep(self._selection.positions(index))
+
+
+@contextmanager
+def compress(model: PreTrainedModel, method: CompressionMethod) -> Iterator[CompressedCache]:
+    """A cache to pass to `generate(..., past_key_values=cache)`, one prompt at a time.
+
+        with compress(model, DynamicKV(capacity=512)) as cache:
+            output = model.generate(**inputs, past_key_values=cache, max_new_tokens=64)
+
+    The prompt is what the first forward pass feeds; later tokens, of the answer or of a follow-up
+    question, are kept. `cache.reset()` makes it ready for another prompt. When the block ends the
+    model is as it was.
+
+    Raises:
+        ValueError: before any work, for a model or a batch that cannot be compressed.
+    """
+    if not isinstance(method, CompressionMethod):
+        raise ValueError(f"{method!r} is not a method; give one such as DynamicKV(capacity=512)")
+    require_plain_attention(model)
+    cache = CompressedCache(method, Geometry.of(model.config).num_layers)
+
+    def check(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        if named.get("past_key_values") is cache:
+            _require_single_prompt(arguments, named)
+
+    handle = model.register_forward_pre_hook(check, with_kwargs=True)
+    try:
+        with observed(model):
+            yield cache
+    finally:
+        handle.remove()
+
+
+def require_plain_attention(model: PreTrainedModel) -> None:
+    """Raise ValueError unless every layer is causal self-attention over the whole prompt."""
+    config = model.config.get_text_config()
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(model).__name__} is an encoder-decoder; choose a decoder-only language model"
+        )
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"} or (
+        getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    ):
+        others = ", ".join(sorted(kinds - {"full_attention"})) or "sliding_attention"
+        raise ValueError(
+            f"{type(model).__name__} has {others} layers, which are not compressed yet; "
+            "choose a model whose layers all attend to the whole prompt"
+        )
+
+
+def _require_single_prompt(arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+    """Refuse batches, beams and padding, which a cache with one choice per prompt cannot serve."""
+    ids = named.get("input_ids", arguments[0] if arguments else None)
+    ids = named.get("inputs_embeds") if ids is None else ids
+    if ids is not None and ids.shape[0] != 1:
+        raise ValueError(
+            f"the batch has {ids.shape[0]} sequences and a compressed cache serves one; "
+            "generate them one by one, without beam search"
+        )
+    mask = named.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask.all()):
+        raise ValueError(
+            "the attention mask hides padding, which a compressed cache cannot tell from text; "
+            "pass the prompt without padding"
+        )
