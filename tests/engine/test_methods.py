@@ -237,6 +237,8 @@ def test_every_parameter_of_every_method_has_bad_values_here() -> None:
 @pytest.mark.parametrize(("method", "parameter"), parameters_of(SMALL_INSTANCES))
 def test_a_bad_value_is_refused_by_name_and_value(method: str, parameter: str) -> None:
     for value in BAD_VALUES[parameter]:
+        if (method, parameter, value) == ("Manual", "capacity", 0):
+            continue  # its default: then budgets are asked for, as tested below
         settings = {"capacity": CAPACITY, parameter: value}
         with pytest.raises(ValueError, match=parameter) as refusal:
             dkv.METHODS[method](**settings)
@@ -256,6 +258,36 @@ def test_an_even_kernel_names_the_reason() -> None:
         ValueError, match="kernel_size must be odd to keep positions aligned, got 4"
     ):
         dkv.DynamicKV(capacity=64, kernel_size=4)
+
+
+@pytest.mark.skipif("Manual" not in dkv.METHODS, reason="not registered")
+class TestManual:
+    def test_budgets_are_kept_as_given_window_included(self) -> None:
+        budgets = [8, 9, 30, 60, 99, 12]
+        retention = dkv.retain(dkv.build_method("Manual", budgets=budgets), QUERIES, KEYS)
+        assert retention.budgets == [8, 9, 30, 60, 60, 12]
+
+    def test_the_capacity_becomes_the_mean_of_the_budgets(self) -> None:
+        manual = dkv.build_method("Manual", budgets=[8, 9, 30, 60, 99, 12], capacity=500)
+        assert manual.parameters["capacity"] == 36
+
+    @pytest.mark.parametrize(
+        ("settings", "sentence"),
+        [
+            ({}, "Manual needs budgets, one number of tokens per layer"),
+            ({"budgets": [8, 7]}, r"budgets\[1\] must be at least 8 token, got 7"),
+            ({"budgets": [8, 8], "kernel_size": 2}, "kernel_size must be odd"),
+            ({"budgets": [8, 8], "granularity": "head"}, "granularity must be"),
+            ({"budgets": [8], "window_size": "8"}, "window_size must be a whole number"),
+        ],
+    )
+    def test_what_does_not_fit_is_refused(self, settings: dict[str, Any], sentence: str) -> None:
+        with pytest.raises(ValueError, match=sentence):
+            dkv.METHODS["Manual"](**settings)
+
+    def test_a_number_of_budgets_other_than_the_layers_names_both(self) -> None:
+        with pytest.raises(ValueError, match="budgets has 2 numbers and the model 6 layers"):
+            dkv.retain(dkv.build_method("Manual", budgets=[20, 20]), QUERIES, KEYS)
 
 
 def test_an_unknown_method_names_the_choices() -> None:
