@@ -1,0 +1,205 @@
+"""The page as Gradio sees it: endpoints, privacy, static templates, handlers without a model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import pytest
+
+from app.components import AnswerCards, Component, TraceStore, head
+from app.components.base import STATIC
+from app.examples import Example, load_examples
+from app.handlers import Handlers, sentence_of, tokens_of
+from app.layout import build_app, launch_options
+from app.model_host import ModelHost
+from app.snippets import snippets
+from app.views import VIEWS, View
+from app.views.base import Figure, blank_figure
+from dynamickv.trace import Trace
+
+PUBLIC = {"compare", "tokenize", "methods", "models"}
+
+
+def make_example(trace: Trace, folder: Path) -> Example:
+    trace.save(folder / "one.json.gz")
+    return Example(
+        id="one", title="One", kind="report", question=trace.prompt.question, capacity=96,
+        max_new_tokens=16, document="The river rose again.", run_file=folder / "one.json.gz",
+    )  # fmt: skip
+
+
+@pytest.fixture
+def example(trace: Trace, tmp_path: Path) -> Example:
+    return make_example(trace, tmp_path)
+
+
+def test_only_the_documented_endpoints_are_public(host: ModelHost) -> None:
+    config = build_app(host, {}).get_config_file()
+    public = {
+        d["api_name"]
+        for d in config["dependencies"]
+        if d["api_visibility"] == "public" and d["api_name"]
+    }
+    assert public == PUBLIC
+
+
+def test_compare_has_defaults_for_all_but_the_texts(host: ModelHost) -> None:
+    info = build_app(host, {}).get_api_info()["named_endpoints"]["/compare"]
+    parameters = {p["parameter_name"]: p for p in info["parameters"]}
+    assert list(parameters) == [
+        "document",
+        "question",
+        "methods",
+        "capacity",
+        "max_new_tokens",
+        "model",
+    ]
+    assert [n for n, p in parameters.items() if not p["parameter_has_default"]] == [
+        "document",
+        "question",
+    ]
+    assert parameters["methods"]["parameter_default"] == ["FullKV", "DynamicKV"]
+
+
+def test_the_page_keeps_no_session_and_no_history(host: ModelHost) -> None:
+    config = build_app(host, {}).get_config_file()
+    assert "state" not in {c["type"] for c in config["components"]}
+    assert config["connect_heartbeat"] is False
+    assert config["analytics_enabled"] is False
+    options = launch_options()
+    assert options["run_history"] is False
+    assert options["strict_cors"] is True
+
+
+def test_head_asks_nothing_of_other_machines() -> None:
+    text = head()
+    assert "http://" not in text.replace("http://www.w3.org", "")
+    assert "https://" not in text
+    assert "@import" not in text
+    assert "innerHTML" not in text
+    theme = launch_options()["theme"]
+    assert theme._stylesheets == []
+
+
+@pytest.mark.parametrize("path", sorted(STATIC.glob("*.html")), ids=lambda path: path.stem)
+def test_templates_are_static(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert not set("`{}$\\") & set(text)
+
+
+def test_component_values_are_json_strings(trace: Trace) -> None:
+    hostile = {"text": "${x} `y` <script>alert(1)</script> {{z}}"}
+    component: Component = AnswerCards(hostile)
+    assert json.loads(component.value) == hostile
+    assert hostile["text"] not in component.html_template
+    assert TraceStore(None).value is None
+
+
+def test_first_paint_holds_the_recorded_run(host: ModelHost, example: Example) -> None:
+    config = build_app(host, {"one": example}).get_config_file()
+    values = [c["props"].get("value") for c in config["components"]]
+    payloads = [json.loads(v) for v in values if isinstance(v, str) and v.startswith("{")]
+    cards = next(p for p in payloads if "cards" in p)
+    assert cards["source"] == "recorded on 23 November 2026"
+    assert [c["method"] for c in cards["cards"]] == ["FullKV", "DynamicKV"]
+
+
+def test_a_registered_view_becomes_a_tab(host: ModelHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    toy = View(key="toy", title="Toy", render=lambda t: Figure(plot=blank_figure(200), height=200))
+    monkeypatch.setitem(VIEWS, "toy", toy)
+    config = build_app(host, {}).get_config_file()
+    figures = next(c for c in config["components"] if c["props"].get("elem_id") == "dkv-figures")
+    titles = json.loads(figures["props"]["props"]["titles"])
+    assert {"key": "toy", "title": "Toy"} in titles
+
+
+def test_a_failed_model_is_said_and_the_page_lives(host: ModelHost) -> None:
+    host.start()
+    assert host.wait(5)
+    state = host.state()
+    assert state.state == "failed"
+    assert "no network" in state.message
+    with pytest.raises(gr.Error, match="no network"):
+        Handlers(host, {}).compare("A document", "A?", ["FullKV"], 128, 4, host.default)
+
+
+def test_unknown_models_are_refused_before_anything_is_fetched(host: ModelHost) -> None:
+    with pytest.raises(gr.Error, match="Unknown model 'evil/repo'"):
+        Handlers(host, {}).compare("A document", "A?", ["FullKV"], 128, 4, "evil/repo")
+
+
+def test_handlers_validate_like_the_endpoint(host: ModelHost) -> None:
+    handlers = Handlers(host, {})
+    settings = (128, 8, 7, "max", "kv_head", 10, 4, 64, False, True, host.default)
+    events = handlers.begin(gr.Request(session_hash="a"), " ", "Who?", ["DynamicKV"], *settings)
+    status, *_ = next(events)
+    assert status["state"] == "error"
+    with pytest.raises(gr.Error, match="document is empty"):
+        next(events)
+
+
+def test_errors_are_escaped_for_the_toast(host: ModelHost) -> None:
+    settings = (128, 8, 7, "max", "kv_head", 10, 4, 64, False, True, host.default)
+    events = Handlers(host, {}).begin(
+        gr.Request(session_hash="a"), "text " * 9, "Who?", ["<img onerror=x>"], *settings
+    )
+    next(events)
+    with pytest.raises(gr.Error) as caught:
+        next(events)
+    assert "<img" not in str(caught.value.message)
+
+
+def test_counts_are_honest_before_the_model_is_there(host: ModelHost) -> None:
+    counted = Handlers(host, {}).count("word " * 420, "Who?", host.default)
+    assert counted["value"] == "about 500 tokens"
+    assert counted["tokens"] == 500
+
+
+@pytest.mark.parametrize("value", [None, "", "[]", '{"tokens": -1}', '{"tokens": "x"}', "<script>"])
+def test_a_readout_sent_back_by_a_browser_is_checked(value: str | None) -> None:
+    assert tokens_of(value) is None
+
+
+def test_picking_an_example_shows_its_record(host: ModelHost, example: Example) -> None:
+    document, question, capacity, _, cards, store, _ = Handlers(host, {"one": example}).pick("one")
+    assert (document, question, capacity) == (example.document, example.question, 96)
+    assert cards["final"]
+    assert store["record"]["runs"][1]["method"] == "DynamicKV"
+
+
+def test_broken_examples_are_left_out(tmp_path: Path, trace: Trace) -> None:
+    (tmp_path / "examples").mkdir()
+    (tmp_path / "runs").mkdir()
+    good: dict[str, Any] = {
+        "id": "a", "title": "A", "kind": "report", "question": "Q?", "capacity": 64,
+        "max_new_tokens": 8, "document": "a.txt",
+    }  # fmt: skip
+    (tmp_path / "examples" / "a.json").write_text(json.dumps(good))
+    (tmp_path / "examples" / "a.txt").write_text("text")
+    (tmp_path / "examples" / "b.json").write_text("{")
+    (tmp_path / "runs" / "a.json.gz").write_bytes(b"not gzip")
+    examples = load_examples(tmp_path)
+    assert list(examples) == ["a"]
+    assert examples["a"].trace is None
+
+
+def test_shipped_examples_have_records_and_readable_documents() -> None:
+    for example in load_examples().values():
+        assert example.document.strip()
+        assert example.trace is not None, f"{example.id} has no readable recorded run"
+        assert example.document in example.trace.prompt.text
+
+
+def test_sentences_end_like_sentences() -> None:
+    assert sentence_of(ValueError("capacity must exceed 8")) == "Capacity must exceed 8."
+    assert sentence_of(KeyError()) == "KeyError."
+
+
+def test_python_snippets_compile() -> None:
+    code = snippets("http://127.0.0.1:7860/", "smollm2-135m")
+    for name in ("python", "client"):
+        compile(code[name], name, "exec")
+    assert "http://127.0.0.1:7860/gradio_api" in code["curl"]

@@ -1,0 +1,116 @@
+"""Payloads: what the browser receives says what the record says."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from app import view_model as vm
+from app.views import render_figures
+from dynamickv.trace import Trace
+from tests.app.synthetic import synthetic_trace
+
+
+def decoded_offsets(starts: list[int], ends: list[list[int]], length: int) -> list[list[int]]:
+    """What core.js does with the deltas."""
+    absolute, at = [], 0
+    for delta in starts:
+        at += delta
+        absolute.append(at)
+    ended = [*absolute[1:], 0]
+    for index, end in ends:
+        ended[index] = end
+    return [[start, end] for start, end in zip(absolute, ended, strict=True)][:length]
+
+
+@pytest.mark.parametrize(
+    "offsets",
+    [
+        [[0, 3], [3, 4], [4, 9]],
+        [[0, 2], [0, 2], [0, 2], [2, 5]],  # one emoji over three tokens
+        [[0, 0], [0, 4], [6, 7]],  # an empty token, and a gap
+        [[5, 6]],
+    ],
+)
+def test_offsets_survive_the_journey(offsets: list[list[int]]) -> None:
+    assert decoded_offsets(*vm.encode_offsets(offsets), len(offsets)) == offsets
+
+
+def test_payload_is_one_json_string_and_holds_the_whole_record(trace: Trace) -> None:
+    payload = json.loads(vm.dumps(vm.trace_payload(trace, "label", render_figures(trace))))
+    record = payload["record"]
+    record["prompt"]["text_utf16_offsets"] = decoded_offsets(
+        payload["starts"], payload["ends"], trace.prompt.length
+    )
+    assert Trace.from_dict(record) == trace
+
+
+def test_payload_of_8k_tokens_stays_small() -> None:
+    trace = synthetic_trace(tokens=11_000)
+    assert trace.prompt.length > 7_900
+    size = len(vm.dumps(vm.trace_payload(trace, "label", render_figures(trace))))
+    assert size / len(trace.runs) < 250_000
+
+
+def test_card_marks_the_first_token_that_differs(trace: Trace) -> None:
+    card = vm.card(trace.run("DynamicKV"), trace)
+    assert card["answer"] == [" The", " old", " bridge."]
+    assert card["chip"] == "compressed at 30 of 30 layers"
+    rows = {row["label"]: (row["value"], row["note"]) for row in card["receipts"]}
+    assert rows["Agreement"] == ("25 %", "differs at 2")
+    assert rows["KV cache"][1].startswith("of ")
+
+
+def test_fullkv_card_is_the_reference(trace: Trace) -> None:
+    card = vm.card(trace.run("FullKV"), trace)
+    assert card["chip"] == "keeps everything"
+    assert card["answer"] == [trace.run("FullKV").answer, "", ""]
+
+
+def test_a_prompt_that_fits_is_said_loudly() -> None:
+    trace = synthetic_trace(tokens=60, capacity=512)
+    payload = vm.cards_payload(trace, "label")
+    assert payload["notice"].startswith("Nothing to compress")
+    assert payload["cards"][1]["chip"] == "nothing to compress: the prompt fits"
+    assert payload["cards"][1]["tone"] == "loud"
+
+
+def test_a_stopped_answer_says_so(trace: Trace) -> None:
+    run = replace(trace.run("DynamicKV"), finish_reason="cancelled")
+    assert vm.card(run, trace)["state"] == "stopped"
+    assert vm.finish_words(run) == "stopped after 4 tokens"
+
+
+def test_numbers_read_well() -> None:
+    assert [vm.percent(x) for x in (0.0371, 0.5, 1.0, 0.9996)] == [
+        "3.7 %",
+        "50 %",
+        "100 %",
+        "100 %",
+    ]
+    assert [vm.mebibytes(x * vm.MIB) for x in (0.25, 5.61, 241)] == [
+        "0.25 MiB",
+        "5.6 MiB",
+        "241 MiB",
+    ]
+    assert [vm.seconds(x) for x in (6.34, 0.0042, 0.031)] == ["6.3 s", "4.2 ms", "31 ms"]
+    assert vm.count(1, "token") == "1 token"
+
+
+def test_capacity_is_given_in_percent_and_mebibytes() -> None:
+    model = {"num_layers": 30, "num_kv_heads": 3, "head_dim": 64, "bytes_per_value": 4}
+    assert vm.capacity_line(model, 128, 3412) == "3.8 % of the prompt · about 5.6 MiB of 150 MiB"
+
+
+def test_source_label_names_the_day(trace: Trace) -> None:
+    assert vm.source_label("recorded", trace.created) == "recorded on 23 November 2026"
+    assert vm.source_label("recorded", "not a date") == "recorded"
+
+
+def test_file_name_is_safe(trace: Trace) -> None:
+    hostile = replace(trace, model=replace(trace.model, name="../../etc/pass wd<é>"))
+    name = vm.run_file_name(hostile)
+    assert name.endswith("_b96_2026-11-23.json.gz")
+    assert not set(name) & set("/ <>é\\")
