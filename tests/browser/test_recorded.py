@@ -1,0 +1,278 @@
+"""The page with recorded runs and no model at all: first paint, reading, linking, torture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Page, expect
+
+from app.examples import Example
+from dynamickv.trace import Trace
+from tests.browser.conftest import HOSTILE, open_page, pick
+
+pytestmark = pytest.mark.browser
+
+TWO_FRAMES = """async (layers) => {
+  const slider = document.querySelector('.dkv-controls [data-role=slider]');
+  const times = [];
+  for (let layer = 1; layer < layers; layer += 1) {
+    const start = performance.now();
+    slider.value = layer;
+    slider.dispatchEvent(new Event('input', { bubbles: true }));
+    times.push(performance.now() - start);
+    await new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
+  }
+  return times.sort((a, b) => a - b)[Math.floor(times.length / 2)];
+}"""
+
+
+def highlights(page: Page) -> dict[str, int]:
+    """Ranges per registered highlight."""
+    found: dict[str, int] = page.evaluate(
+        "Object.fromEntries([...CSS.highlights].map(([name, h]) => [name, h.size]))"
+    )
+    return found
+
+
+def test_first_paint_is_a_recorded_run(page: Page, page_url: str) -> None:
+    open_page(page, page_url)
+    expect(page.locator(".dkv-source")).to_have_text("recorded on 23 November 2026")
+    expect(page.locator(".dkv-card[data-method=DynamicKV] .dkv-chip")).to_have_text(
+        "compressed at 30 of 30 layers"
+    )
+    expect(page.locator(".dkv-card[data-method=DynamicKV] mark")).to_have_text(" old")
+    assert sum(highlights(page).values()) > 50
+    assert page.evaluate("document.querySelectorAll('*').length") < 3000
+    expect(page.locator(".dkv-model")).to_have_attribute("data-state", "failed")
+    expect(page.locator(".dkv-model")).to_contain_text("no network")
+    assert page.evaluate("localStorage.length") == 0
+
+
+@pytest.mark.parametrize(("theme", "width"), [("light", 1400), ("dark", 1400), ("light", 390)])
+def test_it_fits_the_screen(
+    page: Page, page_url: str, tmp_path: Path, theme: str, width: int
+) -> None:
+    page.set_viewport_size({"width": width, "height": 900})
+    open_page(page, page_url, f"?__theme={theme}")
+    page.screenshot(path=tmp_path / f"{theme}-{width}.png", full_page=True)
+    assert page.evaluate("document.documentElement.scrollWidth - window.innerWidth") <= 0
+    plot = page.locator(".dkv-plot").bounding_box()
+    assert plot is not None
+    assert 200 < plot["width"] < width
+
+
+def test_the_chart_follows_the_theme_live(page: Page, page_url: str) -> None:
+    open_page(page, page_url, "?__theme=light")
+    color = "document.querySelector('.dkv-plot').layout.font.color"
+    before = page.evaluate(color)
+    page.evaluate("document.body.classList.add('dark')")
+    page.wait_for_function(f"{color} !== '{before}'")
+    assert (
+        page.evaluate("document.querySelector('.dkv-plot').layout.paper_bgcolor") == "rgba(0,0,0,0)"
+    )
+
+
+def test_the_layer_slider_is_quick_at_8k_tokens(page: Page, page_url: str) -> None:
+    open_page(page, page_url)
+    pick(page, "Long")
+    expect(page.locator(".dkv-fold").last).to_contain_text("tokens")
+    page.wait_for_function("window.DynamicKV.store.trace.prompt.length > 7900")
+    assert page.evaluate(TWO_FRAMES, 30) < 50
+    expect(page.locator(".dkv-controls [data-role=where]")).to_contain_text("layer 29")
+
+
+def test_a_layer_shows_exactly_what_it_keeps(
+    page: Page, page_url: str, recorded: dict[str, Example]
+) -> None:
+    trace = recorded["ordinary"].trace
+    assert trace is not None
+    open_page(page, page_url)
+    page.evaluate("window.DynamicKV.setLayer(12)")
+    kept = trace.run("DynamicKV").retained.unpack(30, trace.prompt.length)[12].any(axis=0)
+    shown = page.evaluate(
+        """() => { let units = 0;
+        for (const [name, h] of CSS.highlights) if (name.startsWith('dkv-kept'))
+          for (const range of h) units += range.endOffset - range.startOffset;
+        return units; }"""
+    )
+    offsets = trace.prompt.text_utf16_offsets
+    assert shown == sum(
+        end - start for (start, end), keep in zip(offsets, kept, strict=True) if keep
+    )
+
+
+def test_keys_and_links_move_everything(page: Page, page_url: str) -> None:
+    open_page(page, page_url)
+    where = page.locator(".dkv-controls [data-role=where]")
+    page.locator(".dkv-scroll").focus()
+    page.keyboard.press("ArrowRight")
+    expect(where).to_contain_text("layer 0")
+    page.keyboard.press("ArrowLeft")
+    expect(where).to_have_text("all 30 layers")
+    page.keyboard.press("[")
+    expect(page.locator(".dkv-document .dkv-tabs [aria-pressed=true]")).to_contain_text("FullKV")
+    page.keyboard.press("]")
+    box = page.locator(".dkv-text[data-role=text]").bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + 40, box["y"] + 12)
+    expect(page.locator(".dkv-tip")).to_contain_text("of 30 layers")
+    assert highlights(page)["dkv-hover"] == 1
+    expect(page.locator(".dkv-map-cursor")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.locator(".dkv-tip")).to_be_hidden()
+    page.locator(".dkv-map canvas").click(position={"x": 200, "y": 93})
+    expect(where).to_contain_text("layer 15")
+
+
+def test_the_film_steps_through_the_updates(page: Page, page_url: str) -> None:
+    open_page(page, page_url)
+    label = page.locator(".dkv-player [data-role=label]")
+    expect(label).to_have_text("result")
+    page.get_by_label("Previous update").click()
+    expect(label).to_have_text("update 8 of 8")
+    page.get_by_label("Budget update").fill("0")
+    expect(label).to_have_text("update 1 of 8")
+    expect(page.locator(".dkv-player [data-role=step-note]")).to_contain_text("shared by 4 layers")
+    page.wait_for_function(
+        "document.querySelector('.dkv-plot').data[3].x.slice(4).every((x) => x === 0)"
+    )
+
+
+def test_every_view_has_its_tab(page: Page, page_url: str) -> None:
+    open_page(page, page_url)
+    page.get_by_role("button", name="Along the document").click()
+    expect(page.locator(".js-plotly-plot .scatterlayer path").first).to_be_attached()
+    expect(page.locator(".dkv-player")).to_have_css("visibility", "hidden")
+
+
+def test_hostile_text_stays_text(page: Page, page_url: str) -> None:
+    open_page(page, page_url)
+    pick(page, "Hostile")
+    shown = "document.querySelector('.dkv-text[data-role=text]').textContent"
+    page.wait_for_function(f"{shown}.includes('pwned')")
+    assert page.evaluate(shown) == HOSTILE
+    expect(page.locator(".dkv-answer").first).to_contain_text("${window.pwned=1}")
+    assert page.evaluate("window.pwned") is None
+    assert page.locator(".dkv-panel img, .dkv-answers img, .dkv-panel script").count() == 0
+
+
+def test_copying_gives_the_text_back(page: Page, page_url: str) -> None:
+    open_page(page, page_url)
+    pick(page, "Hostile")
+    page.wait_for_function(
+        "document.querySelector('.dkv-text[data-role=text]').textContent.includes('pwned')"
+    )
+    page.evaluate(
+        "getSelection().selectAllChildren(document.querySelector('.dkv-text[data-role=text]'))"
+    )
+    page.evaluate(
+        """addEventListener('copy', (e) => {
+        window.copied = e.clipboardData.getData('text/plain'); })"""
+    )
+    page.evaluate("document.execCommand('copy')")
+    assert page.evaluate("window.copied") == HOSTILE
+
+
+def test_without_the_highlight_api_spans_say_the_same(
+    page: Page, page_url: str, recorded: dict[str, Example]
+) -> None:
+    page.add_init_script("delete window.Highlight")
+    open_page(page, page_url)
+    text = page.evaluate("document.querySelector('.dkv-text[data-role=text]').textContent")
+    assert text == recorded["ordinary"].document
+    assert page.locator(".dkv-text [class^=dkv-span]").count() > 50
+    box = page.locator(".dkv-text[data-role=text]").bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + 40, box["y"] + 12)
+    expect(page.locator(".dkv-tip")).to_contain_text("of 30 layers")
+
+
+def test_a_prompt_that_fits_is_loud(page: Page, page_url: str) -> None:
+    open_page(page, page_url)
+    pick(page, "Fits")
+    expect(page.locator(".dkv-loud")).to_contain_text("Nothing to compress")
+    expect(page.locator(".dkv-card[data-method=DynamicKV] .dkv-chip")).to_have_text(
+        "nothing to compress: the prompt fits"
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "sentence"),
+    [
+        ("#dkv-document", "", "The document is empty"),
+        ("#dkv-document", " \n ", "The document is empty"),
+        ("#dkv-question", "   ", "The question is empty"),
+        ("#dkv-document", "Short text.", "The question is longer than the document"),
+        ("#dkv-document", "a" * 5_000_000, "5,000,000 characters"),
+    ],
+    ids=["empty", "spaces", "no-question", "question-longer", "5-MB"],
+)
+def test_bad_texts_get_one_sentence_and_are_kept(
+    page: Page, page_url: str, field: str, value: str, sentence: str
+) -> None:
+    open_page(page, page_url)
+    box = page.locator(f"{field} textarea")
+    box.fill(value)
+    page.locator("#dkv-run").click()
+    expect(page.locator(".dkv-status[data-state=error]")).to_contain_text(sentence)
+    expect(page.locator("#dkv-run")).to_be_enabled()
+    assert page.evaluate(f"document.querySelector('{field} textarea').value.length") == len(value)
+    expect(page.locator(".dkv-source")).to_have_text("recorded on 23 November 2026")
+
+
+def test_a_capacity_below_the_window_names_both(page: Page, page_url: str) -> None:
+    open_page(page, page_url)
+    box = page.locator("#dkv-capacity input[type=number]")
+    box.fill("8")
+    box.blur()
+    page.locator("#dkv-run").click()
+    expect(page.locator(".dkv-status[data-state=error]")).to_contain_text("window_size=8")
+
+
+def test_a_missing_model_is_one_sentence(page: Page, page_url: str) -> None:
+    open_page(page, page_url)
+    page.locator("#dkv-run").click()
+    expect(page.locator(".dkv-status[data-state=error]")).to_contain_text("there is no network.")
+    expect(page.locator("#dkv-run")).to_be_enabled()
+    expect(page.locator(".dkv-source")).to_have_text("recorded on 23 November 2026")
+
+
+def test_a_binary_upload_is_refused_and_the_text_kept(
+    page: Page, page_url: str, recorded: dict[str, Example]
+) -> None:
+    open_page(page, page_url)
+    upload = page.locator("#dkv-upload input[type=file], input[type=file][accept*='.md']").first
+    upload.set_input_files(
+        {"name": "photo.txt", "mimeType": "text/plain", "buffer": b"\x89PNG\0" * 99}
+    )
+    expect(page.get_by_text("does not look like text")).to_be_visible()
+    assert page.locator("#dkv-document textarea").input_value() == recorded["ordinary"].document
+    upload.set_input_files(
+        {"name": "a.md", "mimeType": "text/markdown", "buffer": "Grüße 🌊".encode()}
+    )
+    expect(page.locator("#dkv-document textarea")).to_have_value("Grüße 🌊")
+
+
+def test_a_run_is_saved_opened_and_checked(
+    page: Page, page_url: str, recorded: dict[str, Example], tmp_path: Path
+) -> None:
+    open_page(page, page_url)
+    page.get_by_role("tab", name="Runs & API").click()
+    with page.expect_download() as download:
+        page.locator("#dkv-save").click()
+    assert download.value.suggested_filename == "dynamickv_synthetic-model_b96_2026-11-23.json.gz"
+    download.value.save_as(tmp_path / "run.json.gz")
+    trace = Trace.load(tmp_path / "run.json.gz")
+    assert trace == recorded["ordinary"].trace
+    record = trace.to_dict()
+    record["prompt"]["question"] = "Opened from a file?"
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    opener = page.locator("input[type=file][accept*='.json']").first
+    opener.set_input_files({"name": "bad.json", "mimeType": "application/json", "buffer": b"{}"})
+    expect(page.get_by_text("schema")).to_be_visible()
+    opener.set_input_files(tmp_path / "run.json")
+    expect(page.locator("#dkv-open-note")).to_contain_text("Opened.")
+    page.get_by_role("tab", name="Explore").click()
+    expect(page.locator(".dkv-answers h2")).to_have_text("Opened from a file?")
