@@ -48,7 +48,7 @@ GEOMETRY: dict[str, Any] = {
     "head_dim": 8,
     "max_position_embeddings": 2048,
     # Wide weights, so that attention is sharp and greedy answers do not repeat one token.
-    "initializer_range": 0.4,
+    "initializer_range": 0.15,
     "tie_word_embeddings": False,
     "bos_token_id": None,
     "pad_token_id": None,
