@@ -22,9 +22,11 @@ def main() -> None:
         "--model", default=dkv.DEFAULT_MODEL, help="short name, hub id, folder or .gguf file"
     )
     options = parser.parse_args()
-    demo = build_app(ModelHost(options.model), url=f"http://{options.host}:{options.port}")
+    address = f"http://{options.host}:{options.port}"
+    demo = build_app(ModelHost(options.model), url=address)
     demo.queue(max_size=24)
-    demo.launch(server_name=options.host, server_port=options.port, **launch_options())
+    print(f"DynamicKV Explorer: {address} (Ctrl+C ends it)", flush=True)
+    demo.launch(server_name=options.host, server_port=options.port, quiet=True, **launch_options())
 
 
 if __name__ == "__main__":

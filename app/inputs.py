@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -94,10 +94,25 @@ def build_methods(names: Any, settings: Mapping[str, Any]) -> list[dkv.Compressi
 
 
 def build_method(name: str, settings: Mapping[str, Any]) -> dkv.CompressionMethod:
-    """One method with the settings that are among its parameters."""
+    """One method with the settings that are among its parameters.
+
+    A setting left at the form's default leaves the method its own: H2O, say, does not pool.
+    """
     method = dkv.METHODS[name]
     known = {field.name for field in fields(method)}
-    return method(**{key: value for key, value in settings.items() if key in known})
+    untouched = form_defaults()
+    return method(
+        **{
+            key: value
+            for key, value in settings.items()
+            if key in known and (key not in untouched or value != untouched[key])
+        }
+    )
+
+
+def form_defaults() -> dict[str, Any]:
+    """What the form shows before anyone touches it: DynamicKV's defaults."""
+    return {f.name: f.default for f in fields(dkv.DynamicKV) if f.default is not MISSING}
 
 
 def whole_number(name: str, value: Any, least: int, most: int) -> int:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import gradio as gr
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 from starlette.routing import Route
-
-import dynamickv as dkv
 
 from . import view_model as vm
 from .components import (
@@ -32,6 +30,7 @@ from .inputs import (
     DEFAULT_METHODS,
     DEFAULT_NEW_TOKENS,
     MAX_NEW_TOKENS,
+    form_defaults,
     offered_methods,
 )
 from .model_host import ModelHost
@@ -219,13 +218,13 @@ def build_inputs(
 
 def build_advanced(host: ModelHost, first: Example | None) -> dict[str, Any]:
     """Settings that most people leave alone; defaults are the methods' own."""
-    default = parameter_defaults()
+    default = form_defaults()
     with gr.Accordion("Advanced settings", open=False, elem_id="dkv-advanced"):
         with gr.Row():
             window = gr.Number(
                 default.get("window_size", 8),
                 label="Window size",
-                info="last tokens: they vote, and stay",
+                info="voting tokens, kept",
                 precision=0,
                 minimum=1,
                 min_width=120,
@@ -252,14 +251,14 @@ def build_advanced(host: ModelHost, first: Example | None) -> dict[str, Any]:
             r_max = gr.Number(
                 default.get("r_max", 10),
                 label="r_max",
-                info="DynamicKV: first share, x mean",
+                info="first cap, times mean",
                 minimum=0,
                 min_width=120,
             )
             interval = gr.Number(
                 default.get("update_interval", 4),
                 label="Update interval",
-                info="DynamicKV: every m layers",
+                info="DynamicKV, in layers",
                 precision=0,
                 minimum=1,
                 min_width=120,
@@ -493,11 +492,3 @@ def initial_count(first: Example | None) -> dict[str, Any] | None:
         "note": "in the prompt",
         "tokens": first.trace.prompt.length,
     }
-
-
-def parameter_defaults() -> dict[str, Any]:
-    """Default of every parameter that any registered method has."""
-    found: dict[str, Any] = {}
-    for method in reversed(list(dkv.METHODS.values())):
-        found |= {f.name: f.default for f in fields(method) if f.default is not MISSING}
-    return found

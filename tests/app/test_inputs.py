@@ -63,6 +63,12 @@ def test_methods_take_the_settings_they_know() -> None:
     assert dynamic.parameters["update_interval"] == 2
 
 
+def test_untouched_settings_leave_every_method_its_own_defaults() -> None:
+    form = {"capacity": 128} | inputs.form_defaults()
+    for name in inputs.offered_methods():
+        assert inputs.build_method(name, form) == inputs.build_method(name, {"capacity": 128})
+
+
 def test_every_offered_method_runs_from_a_capacity_alone() -> None:
     for name in inputs.offered_methods():
         assert inputs.build_method(name, {"capacity": 128}).name == name
