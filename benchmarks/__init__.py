@@ -1,0 +1,1 @@
+"""Where README's numbers come from. `python -m benchmarks` prints a table and writes JSON."""

@@ -1,0 +1,29 @@
+"""python -m benchmarks [--lengths 1024,2048,4096,8192] [--runs 5]"""
+
+from __future__ import annotations
+
+import argparse
+
+import dynamickv as dkv
+from benchmarks import engine, start
+from benchmarks.report import publish
+
+
+def main() -> None:
+    """Measure, print, write benchmarks/results/*.json."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks")
+    parser.add_argument("--lengths", default="4096", help="prompt lengths in tokens")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--skip-start", action="store_true", help="leave out load and page times")
+    options = parser.parse_args()
+    if not options.skip_start:
+        publish("start", start.measure(options.runs))
+    llm = dkv.load_model()
+    rows = []
+    for length in map(int, options.lengths.split(",")):
+        rows += engine.measure(llm, length, options.runs)
+    publish("engine", rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""The engine on one prompt: what observing costs, what choosing costs, what decoding gains."""
+
+from __future__ import annotations
+
+import statistics
+
+import torch
+from transformers import DynamicCache
+
+import dynamickv as dkv
+from benchmarks.prompts import prompt_of
+from benchmarks.report import Row, median_seconds, paired_seconds, ratio
+from dynamickv.answer import select
+from dynamickv.cache import prune
+from dynamickv.decode import decode
+from dynamickv.prefill import prefill_prompt
+from dynamickv.prompt import EncodedPrompt
+from dynamickv.records import Prefill
+
+CAPACITY = 128
+NEW_TOKENS = 24
+
+
+def measure(llm: dkv.LoadedModel, length: int, runs: int) -> list[Row]:
+    """All engine figures at one prompt length."""
+    prompt = prompt_of(llm, length)
+    at = f"{length // 1024}K"
+    rows = [*_observing(llm, prompt, at, runs)]
+    prefill = prefill_prompt(llm, prompt, mass=True)
+    share = prefill.mass_seconds / prefill.seconds
+    rows.append(Row(f"H2O's attention of all queries / prefill, {at}", share, "x", "<= 1"))
+    rows += _choosing(llm, prefill, at)
+    rows += _decoding(llm, prompt, prefill, at, runs)
+    return rows
+
+
+def _observing(llm: dkv.LoadedModel, prompt: EncodedPrompt, at: str, runs: int) -> list[Row]:
+    ids = torch.tensor([prompt.token_ids], device=llm.device)
+
+    @torch.inference_mode()
+    def plain() -> None:
+        cache = DynamicCache(config=llm.model.config)
+        llm.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        llm.synchronize()
+
+    def observing() -> None:
+        prefill_prompt(llm, prompt)
+
+    def serving() -> None:
+        prefill = prefill_prompt(llm, prompt)
+        prune(prefill, select(dkv.DynamicKV(capacity=CAPACITY), prefill), NEW_TOKENS)
+        llm.synchronize()
+
+    alone, observed, served = paired_seconds([plain, observing, serving], runs)
+    return [
+        Row(f"plain prefill, {at}", statistics.median(alone), "s"),
+        Row(
+            f"prefill with observing / plain prefill, {at}", ratio(observed, alone), "x", "<= 1.01"
+        ),
+        Row(
+            f"prefill, observing, scoring, pruning / plain prefill, {at}",
+            ratio(served, alone),
+            "x",
+            "<= 1.01",
+        ),
+    ]
+
+
+def _choosing(llm: dkv.LoadedModel, prefill: Prefill, at: str) -> list[Row]:
+    rows, total = [], 0.0
+    for name in dkv.METHODS:
+        if name in ("FullKV", "Manual"):
+            continue
+        method = dkv.build_method(name, capacity=CAPACITY)
+
+        def choose(method: dkv.CompressionMethod = method) -> None:
+            prune(prefill, select(method, prefill), NEW_TOKENS)
+            llm.synchronize()
+
+        seconds = median_seconds(choose, 5)
+        total += seconds
+        rows.append(Row(f"score + prune, {name}({CAPACITY}), {at}", seconds * 1000, "ms"))
+    rows.append(Row(f"score + prune, all five compressing methods, {at}", total, "s", "<= 0.3"))
+    return rows
+
+
+def _decoding(
+    llm: dkv.LoadedModel, prompt: EncodedPrompt, prefill: Prefill, at: str, runs: int
+) -> list[Row]:
+    """Milliseconds per token, the prefill left out on both sides, in turn."""
+    plain_cache = DynamicCache(config=llm.model.config)
+    ids = torch.tensor([prompt.token_ids], device=llm.device)
+    with torch.inference_mode():
+        llm.model(ids, past_key_values=plain_cache, use_cache=True, logits_to_keep=1)
+    held = prompt.length
+
+    @torch.inference_mode()
+    def generate() -> None:
+        plain_cache.crop(-(plain_cache.get_seq_length() - held + 1))
+        llm.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=plain_cache,
+            min_new_tokens=NEW_TOKENS,
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+        )
+        llm.synchronize()
+
+    def ours(method: dkv.CompressionMethod) -> float:
+        cache = prune(prefill, select(method, prefill), NEW_TOKENS)
+        endless = dkv.LoadedModel(
+            name=llm.name, revision=llm.revision, model=llm.model, tokenizer=llm.tokenizer,
+            geometry=llm.geometry,
+        )  # fmt: skip
+        steps = list(decode(endless, cache, prefill.logits, held, NEW_TOKENS))
+        return statistics.mean(step.seconds for step in steps[1:])
+
+    theirs, full, compressed = [], [], []
+    for _ in range(runs + 1):
+        theirs.append(paired_seconds([generate], 1)[0][0] / NEW_TOKENS)
+        full.append(ours(dkv.FullKV()))
+        compressed.append(ours(dkv.DynamicKV(capacity=CAPACITY)))
+    theirs, full, compressed = theirs[1:], full[1:], compressed[1:]
+    targets = {"4K": ">= 1.6", "8K": ">= 2.2"}
+    return [
+        Row(f"decode, transformers' generate, {at}", statistics.median(theirs) * 1000, "ms/token"),
+        Row(f"decode, FullKV, {at}", statistics.median(full) * 1000, "ms/token"),
+        Row(
+            f"decode, DynamicKV({CAPACITY}), {at}", statistics.median(compressed) * 1000, "ms/token"
+        ),
+        Row(f"decode, generate / FullKV, {at}", ratio(theirs, full), "x", ">= 1.0"),
+        Row(
+            f"decode, generate / DynamicKV({CAPACITY}), {at}",
+            ratio(theirs, compressed),
+            "x",
+            targets.get(at, ""),
+        ),
+    ]
