@@ -222,6 +222,20 @@ def test_bad_texts_get_one_sentence_and_are_kept(
     expect(page.locator(".dkv-source")).to_have_text("recorded on 23 November 2026")
 
 
+def test_fullkv_cannot_be_left_out(page: Page, page_url: str) -> None:
+    open_page(page, page_url)
+    box = page.get_by_label("FullKV", exact=True)
+    box.click()
+    expect(box).to_be_checked()
+
+
+def test_run_stays_in_sight_with_all_settings_open(page: Page, page_url: str) -> None:
+    open_page(page, page_url)
+    page.locator("#dkv-advanced > button").click()
+    expect(page.get_by_label("Update interval")).to_be_visible()
+    expect(page.locator("#dkv-run")).to_be_in_viewport(ratio=1)
+
+
 def test_a_capacity_below_the_window_names_both(page: Page, page_url: str) -> None:
     open_page(page, page_url)
     box = page.locator("#dkv-capacity input[type=number]")
