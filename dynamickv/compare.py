@@ -209,6 +209,8 @@ def _prefill_stream(
     def work() -> None:
         try:
             messages.put(run(on_layer))
+        except Cancelled:  # the one just caught would keep the prefill's tensors alive
+            messages.put(Cancelled())
         except BaseException as error:  # handed to the reader, which raises it
             messages.put(error)
 
@@ -234,7 +236,7 @@ def _prefill_stream(
 def _with_agreement(runs: list[Run]) -> list[Run]:
     """Compare every answer with FullKV's, when there is one that ran to its end."""
     yardstick = next((run for run in runs if run.method == FullKV.name), None)
-    if yardstick is None:
+    if yardstick is None or yardstick.finish_reason == "cancelled":
         return runs
     return [replace(run, agreement=agreement(run, yardstick)) for run in runs]
 
@@ -246,7 +248,7 @@ def _trace(llm: LoadedModel, prefill: Prefill, prompt: EncodedPrompt, runs: list
         versions={
             "dynamickv": __version__,
             "python": platform.python_version(),
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
             "transformers": transformers.__version__,
         },
         model=ModelInfo(
