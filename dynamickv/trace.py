@@ -32,6 +32,8 @@ MAX_POSITIONS = 2**20
 MAX_LAYERS = 1024
 MAX_HEADS = 1024
 MAX_RUNS = 64
+MAX_COUNT = 2**53
+"""Largest count; JavaScript reads no larger whole number exactly."""
 NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 FINISH_REASONS = ("stop", "length", "cancelled")
 
@@ -264,16 +266,16 @@ class Trace:
         try:
             if payload[:2] == b"\x1f\x8b":
                 payload = zlib.decompressobj(wbits=31).decompress(payload, MAX_BYTES + 1)
-            if len(payload) > MAX_BYTES:
-                raise ValueError(
-                    f"{name} is larger than {MAX_BYTES // 2**20} MiB, the most a run record holds; "
-                    "choose a smaller file"
-                )
-            data = json.loads(payload.decode("utf-8"), parse_constant=_no_constant)
-        except (zlib.error, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            data = json.loads(payload.decode("utf-8")) if len(payload) <= MAX_BYTES else None
+        except (zlib.error, ValueError, RecursionError) as error:
             raise ValueError(
                 f"{name} is not a run record ({type(error).__name__}); choose a file saved here"
             ) from None
+        if len(payload) > MAX_BYTES:
+            raise ValueError(
+                f"{name} is larger than {MAX_BYTES // 2**20} MiB, the most a run record holds; "
+                "choose a smaller file"
+            )
         return cls.from_dict(data)
 
 
@@ -283,7 +285,11 @@ def _check(trace: Trace) -> None:
     _within("model.num_layers", model.num_layers, 1, MAX_LAYERS)
     _within("model.num_query_heads", model.num_query_heads, 1, MAX_HEADS)
     _within("model.num_kv_heads", model.num_kv_heads, 1, model.num_query_heads)
+    _within("model.head_dim", model.head_dim, 1, MAX_COUNT)
+    _within("model.max_positions", model.max_positions, 1, MAX_COUNT)
+    _within("prefill_seconds", trace.prefill_seconds, 0, MAX_COUNT)
     _within("prompt.length", prompt.length, 1, MAX_POSITIONS)
+    _within("prompt.original_length", prompt.original_length, prompt.length, MAX_COUNT)
     end = len(prompt.text.encode("utf-16-le", "surrogatepass")) // 2
     _within(
         "the number of prompt.text_utf16_offsets", len(prompt.text_utf16_offsets), prompt.length
@@ -305,6 +311,8 @@ def _check_run(run: Run, where: str, model: ModelInfo, length: int) -> None:
     _within(f"the number of {where}.budget_history", len(run.budget_history), 0, model.num_layers)
     for update in run.budget_history:
         _within(f"an update's layers in {where}.budget_history", len(update), 1, model.num_layers)
+        for budget in update:
+            _within(f"a budget in {where}.budget_history", budget, 0, MAX_COUNT)
     if run.retained.heads not in (model.num_kv_heads, model.num_query_heads):
         _misfit(f"{where}.retained.heads", run.retained.heads, "the model's KV or query heads")
     if run.finish_reason not in FINISH_REASONS:
@@ -315,12 +323,26 @@ def _check_run(run: Run, where: str, model: ModelInfo, length: int) -> None:
         ("decode_seconds", run.decode_seconds),
     ):
         _within(f"the number of {where}.{name}", len(values), len(run.token_ids))
+    for name in ("kv_bytes", "kv_bytes_full", "score_seconds", "prune_seconds"):
+        _within(f"{where}.{name}", getattr(run, name), 0, MAX_COUNT)
+    for name in ("token_ids", "decode_seconds"):
+        _within(f"the least of {where}.{name}", min(getattr(run, name), default=0), 0, MAX_COUNT)
+    _within(f"{where}.kept_fraction", run.kept_fraction, 0, 1)
+    if run.agreement is not None:
+        _within(f"{where}.agreement.token_match", run.agreement.token_match, 0, 1)
+        _within(f"{where}.agreement.rouge_l", run.agreement.rouge_l, 0, 1)
+        divergence = run.agreement.first_divergence or 0
+        _within(f"{where}.agreement.first_divergence", divergence, 0, MAX_COUNT)
+    try:
+        json.dumps(run.parameters, allow_nan=False, ensure_ascii=False).encode("utf-8")
+    except (TypeError, ValueError, RecursionError):
+        _misfit(f"{where}.parameters", run.parameters, "finite numbers and plain text")
     run.retained.unpack(model.num_layers, length)
     if run.scores is not None:
         run.scores.unpack(model.num_layers, length)
 
 
-def _within(where: str, value: int, least: int, most: int | None = None) -> None:
+def _within(where: str, value: float, least: int, most: int | None = None) -> None:
     most = least if most is None else most
     if not least <= value <= most:
         _misfit(where, value, str(least) if least == most else f"{least} to {most}")
@@ -394,10 +416,6 @@ def _decode_base64(text: str, where: str) -> bytes:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
         raise ValueError(f"{where} is not base64; save the run again") from None
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"the record holds {name}, which is no number; save the run again")
 
 
 def _misfit(where: str, value: Any, expected: Any) -> typing.NoReturn:
