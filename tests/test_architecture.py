@@ -266,7 +266,7 @@ RULES = (
             "transformers.Cache",
             "transformers.DynamicCache",
         ),
-        scope=ALL_CODE,
+        scope=(*ENGINE, *PAGE),
         exempt=("dynamickv/observe.py", "dynamickv/cache.py"),
         bad=(
             "from transformers.cache_utils import Cache",
