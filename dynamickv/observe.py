@@ -13,17 +13,22 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers  # its parts load when named, which takes seconds: the page is up before
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from dynamickv.cache import KVLayer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PREFIX = "dynamickv_"
 MASKED_BACKENDS = ("eager", "sdpa")
 """Backends that take a mask tensor; the flash kinds align causality to the end by themselves."""
+
+Attention = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 def backend_of(model: PreTrainedModel) -> str:
@@ -63,14 +68,17 @@ def set_observed(model: PreTrainedModel) -> None:
             "transformers' AttentionInterface"
         )
     name = PREFIX + backend
-    masks = AttentionMaskInterface()  # type: ignore[no-untyped-call]
-    AttentionInterface.register(name, partial(_observed_attention, backend))
-    AttentionMaskInterface.register(name, masks[backend])
+    masks = transformers.AttentionMaskInterface()  # type: ignore[no-untyped-call]
+    functions = transformers.AttentionInterface()  # type: ignore[no-untyped-call]
+    attention = None if backend == "eager" else functions[backend]
+    transformers.AttentionInterface.register(name, partial(_observed_attention, backend, attention))
+    transformers.AttentionMaskInterface.register(name, masks[backend])
     model.set_attn_implementation(name)
 
 
 def _observed_attention(
     backend: str,
+    attention: Attention | None,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -78,7 +86,8 @@ def _observed_attention(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    attention = _backend_function(backend, module)
+    # Each model file defines its own eager attention, which is not in the registry.
+    attention = attention or sys.modules[type(module).__module__].eager_attention_forward
     layer: KVLayer | None = getattr(key, "kv_layer", None)
     if layer is None:
         return attention(module, query, key, value, attention_mask, **kwargs)
@@ -106,20 +115,6 @@ def _continuation_mask(backend: str, query: Tensor, key: Tensor) -> Tensor | Non
     return torch.zeros_like(visible, dtype=query.dtype).masked_fill_(
         ~visible, torch.finfo(query.dtype).min
     )
-
-
-def _backend_function(
-    backend: str, module: nn.Module
-) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    if backend == "eager":
-        # Each model file defines its own eager attention, which transformers passes as the
-        # registry's default.
-        function: Callable[..., tuple[Tensor, Tensor | None]] = sys.modules[
-            type(module).__module__
-        ].eager_attention_forward
-        return function
-    interface = AttentionInterface()  # type: ignore[no-untyped-call]
-    return interface.get_interface(backend, None)  # type: ignore[arg-type]
 
 
 def _grouped(module: nn.Module, query: Tensor, key: Tensor) -> Any:

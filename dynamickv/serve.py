@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from dynamickv.cache import KVCache, KVLayer
 from dynamickv.methods import CompressionMethod
@@ -22,6 +21,9 @@ from dynamickv.models import Geometry
 from dynamickv.observe import observed
 from dynamickv.records import LayerObservation, Retention
 from dynamickv.scoring import attention_mass
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class CompressedCache(KVCache):
