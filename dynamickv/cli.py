@@ -109,6 +109,8 @@ def _compare(options: argparse.Namespace) -> None:
     require_longer_document(document, options.question)
     if options.output is not None and not Path(options.output).resolve().parent.is_dir():
         raise ValueError(f"the folder of {options.output} does not exist; create it first")
+    if options.output is not None and Path(options.output).is_dir():
+        raise ValueError(f"{options.output} is a folder; give the name of a file in it")
     llm = load_model(options.model)
     with ExitStack() as bars:
         trace = _followed(llm, document, methods, options, bars)
