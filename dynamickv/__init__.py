@@ -5,6 +5,7 @@ trace = compare(llm, document, question, methods=[FullKV(), DynamicKV(capacity=1
 """
 
 from dynamickv.compare import compare, compare_stream
+from dynamickv.conversation import Conversation
 from dynamickv.events import ComparisonFinished, Compressed, Event, Progress, RunFinished, Token
 from dynamickv.methods import (
     H2O,
@@ -26,6 +27,7 @@ from dynamickv.prompt import require_longer_document
 from dynamickv.records import LayerObservation, Prefill, Retention
 from dynamickv.retain import retain
 from dynamickv.serve import CompressedCache, compress
+from dynamickv.store import PrefillStore
 from dynamickv.trace import Agreement, ModelInfo, Prompt, Retained, Run, Scores, Trace
 from dynamickv.version import __version__
 
@@ -39,6 +41,7 @@ __all__ = [
     "Compressed",
     "CompressedCache",
     "CompressionMethod",
+    "Conversation",
     "DynamicKV",
     "Event",
     "FullKV",
@@ -48,6 +51,7 @@ __all__ = [
     "Manual",
     "ModelInfo",
     "Prefill",
+    "PrefillStore",
     "Progress",
     "Prompt",
     "PyramidKV",

@@ -10,7 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 SEPARATOR = "\n\n"
-_DOCUMENT, _QUESTION = "\ue000document\ue000", "\ue000question\ue000"
+_DOCUMENT, _ANSWER, _QUESTION = (
+    f"\ue000{part}\ue000" for part in ("document", "answer", "question")
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +109,28 @@ def encode_prompt(
             "shorten the document or allow cutting out its middle"
         )
     return _truncated(tokenizer, parts, encoded, document, question, limit)
+
+
+def follow_up_ids(tokenizer: Any, question: str) -> list[int]:
+    """Tokens that lead from the end of an answer to the next answer, the new question between.
+
+    The question is data: special tokens spelled in it are read as plain text.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        before, after = SEPARATOR, "\n"
+    else:
+        turns = [
+            {"role": "user", "content": _DOCUMENT},
+            {"role": "assistant", "content": _ANSWER},
+            {"role": "user", "content": _QUESTION},
+        ]
+        rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        before, _, after = rendered.partition(_ANSWER)[2].partition(_QUESTION)
+    token_ids: list[int] = []
+    for text, plain in ((before, False), (question, True), (after, False)):
+        encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=plain)
+        token_ids += encoded["input_ids"]
+    return token_ids
 
 
 def require_text(name: str, text: object) -> None:

@@ -1,0 +1,71 @@
+"""Question after question on one compressed cache: each answer stays, nothing is read twice."""
+
+from __future__ import annotations
+
+from dynamickv.answer import select
+from dynamickv.cache import prune
+from dynamickv.decode import TextStream, decode, extend
+from dynamickv.methods import CompressionMethod
+from dynamickv.models import LoadedModel
+from dynamickv.prompt import follow_up_ids, require_text
+from dynamickv.records import Prefill
+
+
+class Conversation:
+    """One prompt compressed once by one method, then any number of follow-up questions.
+
+    What the method kept of the prompt stays; answers and follow-up questions are kept whole.
+    """
+
+    def __init__(self, llm: LoadedModel, prefill: Prefill, method: CompressionMethod) -> None:
+        if not prefill.question_aware:
+            raise ValueError("a conversation starts with a question; prefill one with the document")
+        self._llm = llm
+        self.retention = select(method, prefill)
+        self._cache = prune(prefill, self.retention, room=0)
+        self._logits = prefill.logits
+        self._position = prefill.length
+        self._last: int | None = None
+        """The last answer's last token, which the cache has not seen yet."""
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the keys and values held now."""
+        return self._cache.nbytes
+
+    def answer(self, max_new_tokens: int = 64) -> str:
+        """Answer the prompt's own question; call it first, once."""
+        if self._last is not None:
+            raise ValueError("the first question is answered already; ask a follow-up question")
+        return self._decode(max_new_tokens)
+
+    def ask(self, question: str, max_new_tokens: int = 64) -> str:
+        """Answer a follow-up question.
+
+        Raises:
+            ValueError: an empty question, no first answer yet, or no positions left.
+        """
+        require_text("question", question)
+        if self._last is None:
+            raise ValueError("the prompt's own question comes first; call answer()")
+        new = follow_up_ids(self._llm.tokenizer, question)
+        if new[:1] != [self._last]:
+            new = [self._last, *new]
+        limit = self._llm.geometry.max_positions
+        if self._position + len(new) >= limit:
+            raise ValueError(
+                f"the conversation has {self._position + len(new):,} tokens and this model reads "
+                f"{limit:,}; start a new one"
+            )
+        self._logits = extend(self._llm, self._cache, new, self._position)
+        self._position += len(new)
+        return self._decode(max_new_tokens)
+
+    def _decode(self, max_new_tokens: int) -> str:
+        text = TextStream(self._llm)
+        for step in decode(self._llm, self._cache, self._logits, self._position, max_new_tokens):
+            text.push(step.token_id, final=step.last is not None)
+            self._last = step.token_id
+            if step.last is None:
+                self._position += 1
+        return text.text
