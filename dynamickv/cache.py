@@ -120,6 +120,23 @@ class KVLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             raise RuntimeError(f"layer {self.index} holds nothing yet; run the model first")
         return self.keys, self.values
 
+    def reserve(self, room: int) -> tuple[Tensor, Tensor]:
+        """The buffers of keys and values, (1, heads, at least length + room, head_dim), for someone
+        who writes the next positions in place; what is not held yet is zero."""
+        keys, values = self.held()
+        assert self._buffers is not None
+        if self._buffers[0].shape[2] < self.length + room:
+            self._buffers = (_roomy(keys, room), _roomy(values, room))
+            self._view(keys.shape[2])
+        for buffer in self._buffers:
+            buffer[:, :, self.length :].zero_()
+        return self._buffers
+
+    def grow_in_place(self) -> None:
+        """Count one more position, which was written into the buffers."""
+        self._view(self.length + 1)
+        self.seen += 1
+
     def _view(self, length: int) -> None:
         assert self._buffers is not None
         self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
