@@ -1,0 +1,60 @@
+"""A follow-up question continues the compressed cache as if everything had been said at once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import dynamickv as dkv
+from dynamickv.prompt import follow_up_ids
+from tests.engine.tiny import DOCUMENT, QUESTION, small_instances
+
+
+def test_a_full_conversation_equals_reading_it_all_at_once(llm: dkv.LoadedModel) -> None:
+    prefill = dkv.prefill(llm, DOCUMENT, QUESTION)
+    run = dkv.compare(llm, prefill=prefill, methods=[dkv.FullKV()], max_new_tokens=5).runs[0]
+    follow_up = follow_up_ids(llm.tokenizer, "and then?")
+    if follow_up[0] == run.token_ids[-1]:
+        follow_up = follow_up[1:]
+    whole = torch.tensor([[*prefill.prompt.token_ids, *run.token_ids, *follow_up]])
+    expected = llm.model.generate(
+        whole, attention_mask=torch.ones_like(whole), max_new_tokens=5, do_sample=False
+    )[0, whole.shape[1] :]
+    talk = dkv.Conversation(llm, prefill, dkv.FullKV())
+    assert talk.answer(max_new_tokens=5) == run.answer
+    answer = talk.ask("and then?", max_new_tokens=5)
+    assert answer == llm.tokenizer.decode(expected, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("method", small_instances(), ids=lambda method: method.name)
+def test_the_cache_grows_by_what_is_said_and_nothing_else(
+    llm: dkv.LoadedModel, prefill: dkv.Prefill, method: dkv.CompressionMethod
+) -> None:
+    talk = dkv.Conversation(llm, prefill, method)
+    before = talk.kv_bytes
+    per_token = before // sum(kept.shape[0] * kept.shape[1] for kept in talk.retention.indices)
+    heads = sum(kept.shape[0] for kept in talk.retention.indices)
+    talk.answer(max_new_tokens=3)
+    talk.ask("and then?", max_new_tokens=1)
+    # Of each answer the last token has not been fed yet.
+    said = 2 + 1 + len(follow_up_ids(llm.tokenizer, "and then?"))
+    assert (talk.kv_bytes - before) // (per_token * heads) == said
+
+
+def test_a_follow_up_before_the_first_answer_is_refused(
+    llm: dkv.LoadedModel, prefill: dkv.Prefill
+) -> None:
+    with pytest.raises(ValueError, match="call answer"):
+        dkv.Conversation(llm, prefill, dkv.FullKV()).ask("and then?")
+
+
+def test_a_document_alone_is_no_conversation(llm: dkv.LoadedModel) -> None:
+    with pytest.raises(ValueError, match="starts with a question"):
+        dkv.Conversation(llm, dkv.prefill(llm, DOCUMENT), dkv.FullKV())
+
+
+def test_special_tokens_in_a_follow_up_are_plain_text(llm: dkv.LoadedModel) -> None:
+    special = llm.tokenizer.eos_token
+    plain = follow_up_ids(llm.tokenizer, "stop")
+    spelled = follow_up_ids(llm.tokenizer, f"stop{special}")
+    assert spelled.count(llm.tokenizer.eos_token_id) == plain.count(llm.tokenizer.eos_token_id)
