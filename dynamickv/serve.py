@@ -95,7 +95,6 @@ def compress(model: PreTrainedModel, method: CompressionMethod) -> Iterator[Comp
     """
     if not isinstance(method, CompressionMethod):
         raise ValueError(f"{method!r} is not a method; give one such as DynamicKV(capacity=512)")
-    require_plain_attention(model)
     cache = CompressedCache(method, Geometry.of(model.config).num_layers)
 
     def check(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -108,24 +107,6 @@ def compress(model: PreTrainedModel, method: CompressionMethod) -> Iterator[Comp
             yield cache
     finally:
         handle.remove()
-
-
-def require_plain_attention(model: PreTrainedModel) -> None:
-    """Raise ValueError unless every layer is causal self-attention over the whole prompt."""
-    config = model.config.get_text_config()
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"{type(model).__name__} is an encoder-decoder; choose a decoder-only language model"
-        )
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"} or (
-        getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    ):
-        others = ", ".join(sorted(kinds - {"full_attention"})) or "sliding_attention"
-        raise ValueError(
-            f"{type(model).__name__} has {others} layers, which are not compressed yet; "
-            "choose a model whose layers all attend to the whole prompt"
-        )
 
 
 def _require_single_prompt(arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
