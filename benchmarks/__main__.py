@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 import dynamickv as dkv
-from benchmarks import engine, start
+from benchmarks import engine, readme, start
 from benchmarks.report import publish
 
 
@@ -23,6 +23,7 @@ def main() -> None:
     for length in map(int, options.lengths.split(",")):
         rows += engine.measure(llm, length, options.runs)
     publish("engine", rows)
+    readme.main()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.readme import section as measured_section
 from dynamickv import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,3 +68,7 @@ def test_the_space_runs_the_pinned_gradio() -> None:
 def test_the_space_has_what_its_front_matter_names() -> None:
     assert (ROOT / FRONT_MATTER["app_file"]).is_file()
     assert len(FRONT_MATTER["short_description"]) <= 60
+
+
+def test_the_measured_tables_are_those_of_the_results() -> None:
+    assert measured_section() in README
