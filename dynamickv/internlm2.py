@@ -139,10 +139,11 @@ def _tokenizer(path: str, added: dict[int, AddedToken], unknown: str) -> Tokeniz
     for index, token in added.items():
         if index < len(pieces):
             pieces[index] = token.content
+    known = set(pieces)
     tokenizer = Tokenizer(
         BPE(
             {piece: index for index, piece in enumerate(pieces)},
-            merges,
+            [merge for merge in merges if known.issuperset((*merge, "".join(merge)))],
             unk_token=unknown,
             fuse_unk=True,
             byte_fallback=True,
