@@ -16,6 +16,7 @@ from dynamickv.methods import CompressionMethod, ScoredMethod
 from dynamickv.models import LoadedModel
 from dynamickv.prompt import EncodedPrompt
 from dynamickv.records import Prefill, Retention
+from dynamickv.together import Together
 from dynamickv.trace import Retained, Run, Scores
 
 
@@ -30,8 +31,10 @@ class Answer:
         method: CompressionMethod,
         max_new_tokens: int,
         scores: bool,
+        together: Together | None = None,
     ) -> None:
         self._prefill, self._prompt, self._method = prefill, prompt, method
+        self._together = together
         start = time.perf_counter()
         self._retention = select(method, prefill)
         llm.synchronize()
@@ -49,7 +52,13 @@ class Answer:
         self._mask = retained_mask(self._retention, prompt.length)
         self._scores = layer_scores(method, prefill, prompt.length) if scores else None
         self._cache: KVCache | None = cache
-        self._steps: Iterator[Step] = decode(llm, cache, logits, prompt.length, max_new_tokens)
+        # A run that keeps everything is decoded alone, so that it equals FullKV to the last bit.
+        alone = together is None or bool(self._mask.all())
+        self._member = None if alone or together is None else together.join(cache, prompt.length)
+        advance = self._member.advance if self._member else None
+        self._steps: Iterator[Step] = decode(
+            llm, cache, logits, prompt.length, max_new_tokens, advance
+        )
         self._text = TextStream(llm)
         self._done: list[Step] = []
         self.finish_reason: str | None = None
@@ -72,12 +81,16 @@ class Answer:
         self._done.append(step)
         self._text.push(step.token_id, final=step.last is not None)
         self.finish_reason = step.last
+        if self._member is not None and step.last is None:
+            self._member.announce(step.token_id)
         return Token(index, self._method.name, step.token_id, self._text.text, step.seconds)
 
     def finish(self) -> Run:
         """The record of this answer; its cache is freed."""
         self._cache = None
         self._steps = iter(())
+        if self._member is not None:
+            self._member.leave()
         return Run(
             method=self._method.name,
             parameters=self._method.parameters,
@@ -96,6 +109,7 @@ class Answer:
             score_seconds=self._score_seconds,
             prune_seconds=self._prune_seconds,
             decode_seconds=[step.seconds for step in self._done],
+            decoded_together=self._together.size if self._member and self._together else 1,
         )
 
 

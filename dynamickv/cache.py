@@ -6,7 +6,7 @@ which is the next token's position however much was dropped. Decides nothing abo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -172,6 +172,32 @@ class KVCache(Cache):
     def nbytes(self) -> int:
         """Bytes of all keys and values held, summed from the tensors."""
         return sum(layer.nbytes for layer in self.layers)
+
+
+class BatchedLayer(KVLayer):  # type: ignore[no-untyped-call]
+    """The same layer of several caches of one sequence each, of any lengths."""
+
+    def __init__(self, rows: Sequence[KVLayer]) -> None:
+        super().__init__(rows[0].index)
+        self.rows = rows
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append each row to its own cache, where the attention function then finds it."""
+        for row, key, value in zip(self.rows, key_states, value_states, strict=True):
+            row.update(key[None], value[None])
+        tagged = key_states.view_as(key_states)
+        tagged.kv_layer = self  # type: ignore[attr-defined]
+        return tagged, value_states
+
+
+class BatchedCache(Cache):
+    """Several caches seen by the model as one batch; each row attends to its own cache alone."""
+
+    def __init__(self, caches: Sequence[KVCache]) -> None:
+        layers = zip(*(cache.layers for cache in caches), strict=True)
+        super().__init__(layers=[BatchedLayer(rows) for rows in layers])
 
 
 def prune(prefill: Prefill, retention: Retention, room: int) -> KVCache:

@@ -15,6 +15,7 @@ import transformers
 
 from dynamickv.agreement import agreement
 from dynamickv.answer import Answer
+from dynamickv.cuda_graph import graphable
 from dynamickv.events import ComparisonFinished, Event, Progress, RunFinished
 from dynamickv.methods import METHODS, CompressionMethod, FullKV
 from dynamickv.models import LoadedModel
@@ -22,6 +23,7 @@ from dynamickv.prefill import TAIL
 from dynamickv.prefill import prefill as run_prefill
 from dynamickv.prompt import EncodedPrompt, encode_prompt, require_text
 from dynamickv.records import Prefill
+from dynamickv.together import Together
 from dynamickv.trace import ModelInfo, Prompt, Run, Trace
 from dynamickv.version import __version__
 
@@ -116,7 +118,10 @@ def compare_stream(
         if prefill is None:
             return
     prompt = prefill.prompt if prefill.question_aware else _with_question(llm, prefill, question)
-    answers = [Answer(llm, prefill, prompt, method, max_new_tokens, scores) for method in methods]
+    together = Together(llm) if len(methods) > 2 and not graphable(llm) else None
+    answers = [
+        Answer(llm, prefill, prompt, method, max_new_tokens, scores, together) for method in methods
+    ]
     for index, answer in enumerate(answers):
         yield answer.compressed(index)
     finished: dict[int, Run] = {}

@@ -16,6 +16,9 @@ from dynamickv.cuda_graph import LEAST_STEPS, DecodeGraph, graphable
 from dynamickv.models import LoadedModel
 from dynamickv.observe import observed
 
+Advance = Callable[[int], tuple[int, float, float]]
+"""Feeds a token; (the most likely token after it, its log probability, seconds it took)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -29,7 +32,12 @@ class Step:
 
 
 def decode(
-    llm: LoadedModel, cache: KVCache, logits: Tensor, position: int, max_new_tokens: int
+    llm: LoadedModel,
+    cache: KVCache,
+    logits: Tensor,
+    position: int,
+    max_new_tokens: int,
+    advance: Advance | None = None,
 ) -> Iterator[Step]:
     """Yield greedy tokens until the end of the answer, `max_new_tokens` or the model's last
     position.
@@ -41,12 +49,13 @@ def decode(
         cache: what the prompt left behind; grows by one position per step.
         logits: next-token logits after the prompt, (vocabulary,).
         position: true position of the next token, whatever the cache dropped.
+        advance: feeds tokens in another way, such as together with other runs.
     """
     count = 0
-    advance: Callable[[int], tuple[int, float]] | None = None
     most = min(max_new_tokens, llm.geometry.max_positions - position + 1)
     start = time.perf_counter()
     token_id, logprob = choose(logits)
+    seconds = time.perf_counter() - start
     while True:
         count += 1
         last = None
@@ -54,22 +63,28 @@ def decode(
             last = "stop"
         elif count >= most:
             last = "length"
-        yield Step(token_id, logprob, time.perf_counter() - start, last)
+        yield Step(token_id, logprob, seconds, last)
         if last is not None:
             return
         advance = advance or _stepper(llm, cache, position, most - 1)
-        start = time.perf_counter()
-        token_id, logprob = advance(token_id)
+        token_id, logprob, seconds = advance(token_id)
 
 
-def _stepper(
-    llm: LoadedModel, cache: KVCache, position: int, steps: int
-) -> Callable[[int], tuple[int, float]]:
-    """A function that feeds a token at the next position and gives the most likely one after it."""
+def _stepper(llm: LoadedModel, cache: KVCache, position: int, steps: int) -> Advance:
+    """Feed tokens one after another from `position` on."""
     if steps >= LEAST_STEPS and graphable(llm):
-        return DecodeGraph(llm, cache, position, steps).advance
-    positions = itertools.count(position)
-    return lambda token_id: choose(extend(llm, cache, [token_id], next(positions)))
+        step = DecodeGraph(llm, cache, position, steps).advance
+    else:
+        positions = itertools.count(position)
+
+        def step(token_id: int) -> tuple[int, float]:
+            return choose(extend(llm, cache, [token_id], next(positions)))
+
+    def advance(token_id: int) -> tuple[int, float, float]:
+        start = time.perf_counter()
+        return *step(token_id), time.perf_counter() - start
+
+    return advance
 
 
 @torch.inference_mode()

@@ -19,7 +19,7 @@ import torch
 import transformers  # its parts load when named, which takes seconds: the page is up before
 from torch import Tensor, nn
 
-from dynamickv.cache import KVLayer
+from dynamickv.cache import BatchedLayer, KVLayer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -91,6 +91,13 @@ def _observed_attention(
     layer: KVLayer | None = getattr(key, "kv_layer", None)
     if layer is None:
         return attention(module, query, key, value, attention_mask, **kwargs)
+    if isinstance(layer, BatchedLayer):
+        outputs = []
+        for row, row_query in zip(layer.rows, torch.split(query, 1), strict=True):
+            held = row.held()
+            group = _grouped(module, row_query, held[0])
+            outputs.append(attention(group, row_query, *held, None, **kwargs)[0])
+        return torch.cat(outputs), None
     if query.shape[2] < key.shape[2]:
         attention_mask = _continuation_mask(backend, query, key)
     output = attention(_grouped(module, query, key), query, key, value, attention_mask, **kwargs)

@@ -177,6 +177,8 @@ class Run:
     prune_seconds: float
     decode_seconds: list[float]
     """Per answer token; the first comes from the prefill's logits."""
+    decoded_together: int = 1
+    """Runs that shared each decoding pass; with more than one, its time is theirs together."""
     agreement: Agreement | None = None
 
 
