@@ -187,7 +187,7 @@ def receipts(run: Run, trace: Trace) -> list[dict[str, str]]:
         "KV cache": (mebibytes(run.kv_bytes), f"of {mebibytes(run.kv_bytes_full)}"),
         "Prefill": (seconds(trace.prefill_seconds), "shared"),
         "Score + prune": compression_row(run),
-        "Decode": decode_row(run.decode_seconds),
+        "Decode": decode_row(run.decode_seconds, run.decoded_together),
         "Agreement": agreement_row(run),
     }
     return [
@@ -203,12 +203,13 @@ def compression_row(run: Run) -> tuple[str, str]:
     return seconds(run.score_seconds + run.prune_seconds), "all layers"
 
 
-def decode_row(per_token: Sequence[float]) -> tuple[str, str]:
+def decode_row(per_token: Sequence[float], together: int = 1) -> tuple[str, str]:
     """Mean time per decoded token; the first token comes free with the prefill."""
+    note = "per token" if together == 1 else f"for {together} together"
     steps = list(per_token[1:])
     if not steps:
-        return NOTHING, "per token"
-    return milliseconds(sum(steps) / len(steps)), "per token"
+        return NOTHING, note
+    return milliseconds(sum(steps) / len(steps)), note
 
 
 def agreement_row(run: Run) -> tuple[str, str]:
