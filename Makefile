@@ -2,6 +2,7 @@
 # make test   all tests, offline                   (make test ARGS="-m 'not slow and not browser'")
 # make setup  only what both of them do first: .venv with runtime, tools and the embedded model
 # make check  lint, format, types                  make bench  measure, print a table, write JSON
+# make kvpress  kvpress in its own environment: our press checked, its methods timed against ours
 # make clean  remove caches; .venv stays
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ DONE   := $(VENV)/.done
 ARGS   ?=
 
 .DELETE_ON_ERROR:
-.PHONY: setup run test check bench clean
+.PHONY: setup run test check bench kvpress clean
 
 setup: $(DONE)/packages $(DONE)/embedded
 
@@ -47,6 +48,17 @@ check: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks $(ARGS)
+
+# kvpress pins an older transformers, so it lives in an environment of its own.
+kvpress: setup $(DONE)/kvpress
+	PYTHONPATH=. .venv-kvpress/bin/python -m pytest -q --noconftest -p no:cacheprovider tests/integrations
+	$(BIN)/python -m benchmarks.kvpress .venv-kvpress/bin/python
+	$(BIN)/python -m benchmarks.readme
+
+$(DONE)/kvpress: requirements-kvpress.txt | $(DONE)/venv
+	$(PYTHON) -m venv .venv-kvpress
+	.venv-kvpress/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-kvpress.txt
+	@touch $@
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

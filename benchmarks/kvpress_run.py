@@ -1,6 +1,6 @@
 """kvpress's own pipeline, one method after another. Runs in kvpress's environment (make kvpress).
 
-python -m benchmarks.kvpress_run MODEL_FOLDER DOCUMENT QUESTION TOKENS -> JSON of seconds
+python -m benchmarks.kvpress_run MODEL_FOLDER DOCUMENT QUESTION TOKENS RATIO -> JSON of seconds
 """
 
 from __future__ import annotations
