@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rouge import Rouge
+from collections.abc import Sequence
 
 from dynamickv.trace import Agreement, Run
 
@@ -23,8 +23,24 @@ def agreement(run: Run, yardstick: Run) -> Agreement:
 
 def rouge_l(prediction: str, reference: str) -> float:
     """ROUGE-L F-measure over words, 0 to 1; 1 for equal texts."""
-    if prediction.split() == reference.split():
+    ours, theirs = prediction.split(), reference.split()
+    if ours == theirs:
         return 1.0
-    if not prediction.strip(" .\n") or not reference.strip(" .\n"):
-        return 0.0
-    return float(Rouge(metrics=["rouge-l"]).get_scores(prediction, reference)[0]["rouge-l"]["f"])
+    return 2 * common_words(ours, theirs) / (len(ours) + len(theirs))
+
+
+def common_words(first: Sequence[str], second: Sequence[str]) -> int:
+    """Length of the longest common subsequence, one bit of a big integer per word of `first`.
+
+    Answers may have thousands of words, on which the rouge library recurses too deeply.
+    Source: Hyyrö 2004, bit-parallel LCS.
+    """
+    places: dict[str, int] = {}
+    for place, word in enumerate(first):
+        places[word] = places.get(word, 0) | 1 << place
+    every = (1 << len(first)) - 1
+    row = every
+    for word in second:
+        matches = row & places.get(word, 0)
+        row = ((row + matches) | (row - matches)) & every
+    return len(first) - bin(row).count("1")

@@ -315,6 +315,13 @@ def test_a_window_wider_than_the_recorded_queries_says_what_to_do() -> None:
         dkv.retain(dkv.SnapKV(capacity=CAPACITY), tails, KEYS)
 
 
+@pytest.mark.skipif("H2O" not in dkv.METHODS, reason="not registered")
+def test_h2o_without_the_attention_of_all_queries_says_what_to_do() -> None:
+    tails = [query[:, :, -20:] for query in QUERIES]
+    with pytest.raises(ValueError, match="prefill with mass=True or give the queries of the whole"):
+        dkv.retain(dkv.build_method("H2O", capacity=CAPACITY), tails, KEYS)
+
+
 # Bad tensors.
 
 
@@ -329,7 +336,7 @@ def test_a_window_wider_than_the_recorded_queries_says_what_to_do() -> None:
         (QUERIES, [k[:, :, :-1] for k in KEYS]),
         (QUERIES, [k[:, :, :0] for k in KEYS]),
         ([q.repeat(2, 1, 1, 1) for q in QUERIES], [k.repeat(2, 1, 1, 1) for k in KEYS]),
-        (QUERIES, [*KEYS[:-1], KEYS[-1][:, :, :-1]]),
+        ([q[:, :, -9:] for q in QUERIES], [*KEYS[:-1], KEYS[-1][:, :, :-1]]),
         ([*QUERIES[:-1], QUERIES[-1] * float("nan")], KEYS),
         (QUERIES, [KEYS[0] / 0, *KEYS[1:]]),
     ],
