@@ -82,6 +82,7 @@ def test_the_second_load_converts_nothing_and_answers_alike(
 ) -> None:
     first = answer(dkv.load_model(gguf))
     monkeypatch.setattr(conversion, "_convert", lambda *_: pytest.fail("converted again"))
+    caplog.clear()
     with caplog.at_level(logging.INFO, "dynamickv"):
         assert answer(dkv.load_model(gguf)) == first
     assert not caplog.records
