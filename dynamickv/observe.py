@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers  # its parts load when named, which takes seconds: the page is up before
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dynamickv.cache import BatchedLayer, KVLayer
 
@@ -96,17 +97,33 @@ def _observed_attention(
         for row, row_query in zip(layer.rows, torch.split(query, 1), strict=True):
             held = row.held()
             group = _grouped(module, row_query, held[0])
-            outputs.append(attention(group, row_query, *held, None, **kwargs)[0])
+            with _kernels(query):
+                outputs.append(attention(group, row_query, *held, None, **kwargs)[0])
         return torch.cat(outputs), None
+    group = _grouped(module, query, key)
     if query.shape[2] < key.shape[2]:
         attention_mask = _continuation_mask(backend, query, key)
-    output = attention(_grouped(module, query, key), query, key, value, attention_mask, **kwargs)
+        with _kernels(query):
+            output = attention(group, query, key, value, attention_mask, **kwargs)
+    else:
+        output = attention(group, query, key, value, attention_mask, **kwargs)
     if layer.after_attention is not None:
         scaling = kwargs.get("scaling")
         layer.after_attention(
             layer, query, query.shape[-1] ** -0.5 if scaling is None else float(scaling)
         )
     return output
+
+
+def _kernels(query: Tensor) -> AbstractContextManager[None]:
+    """Keep cuDNN's attention away from decoding: it builds a plan for every new shape, and every
+    length of every layer is one (measured on an H200: 1 s per token; 30 ms without)."""
+    if not query.is_cuda:
+        return nullcontext()
+    context: AbstractContextManager[None] = sdpa_kernel(
+        [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    )
+    return context
 
 
 def _continuation_mask(backend: str, query: Tensor, key: Tensor) -> Tensor | None:
