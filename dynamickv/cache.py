@@ -227,6 +227,11 @@ def gather(states: Tensor, kept: Tensor, room: int) -> Tensor:
     if count == length:
         buffer[:, :count] = states if group == 1 else states.repeat_interleave(group, dim=0)
         return buffer.unsqueeze(0)
+    if states.is_cuda:
+        # One launch instead of one per head.
+        source = torch.arange(heads, device=states.device)[:, None] // group
+        buffer[:, :count] = states[source, kept]
+        return buffer.unsqueeze(0)
     for head in range(heads):
         torch.index_select(states[head // group], 0, kept[head], out=buffer[head, :count])
     return buffer.unsqueeze(0)

@@ -36,15 +36,25 @@ def window_attention(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
     num_query_heads, window, head_dim = queries.shape
     num_kv_heads, prompt_length, _ = keys.shape
     group = num_query_heads // num_kv_heads
-    grouped = queries.float().reshape(num_kv_heads, group * window, head_dim)
+    grouped = queries.reshape(num_kv_heads, group * window, head_dim)
     logits = (
-        (grouped @ keys.float().transpose(1, 2))
+        _wide_products(grouped, keys.transpose(1, 2))
         .mul_(scaling)
         .view(num_query_heads, window, prompt_length)
     )
     future = torch.ones(window, window, dtype=torch.bool, device=keys.device).triu_(1)
     logits[..., prompt_length - window :].masked_fill_(future, torch.finfo(torch.float32).min)
     return logits.softmax(dim=-1)[..., : prompt_length - window].sum(dim=1)
+
+
+def _wide_products(left: Tensor, right: Tensor) -> Tensor:
+    """Batched matrix product in float32 of operands in any number format.
+
+    Products of two half-precision numbers are exact in float32, so CUDA need not widen them first.
+    """
+    if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
+        return torch.bmm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()
 
 
 def attention_mass(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
@@ -120,6 +130,33 @@ def top_positions(scores: Tensor, count: int) -> Tensor:
     room = count - above.sum(dim=-1, keepdim=True)
     kept = above | (tied & (tied.cumsum(dim=-1) <= room))
     return kept.nonzero()[:, 1].view(heads, count)
+
+
+def top_positions_of_layers(scores: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
+    """`top_positions` of several layers, all of one shape, with a count for each.
+
+    On one accelerator in one pass: launching a layer's small operations takes longer than they do.
+    """
+    devices = {layer.device for layer in scores}
+    if len(scores) > 1 and len(devices) == 1 and scores[0].device.type != "cpu":
+        return top_positions_at_once(scores, counts)
+    return [top_positions(layer, count) for layer, count in zip(scores, counts, strict=True)]
+
+
+def top_positions_at_once(scores: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
+    """`top_positions_of_layers` without a loop over the layers."""
+    heads, length = scores[0].shape
+    wanted = [min(max(count, 0), length) for count in counts]
+    table = torch.stack(list(scores))
+    count = torch.tensor(wanted, device=table.device)[:, None, None]
+    best = table.topk(max(max(wanted), 1), dim=-1).values
+    threshold = best.gather(-1, (count - 1).clamp_min(0).expand(-1, heads, 1))
+    above = table > threshold
+    tied = table == threshold
+    room = count - above.sum(dim=-1, keepdim=True)
+    kept = (above | (tied & (tied.cumsum(dim=-1, dtype=torch.int32) <= room))) & (count > 0)
+    positions = torch.split(kept.nonzero()[:, 2], [heads * number for number in wanted])
+    return [layer.view(heads, number) for layer, number in zip(positions, wanted, strict=True)]
 
 
 def count_global_top(scores: Sequence[Tensor], count: int) -> list[int]:

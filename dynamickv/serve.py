@@ -75,8 +75,8 @@ class CompressedCache(KVCache):
                 queries=queries[0, :, -self.method.tail :], keys=keys, scaling=scaling, mass=mass
             )
         )
-        for index in changed:
-            self.layers[index].keep(self._selection.positions(index))
+        for index, kept in zip(changed, self._selection.positions_of(changed), strict=True):
+            self.layers[index].keep(kept)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dynamickv.records import LayerObservation, Retention
-from dynamickv.scoring import pool, reduce_group, top_positions, window_attention
+from dynamickv.scoring import pool, reduce_group, top_positions_of_layers, window_attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +65,10 @@ class Selection(ABC):
     @abstractmethod
     def positions(self, layer: int) -> Tensor:
         """What a layer holds now, LongTensor (heads, held) ascending, window included."""
+
+    def positions_of(self, layers: Sequence[int]) -> list[Tensor]:
+        """`positions` of several layers."""
+        return [self.positions(layer) for layer in layers]
 
     @abstractmethod
     def retention(self) -> Retention:
@@ -237,18 +241,22 @@ class ScoredSelection(Selection):
 
     def positions(self, layer: int) -> Tensor:
         """What a layer holds now, (heads, held + window) ascending."""
-        scores = self.scores[layer]
-        heads, prefix_length = scores.shape
-        kept = top_positions(scores, self.held[layer])
+        return self.positions_of([layer])[0]
+
+    def positions_of(self, layers: Sequence[int]) -> list[Tensor]:
+        """What several layers hold now."""
+        scores = [self.scores[layer] for layer in layers]
+        heads, prefix_length = scores[0].shape
         window = torch.arange(
-            prefix_length, prefix_length + self.method.window_size, device=kept.device
-        )
-        return torch.cat([kept, window.expand(heads, -1)], dim=1)
+            prefix_length, prefix_length + self.method.window_size, device=scores[0].device
+        ).expand(heads, -1)
+        chosen = top_positions_of_layers(scores, [self.held[layer] for layer in layers])
+        return [torch.cat([kept, window.to(kept.device)], dim=1) for kept in chosen]
 
     def retention(self) -> Retention:
         """What all layers hold in the end."""
         return Retention(
-            indices=tuple(self.positions(layer) for layer in range(len(self.scores))),
+            indices=tuple(self.positions_of(range(len(self.scores)))),
             prompt_length=self.scores[0].shape[1] + self.method.window_size,
             budget_history=tuple(self.history),
         )

@@ -152,3 +152,13 @@ def test_budgets_of_every_update_sum_to_the_whole_models_prefix_budget(
     for update in dkv.retain(method, *random_layers(5)).budget_history:
         assert sum(update) == (24 - 8) * 6
         assert min(update) >= 0
+
+
+def test_layers_cut_at_once_equal_layers_cut_one_by_one() -> None:
+    """Ties, nothing, everything and more than there is."""
+    generator = torch.Generator().manual_seed(3)
+    counts = [0, 1, 7, 19, 40, 41, 13]
+    scores = [torch.randint(0, 6, (2, 40), generator=generator).float() for _ in range(len(counts))]
+    at_once = scoring.top_positions_at_once(scores, counts)
+    for layer, count, kept in zip(scores, counts, at_once, strict=True):
+        assert torch.equal(kept, scoring.top_positions(layer, count))
