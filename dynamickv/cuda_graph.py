@@ -251,7 +251,7 @@ def graphable(llm: LoadedModel) -> bool:
 def steppable(llm: LoadedModel) -> bool:
     """Whether `DecodeStep` computes what this model does."""
     model: Any = llm.model
-    if type(model).__name__ not in FAMILIES or hasattr(model, "hf_device_map"):
+    if type(model).__name__ not in FAMILIES:
         return False
     config = model.config
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])

@@ -268,9 +268,9 @@ def _join(
 class TritonOps:
     """`cuda_graph.PlainOps`, one or two launches each."""
 
-    rows = 4
-    """Rows of a weight matrix that one program multiplies."""
-    block = 1024
+    rows = 2
+    """Rows of weights that one program multiplies."""
+    block = 2048
     """Columns it reads at a time."""
     warps = 4
 
