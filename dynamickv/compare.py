@@ -228,7 +228,7 @@ def _prefill_stream(
             if isinstance(message, int):
                 yield Progress("prefill", message, total)
             elif isinstance(message, Prefill):
-                return message
+                return None if stop() else message
             elif isinstance(message, Cancelled):
                 return None
             else:
