@@ -330,6 +330,7 @@ def _check_run(run: Run, where: str, model: ModelInfo, length: int) -> None:
     for name in ("token_ids", "decode_seconds"):
         _within(f"the least of {where}.{name}", min(getattr(run, name), default=0), 0, MAX_COUNT)
     _within(f"{where}.kept_fraction", run.kept_fraction, 0, 1)
+    _within(f"{where}.decoded_together", run.decoded_together, 1, MAX_RUNS)
     if run.agreement is not None:
         _within(f"{where}.agreement.token_match", run.agreement.token_match, 0, 1)
         _within(f"{where}.agreement.rouge_l", run.agreement.rouge_l, 0, 1)

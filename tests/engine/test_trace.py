@@ -288,11 +288,21 @@ FIELDS: dict[str, str] = {
     "runs.1.prune_seconds": "number",
     "runs.1.decode_seconds": "list",
     "runs.1.decode_seconds.0": "number",
+    "runs.1.decoded_together": "whole",
     "runs.1.agreement": "optional object",
     "runs.1.agreement.first_divergence": "optional whole",
     "runs.1.agreement.token_match": "number",
     "runs.1.agreement.rouge_l": "number",
 }
+
+
+OPTIONAL = (
+    "versions.torch",
+    "runs",
+    "runs.1.scores",
+    "runs.1.agreement",
+    "runs.1.decoded_together",
+)
 
 
 def put(data: Any, path: str, value: Any) -> Any:
@@ -336,8 +346,7 @@ def test_a_wrong_type_is_refused_by_the_fields_name(
     [
         path
         for path, kind in FIELDS.items()
-        if not path.split(".")[-1].isdigit()
-        and path not in ("versions.torch", "runs", "runs.1.scores", "runs.1.agreement")
+        if not path.split(".")[-1].isdigit() and path not in OPTIONAL
     ],
 )
 def test_a_missing_field_is_named(data: dict[str, Any], path: str) -> None:
@@ -410,6 +419,7 @@ RANGES: list[tuple[str, Any]] = [
     ("runs.1.kept_fraction", -0.1),
     ("runs.1.kept_fraction", 1.1),
     ("runs.1.score_seconds", -1.0),
+    ("runs.1.decoded_together", 0),
     ("runs.1.prune_seconds", -1.0),
     ("runs.1.agreement.first_divergence", -1),
     ("runs.1.agreement.token_match", 1.5),
