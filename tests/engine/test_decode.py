@@ -26,6 +26,7 @@ from tests.engine.tiny import (
     small_instances,
     tiny_llm,
     tiny_model,
+    tiny_sentencepiece_tokenizer,
     tiny_tokenizer,
 )
 
@@ -323,6 +324,19 @@ def test_pieces_concatenate_to_the_answer(llm: dkv.LoadedModel, text: str) -> No
         assert stream.text == "".join(pieces)
     assert stream.text == text
     assert stream.pieces == pieces
+
+
+@pytest.mark.parametrize("text", [text.strip() for text in ANSWERS.values()], ids=ANSWERS)
+def test_pieces_concatenate_with_a_tokenizer_that_marks_words(
+    llm: dkv.LoadedModel, text: str
+) -> None:
+    other = dataclasses.replace(llm, tokenizer=tiny_sentencepiece_tokenizer())
+    token_ids = other.tokenizer(text, add_special_tokens=False)["input_ids"]
+    stream = TextStream(other)
+    for index, token_id in enumerate(token_ids):
+        stream.push(token_id, final=index == len(token_ids) - 1)
+    assert stream.text == text
+    assert "".join(stream.pieces) == text
 
 
 def test_a_character_split_over_tokens_appears_with_its_last(llm: dkv.LoadedModel) -> None:

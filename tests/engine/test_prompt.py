@@ -5,9 +5,11 @@ The spans are checked against the tokens' own bytes, which the engine never look
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+from tokenizers import normalizers
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -17,7 +19,13 @@ from dynamickv.prompt import (
     require_longer_document,
     require_text,
 )
-from tests.engine.tiny import DOCUMENT, QUESTION, SPECIAL, tiny_tokenizer
+from tests.engine.tiny import (
+    DOCUMENT,
+    QUESTION,
+    SPECIAL,
+    tiny_sentencepiece_tokenizer,
+    tiny_tokenizer,
+)
 
 LIMIT = 10_000
 TOKENIZER = tiny_tokenizer()
@@ -184,6 +192,35 @@ def test_placeholders_of_the_template_in_the_users_text_are_harmless() -> None:
     document = "\ue000document\ue000 and \ue000question\ue000"
     prompt = encode(document, document)
     assert prompt.text.count(document) == 2
+
+
+# Tokenizers of other kinds.
+
+
+def composing_tokenizer() -> PreTrainedTokenizerFast:
+    """As Qwen's: characters are composed before they are tokenized."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", [tiny_sentencepiece_tokenizer, composing_tokenizer])
+@pytest.mark.parametrize("text", [*TEXTS.values(), *SPELLED], ids=[*TEXTS, *SPELLED])
+def test_offsets_cover_the_text_without_gaps(
+    kind: Callable[[], PreTrainedTokenizerFast], text: str
+) -> None:
+    tokenizer = kind()
+    prompt = encode_prompt(tokenizer, text, QUESTION, limit=LIMIT)
+    covered = 0
+    for start, end in prompt.offsets:
+        assert start <= covered <= end
+        covered = end
+    assert covered == len(prompt.text)
+    start, end = prompt.document_characters
+    assert prompt.text[start:end] == text
+    assert prompt.document_span == touching(prompt.offsets, start, end)
+    users = prompt.token_ids[prompt.document_span[0] : prompt.document_span[1]]
+    assert not set(users) & set(tokenizer.all_special_ids)
 
 
 # Template kinds.

@@ -7,7 +7,16 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from torch import Tensor
 from transformers import (
     LlamaConfig,
@@ -159,3 +168,39 @@ def random_layers(
         torch.randn(1, kv_heads, length, head_dim, generator=generator) for _ in range(num_layers)
     ]
     return queries, keys
+
+
+def tiny_sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
+    """As Llama 2's and Mistral's: words begin with a mark, unknown characters become bytes."""
+    special = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"]
+    letters = "▁abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,?!\n"
+    merges = [("h", "e"), ("▁", "t"), ("▁t", "he"), ("▁", "w"), ("a", "s")]
+    tokens = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
+    tokens += ["".join(pair) for pair in merges]
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab={token: number for number, token in enumerate(tokens)},
+            merges=merges,
+            byte_fallback=True,
+            unk_token="<unk>",
+        )
+    )
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        chat_template="{{ bos_token }}[INST] {{ messages[0]['content'] }} [/INST]",
+    )
