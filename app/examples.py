@@ -48,15 +48,23 @@ class Example:
         return f"{self.title} ({self.kind})" if self.kind else self.title
 
 
+KINDS = ("find a fact", "needle", "story", "summarise", "few-shot", "code")
+"""The order in which examples are offered, easiest to follow first."""
+
+
+def _place(kind: str) -> int:
+    return KINDS.index(kind) if kind in KINDS else len(KINDS)
+
+
 def load_examples(assets: Path = ASSETS) -> dict[str, Example]:
-    """Every readable example by id; those with a recorded run come first."""
+    """Every readable example by id: those with a recorded run first, then by kind."""
     examples = []
     for path in sorted((assets / "examples").glob("*.json")):
         try:
             examples.append(read_example(path, assets))
         except (OSError, ValueError, KeyError, TypeError) as error:
             log.warning("example %s left out: %s", path.name, error)
-    examples.sort(key=lambda example: example.run_file is None)
+    examples.sort(key=lambda example: (example.run_file is None, _place(example.kind)))
     return {example.id: example for example in examples}
 
 
