@@ -1,0 +1,66 @@
+"""python -m benchmarks.record_examples [ID ...]
+
+Runs the example documents on the embedded model, every method at the example's capacity, and keeps
+what happened as assets/runs/ID.json.gz: what the page shows before anyone has pressed Run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import dynamickv as dkv
+
+ASSETS = Path(__file__).parent.parent / "assets"
+EXAMPLES, RUNS = ASSETS / "examples", ASSETS / "runs"
+
+
+def main() -> None:
+    """Record the examples named on the command line, or all of them."""
+    known = sorted(path.stem for path in EXAMPLES.glob("*.json"))
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.record_examples")
+    parser.add_argument("ids", nargs="*", metavar="ID", help=f"from {', '.join(known)}")
+    chosen = parser.parse_args().ids or known
+    unknown = [name for name in chosen if name not in known]
+    if unknown:
+        parser.error(f"there is no example {unknown[0]!r}; choose from {', '.join(known)}")
+    llm = dkv.load_model(dkv.DEFAULT_MODEL, device="cpu")
+    RUNS.mkdir(exist_ok=True)
+    for name in chosen:
+        example = json.loads((EXAMPLES / f"{name}.json").read_text(encoding="utf-8"))
+        trace = record(llm, example)
+        path = RUNS / f"{name}.json.gz"
+        trace.save(path)
+        print(f"{name}: {trace.prompt.length:,} tokens, {path.stat().st_size / 1024:.0f} KiB")
+        for run in trace.runs:
+            agreed = run.agreement.token_match if run.agreement else 1.0
+            print(f"  {run.method:<13}{agreed:>5.0%}  {run.answer!r}")
+
+
+def record(llm: dkv.LoadedModel, example: dict[str, Any]) -> dkv.Trace:
+    """Answer an example with FullKV and with every method that a capacity is enough for."""
+    return dkv.compare(
+        llm,
+        (EXAMPLES / example["document"]).read_text(encoding="utf-8"),
+        example["question"],
+        methods=methods_at(example["capacity"]),
+        max_new_tokens=example["max_new_tokens"],
+        scores=True,
+    )
+
+
+def methods_at(capacity: int) -> list[dkv.CompressionMethod]:
+    """Every registered method at that capacity, except those that are given layer by layer."""
+    names = [
+        name
+        for name, method in dkv.METHODS.items()
+        if "budgets" not in {field.name for field in fields(method)}
+    ]
+    return dkv.build_methods(names, capacity=capacity)
+
+
+if __name__ == "__main__":
+    main()
