@@ -1,6 +1,6 @@
 """python -m benchmarks.record_examples [ID ...]
 
-Runs the example documents on the embedded model, every method at the example's capacity, and keeps
+Runs the example documents on the embedded model at each example's capacity, and keeps
 what happened as assets/runs/ID.json.gz: what the page shows before anyone has pressed Run.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,8 @@ import dynamickv as dkv
 
 ASSETS = Path(__file__).parent.parent / "assets"
 EXAMPLES, RUNS = ASSETS / "examples", ASSETS / "runs"
+METHODS = ("FullKV", "SnapKV", "DynamicKV")
+"""Few enough for one row of cards, and for each to be timed alone."""
 
 
 def main() -> None:
@@ -41,25 +42,15 @@ def main() -> None:
 
 
 def record(llm: dkv.LoadedModel, example: dict[str, Any]) -> dkv.Trace:
-    """Answer an example with FullKV and with every method that a capacity is enough for."""
+    """Answer an example with each of `METHODS`."""
     return dkv.compare(
         llm,
         (EXAMPLES / example["document"]).read_text(encoding="utf-8"),
         example["question"],
-        methods=methods_at(example["capacity"]),
+        methods=dkv.build_methods(METHODS, capacity=example["capacity"]),
         max_new_tokens=example["max_new_tokens"],
         scores=True,
     )
-
-
-def methods_at(capacity: int) -> list[dkv.CompressionMethod]:
-    """Every registered method at that capacity, except those that are given layer by layer."""
-    names = [
-        name
-        for name, method in dkv.METHODS.items()
-        if "budgets" not in {field.name for field in fields(method)}
-    ]
-    return dkv.build_methods(names, capacity=capacity)
 
 
 if __name__ == "__main__":

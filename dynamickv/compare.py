@@ -118,7 +118,8 @@ def compare_stream(
         if prefill is None:
             return
     prompt = prefill.prompt if prefill.question_aware else _with_question(llm, prefill, question)
-    together = Together(llm) if len(methods) > 2 and not graphable(llm) else None
+    # With two compressed runs there is little to share, and alone each is timed by itself.
+    together = Together(llm) if len(methods) > 3 and not graphable(llm) else None
     answers = [
         Answer(llm, prefill, prompt, method, max_new_tokens, scores, together) for method in methods
     ]

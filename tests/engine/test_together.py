@@ -34,7 +34,12 @@ def test_a_run_that_keeps_everything_is_decoded_alone(llm: dkv.LoadedModel) -> N
 
 
 def test_answers_that_end_early_leave_the_others_running(llm: dkv.LoadedModel) -> None:
-    methods = [dkv.FullKV(), dkv.SnapKV(capacity=24), dkv.DynamicKV(capacity=24)]
+    methods = [
+        dkv.FullKV(),
+        dkv.StreamingLLM(capacity=24),
+        dkv.SnapKV(capacity=24),
+        dkv.DynamicKV(capacity=24),
+    ]
     before = dkv.compare(llm, DOCUMENT, QUESTION, methods=methods, max_new_tokens=6)
     early = before.run("SnapKV").token_ids[1]
     stopping = dkv.LoadedModel(
