@@ -257,8 +257,12 @@ def run_together(work: Callable[[], Any], count: int = 4) -> list[BaseException]
     return errors
 
 
-def test_conversions_at_the_same_time_end_in_one_intact_conversion(gguf: Path, cache: Path) -> None:
-    assert run_together(lambda: models.converted(gguf)) == []
+def test_conversions_at_the_same_time_end_in_one_intact_conversion(
+    gguf: Path, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "dynamickv"):
+        assert run_together(lambda: models.converted(gguf)) == []
+    assert ["Converting" in message for message in caplog.messages] == [True]
     (kept,) = cache.iterdir()
     assert models.conversion_fault(kept) is None
     assert answer(dkv.load_model(gguf))
@@ -428,6 +432,16 @@ def test_a_hub_model_without_network_is_refused_at_once() -> None:
     assert time.monotonic() - start < 2
     assert "some-organisation/some-model is not on this machine" in sentence
     assert "cannot be reached" in sentence
+
+
+def test_offline_mode_is_obeyed_without_trying_the_network(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    tried: list[str] = []
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: tried.append("the network"))
+    assert "cannot be reached" in refusal_of("some-organisation/some-model")
+    assert not tried
 
 
 def test_a_dead_network_is_noticed_before_the_hub_librarys_retries(

@@ -270,9 +270,10 @@ def test_a_prompt_that_is_too_long_is_refused_with_both_numbers() -> None:
 
 def test_a_prompt_of_exactly_the_limit_is_read() -> None:
     length = encode(LONG).length
-    prompt = encode(LONG, limit=length, truncate=True)
-    assert prompt.length == length
-    assert not prompt.truncated
+    for truncate in (False, True):
+        prompt = encode(LONG, limit=length, truncate=truncate)
+        assert prompt.length == length
+        assert not prompt.truncated
 
 
 @pytest.mark.parametrize("limit", [200, 333, 1000, 1001])
