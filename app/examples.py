@@ -45,7 +45,7 @@ class Example:
     @property
     def label(self) -> str:
         """What the picker shows."""
-        return f"{self.title} ({self.kind})" if self.kind else self.title
+        return self.title
 
 
 KINDS = ("find a fact", "needle", "story", "summarise", "few-shot", "code")
