@@ -361,5 +361,7 @@ def test_lone_surrogates_become_question_marks(text: str) -> None:
 def test_swapped_fields_are_noticed() -> None:
     with pytest.raises(ValueError, match=r"the question has [\d,]+ characters and the document 20"):
         require_longer_document(QUESTION, DOCUMENT)
+    with pytest.raises(ValueError, match="the question has 11 characters and the document 10;"):
+        require_longer_document("x" * 10, "x" * 11)
     require_longer_document(DOCUMENT, QUESTION)
     require_longer_document(QUESTION, QUESTION)
