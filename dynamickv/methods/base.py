@@ -267,7 +267,8 @@ def require_integer(name: str, value: Any, least: int, unit: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"{name} must be a whole number of {unit}s, got {value!r}")
     if value < least:
-        raise ValueError(f"{name} must be at least {least} {unit}, got {value}")
+        plural = "" if least == 1 else "s"
+        raise ValueError(f"{name} must be at least {least} {unit}{plural}, got {value}")
 
 
 def require_positive(name: str, value: Any) -> None:
