@@ -275,7 +275,7 @@ class TestManual:
         ("settings", "sentence"),
         [
             ({}, "Manual needs budgets, one number of tokens per layer"),
-            ({"budgets": [8, 7]}, r"budgets\[1\] must be at least 8 token, got 7"),
+            ({"budgets": [8, 7]}, r"budgets\[1\] must be at least 8 tokens, got 7"),
             ({"budgets": [8, 8], "kernel_size": 2}, "kernel_size must be odd"),
             ({"budgets": [8, 8], "granularity": "head"}, "granularity must be"),
             ({"budgets": [8], "window_size": "8"}, "window_size must be a whole number"),
