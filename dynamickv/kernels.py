@@ -366,7 +366,8 @@ class TritonOps:
         splits = triton.cdiv(room, chunk)
         sums = query.new_empty(query_heads, splits, dim, dtype=torch.float32)
         tops, weights = query.new_empty(2, query_heads, splits, dtype=torch.float32)
-        block = triton.next_power_of_2(dim)
+        # A matrix product wants 16 columns at least.
+        block = max(16, triton.next_power_of_2(dim))
         group = query_heads // heads
         _attend[(heads, splits)](
             query,
