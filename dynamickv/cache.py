@@ -62,7 +62,7 @@ class KVLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.lazy_initialization(keys, values)
         self.seen = seen
         if room == 0:
-            self._buffers = (keys.contiguous(), values.contiguous())
+            self._buffers = (_owned(keys), _owned(values))
             self.keys, self.values = self._buffers
             return
         self._buffers = (_roomy(keys, room), _roomy(values, room))
@@ -227,14 +227,24 @@ def gather(states: Tensor, kept: Tensor, room: int) -> Tensor:
     if count == length:
         buffer[:, :count] = states if group == 1 else states.repeat_interleave(group, dim=0)
         return buffer.unsqueeze(0)
-    if states.is_cuda:
+    if states.is_cuda and group == 1:
         # One launch instead of one per head.
-        source = torch.arange(heads, device=states.device)[:, None] // group
-        buffer[:, :count] = states[source, kept]
+        places = kept.unsqueeze(-1).expand(-1, -1, head_dim)
+        torch.gather(states, 1, places, out=buffer[:, :count])
         return buffer.unsqueeze(0)
     for head in range(heads):
         torch.index_select(states[head // group], 0, kept[head], out=buffer[head, :count])
     return buffer.unsqueeze(0)
+
+
+def _owned(states: Tensor) -> Tensor:
+    """The states in memory that holds nothing else.
+
+    On CUDA in whatever order the model left them, where they fill their memory: copying all keys
+    and values costs about as much time as choosing among them.
+    """
+    filled = states.untyped_storage().nbytes() == states.numel() * states.element_size()
+    return states if states.is_cuda and filled else states.contiguous()
 
 
 def _roomy(states: Tensor, room: int) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -95,7 +96,7 @@ def prefill_prompt(
             on_layer(len(layers))
 
     cache = KVCache(llm.geometry.num_layers, record)
-    token_ids = torch.tensor([prompt.token_ids], device=llm.device)
+    token_ids = torch.from_numpy(np.array([prompt.token_ids])).to(llm.device)
     start = time.perf_counter()
     with observed(llm.model):
         output = llm.model(token_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)

@@ -174,8 +174,10 @@ def count_global_top(scores: Sequence[Tensor], count: int) -> list[int]:
     if count >= table.numel():
         return [table.shape[1]] * table.shape[0]
     threshold = table.reshape(-1).topk(count, sorted=False).values.min()
-    counts: list[int] = (table > threshold).sum(dim=1).tolist()
-    ties: list[int] = (table == threshold).sum(dim=1).tolist()
+    above, equal = (table > threshold).sum(dim=1), (table == threshold).sum(dim=1)
+    counts: list[int]
+    ties: list[int]
+    counts, ties = torch.stack([above, equal]).tolist()
     room = count - sum(counts)
     for layer, tied in enumerate(ties):
         taken = min(tied, room)
