@@ -161,19 +161,27 @@ class Bench:
         record = {"machine": where, "facts": self.facts, "rows": [asdict(row) for row in self.rows]}
         self.out.mkdir(parents=True, exist_ok=True)
         (self.out / "gpu.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
-        lines = [
-            "# Measured on a GPU",
-            "",
-            ", ".join(f"{name} {value}" for name, value in where.items()),
-            "",
-            "| measure | value | unit | target | note |",
-            "|---|---|---|---|---|",
-            *(
-                f"| {row.measure} | {row.value:.4g} | {row.unit} | {row.target} | {row.note} |"
-                for row in self.rows
-            ),
-        ]
-        (self.out / "gpu.md").write_text("\n".join(lines) + "\n", "utf-8")
+        (self.out / "gpu.md").write_text(table(record), "utf-8")
+
+
+def table(record: dict[str, Any]) -> str:
+    """gpu.json as a page: the machine, the figures, and `facts.remarks`."""
+    lines = [
+        "# Measured on a GPU",
+        "",
+        ", ".join(f"{name} {value}" for name, value in record["machine"].items()),
+        "",
+        "| measure | value | unit | target | note |",
+        "|---|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        value = row["value"]
+        shown = f"{value:.0f}" if float(value).is_integer() else f"{value:.4g}"
+        cells = [row["measure"], shown, row["unit"], row["target"], row["note"]]
+        lines.append("| " + " | ".join(cells) + " |")
+    remarks = record["facts"].get("remarks", [])
+    lines += ["", *(f"- {remark}" for remark in remarks)] if remarks else []
+    return "\n".join(lines) + "\n"
 
 
 def machine() -> dict[str, str]:
@@ -338,6 +346,14 @@ def correctness(bench: Bench) -> None:
             encoded = prompt(llm, 200 if bench.dry else 1000)
             prefill = prefill_prompt(llm, encoded)
             retention = dkv.DynamicKV(capacity=64).select(prefill.layers)
+            whole = llm.model(
+                ids_of(llm, encoded), past_key_values=DynamicCache(), logits_to_keep=1
+            ).logits[0, -1]
+            bench.add(
+                f"{name}, small, {number}: observed prefill's logits equal the plain model's",
+                float(torch.equal(whole, prefill.logits)),
+                note="1: bit for bit",
+            )
             plain_cache = prune(prefill, retention, len(tokens))
             graph_cache = prune(prefill, retention, len(tokens))
             plain = [
@@ -580,7 +596,7 @@ def decoding(bench: Bench, name: str, llm: dkv.LoadedModel, length: int, target:
         f"{label}: transformers' generate with DynamicCache, as it comes",
         default * 1e3,
         "ms/token",
-        note="cuDNN attention builds a plan at every length",
+        note="cuDNN attention builds a plan for every length that is new to the process",
     )
     bench.add(
         f"{label}: transformers' generate with DynamicCache, cuDNN attention off",
