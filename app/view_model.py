@@ -217,7 +217,7 @@ def agreement_row(run: Run) -> tuple[str, str]:
     if run.method == "FullKV":
         return NOTHING, "reference"
     if run.agreement is None:
-        return NOTHING, "no FullKV"
+        return NOTHING, "stopped" if run.finish_reason == "cancelled" else "no FullKV"
     if run.agreement.first_divergence is None:
         return "100 %", "as FullKV"
     return percent(run.agreement.token_match), f"differs at {run.agreement.first_divergence + 1}"

@@ -180,7 +180,7 @@ def _figures(run: Run) -> tuple[str, ...]:
     match, difference = "-", "-"
     if run.agreement is not None:
         match, first = f"{run.agreement.token_match:.0%}", run.agreement.first_divergence
-        difference = "none" if first is None else f"token {first}"
+        difference = "none" if first is None else f"token {first + 1}"
     return (
         run.method,
         f"{run.kept_fraction:.1%}",

@@ -222,6 +222,10 @@ class Trace:
                 f"a run record is a JSON object, got {type(data).__name__}; "
                 "choose a file saved here"
             )
+        if "schema" not in data:
+            raise ValueError(
+                "this file has no schema, so it is no run record; choose a file saved here"
+            )
         if data.get("schema") != SCHEMA:
             raise ValueError(
                 f"this record has schema {_show(data.get('schema'))}, and schema {SCHEMA} is read "

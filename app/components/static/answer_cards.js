@@ -40,7 +40,7 @@
       put(row.querySelector("small"), card.receipts[i].note);
     });
     const answer = node.querySelector(".dkv-answer");
-    if (card.state === "running") answer.scrollTop = answer.scrollHeight;
+    answer.scrollTop = card.state === "running" ? answer.scrollHeight : 0;
   }
 
   DynamicKV.register("answers", (element) => {

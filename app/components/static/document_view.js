@@ -157,18 +157,20 @@
         ...names.flatMap((name, i) => (name === null ? [] : [make("span", { className: `dkv-swatch dkv-level-${i + 1}` }, name)])),
         ...(current.window ? [make("span", { className: "dkv-swatch dkv-level-window" }, `window (last ${current.window})`)] : []),
       );
-      fold(folds.before, 0, prompt.document_span[0], "template before the document");
-      fold(folds.after, prompt.document_span[1], prompt.length, "question and template after the document");
+      fold(folds.before, 0, prompt.document_span[0], "template before the document", layer);
+      fold(folds.after, prompt.document_span[1], prompt.length, "question and template after the document", layer);
     }
 
-    function fold(box, from, to, name) {
+    function fold(box, from, to, name, layer) {
       const total = to - from;
       box.hidden = total <= 0;
-      const counts = DynamicKV.keptLayers(run(), store.trace.layers, store.trace.prompt.length);
+      const { length } = store.trace.prompt;
+      const counts = layer === null ? DynamicKV.keptLayers(run(), store.trace.layers, length) : run().kept.subarray(layer * length, (layer + 1) * length);
+      const where = layer === null ? "in a layer or more" : `at layer ${layer}`;
       let kept = 0;
       for (let i = from; i < to; i += 1) kept += counts[i] > 0 ? 1 : 0;
       const seen = name.startsWith("question") ? (store.trace.prompt.question_aware ? " · the scorer saw the question" : " · the scorer did not see the question") : "";
-      box.querySelector("summary").textContent = `${plain(total)} ${total === 1 ? "token" : "tokens"}: ${name} · ${plain(kept)} kept${seen}`;
+      box.querySelector("summary").textContent = `${plain(total)} ${total === 1 ? "token" : "tokens"}: ${name} · ${plain(kept)} kept ${where}${seen}`;
     }
 
     function fillTabs() {
