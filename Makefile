@@ -3,6 +3,7 @@
 # make setup  only what both of them do first: .venv with runtime, tools and the embedded model
 # make check  lint, format, types                  make bench  measure, print a table, write JSON
 # make kvpress  kvpress in its own environment: our press checked, its methods timed against ours
+# make oldest the engine's tests with the oldest versions it supports, in environments of their own
 # make clean  remove caches; .venv stays
 
 PYTHON ?= python3
@@ -10,9 +11,11 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 DONE   := $(VENV)/.done
 ARGS   ?=
+# Of torch, the oldest that runs and the oldest that is current; the rest is in requirements-oldest.txt.
+OLDEST_TORCH := 2.8.0 2.11.0
 
 .DELETE_ON_ERROR:
-.PHONY: setup run test check bench kvpress clean
+.PHONY: setup run test check bench kvpress oldest clean
 
 setup: $(DONE)/packages $(DONE)/embedded
 
@@ -58,6 +61,20 @@ kvpress: setup .venv-kvpress/.done
 .venv-kvpress/.done: requirements-kvpress.txt | $(DONE)/venv
 	$(PYTHON) -m venv .venv-kvpress
 	.venv-kvpress/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-kvpress.txt
+	@touch $@
+
+# On Linux pip takes torch with several GB of CUDA packages; without a GPU, PyTorch's own index has it without them:
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make oldest
+oldest: $(OLDEST_TORCH:%=.venv-oldest-%/.done)
+	for torch in $(OLDEST_TORCH); do \
+		HF_HUB_OFFLINE=1 .venv-oldest-$$torch/bin/python -m pytest -p no:cacheprovider tests/engine $(ARGS) || exit 1; \
+	done
+
+.venv-oldest-%/.done: requirements-oldest.txt requirements-embedded.txt
+	$(PYTHON) -m venv .venv-oldest-$*
+	@echo "Installing torch $* and the oldest supported versions: several minutes."
+	.venv-oldest-$*/bin/python -m pip install --quiet --disable-pip-version-check "torch==$*" -r requirements-oldest.txt
+	.venv-oldest-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-embedded.txt
 	@touch $@
 
 clean:

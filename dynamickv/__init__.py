@@ -4,6 +4,7 @@ llm = load_model("smollm2-135m")
 trace = compare(llm, document, question, methods=[FullKV(), DynamicKV(capacity=128)])
 """
 
+from dynamickv.answer import Preview, preview
 from dynamickv.compare import compare, compare_stream
 from dynamickv.conversation import Conversation
 from dynamickv.events import ComparisonFinished, Compressed, Event, Progress, RunFinished, Token
@@ -16,6 +17,7 @@ from dynamickv.methods import (
     Manual,
     PyramidKV,
     ScoredMethod,
+    ShiftKV,
     SnapKV,
     StreamingLLM,
     build_method,
@@ -28,7 +30,7 @@ from dynamickv.records import LayerObservation, Prefill, Retention
 from dynamickv.retain import retain
 from dynamickv.serve import CompressedCache, compress
 from dynamickv.store import PrefillStore
-from dynamickv.trace import Agreement, ModelInfo, Prompt, Retained, Run, Scores, Trace
+from dynamickv.trace import Agreement, Divergence, ModelInfo, Prompt, Retained, Run, Scores, Trace
 from dynamickv.version import __version__
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "CompressedCache",
     "CompressionMethod",
     "Conversation",
+    "Divergence",
     "DynamicKV",
     "Event",
     "FullKV",
@@ -52,6 +55,7 @@ __all__ = [
     "ModelInfo",
     "Prefill",
     "PrefillStore",
+    "Preview",
     "Progress",
     "Prompt",
     "PyramidKV",
@@ -61,6 +65,7 @@ __all__ = [
     "RunFinished",
     "ScoredMethod",
     "Scores",
+    "ShiftKV",
     "SnapKV",
     "StreamingLLM",
     "Token",
@@ -73,6 +78,7 @@ __all__ = [
     "compress",
     "load_model",
     "prefill",
+    "preview",
     "require_longer_document",
     "retain",
 ]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ class Answer:
         self._prefill, self._prompt, self._method = prefill, prompt, method
         self._together = together
         start = time.perf_counter()
-        self._retention = select(method, prefill)
+        self.retention = select(method, prefill)
         llm.synchronize()
         self._score_seconds = time.perf_counter() - start
         if method.needs_mass:
@@ -44,16 +45,25 @@ class Answer:
         start = time.perf_counter()
         room = min(max_new_tokens, max(llm.geometry.max_positions - prompt.length, 0))
         later = prompt.token_ids[prefill.length :]
-        cache = prune(prefill, self._retention, room + len(later))
+        cache = prune(prefill, self.retention, room + len(later))
         llm.synchronize()
         self._prune_seconds = time.perf_counter() - start
         logits = extend(llm, cache, later, prefill.length) if later else prefill.logits
         self._kv_bytes = cache.nbytes
-        self._mask = retained_mask(self._retention, prompt.length)
+        whole = prefill.whole_bytes // prefill.length * prompt.length
+        sliding = cache.sliding()
+        self._kv_bytes_full = whole + sum(state.nbytes for state in sliding.values())
+        compressed = retained_mask(self.retention, prompt.length)
+        self._kept_fraction = float(compressed.mean())
+        held = {place: state.keys.shape[2] for place, state in sliding.items()}
+        self._mask = with_sliding(compressed, held)
+        self._budgets = list(self.retention.budgets)
+        for place, number in sorted(held.items()):
+            self._budgets.insert(place, number)
         self._scores = layer_scores(method, prefill, prompt.length) if scores else None
         self._cache: KVCache | None = cache
         # A run that keeps everything is decoded alone, so that it equals FullKV to the last bit.
-        alone = together is None or bool(self._mask.all())
+        alone = together is None or bool(self._mask.all()) or not cache.plain
         self._member = None if alone or together is None else together.join(cache, prompt.length)
         advance = self._member.advance if self._member else None
         self._steps: Iterator[Step] = decode(
@@ -68,8 +78,8 @@ class Answer:
         return Compressed(
             run=index,
             method=self._method.name,
-            budgets=self._retention.budgets,
-            kept_fraction=float(self._mask.mean()),
+            budgets=self._budgets,
+            kept_fraction=self._kept_fraction,
             kv_bytes=self._kv_bytes,
             score_seconds=self._score_seconds,
             prune_seconds=self._prune_seconds,
@@ -99,18 +109,88 @@ class Answer:
             pieces=self._text.pieces,
             logprobs=[step.logprob for step in self._done],
             finish_reason=self.finish_reason or "cancelled",
-            budgets=self._retention.budgets,
-            budget_history=[list(update) for update in self._retention.budget_history],
+            budgets=self._budgets,
+            budget_history=[list(update) for update in self.retention.budget_history],
             retained=Retained.pack(self._mask),
             scores=None if self._scores is None else Scores.pack(self._scores),
             kv_bytes=self._kv_bytes,
-            kv_bytes_full=self._prefill.kv_bytes // self._prefill.length * self._prompt.length,
-            kept_fraction=float(self._mask.mean()),
+            kv_bytes_full=self._kv_bytes_full,
+            kept_fraction=self._kept_fraction,
             score_seconds=self._score_seconds,
             prune_seconds=self._prune_seconds,
             decode_seconds=[step.seconds for step in self._done],
             decoded_together=self._together.size if self._member and self._together else 1,
         )
+
+
+@torch.inference_mode()
+def next_probabilities(
+    llm: LoadedModel,
+    prefill: Prefill,
+    prompt: EncodedPrompt,
+    retention: Retention,
+    answered: Sequence[int],
+    token_ids: Sequence[int],
+) -> list[float]:
+    """How probable each of `token_ids` is after `answered`, with the cache of that retention."""
+    fed = [*prompt.token_ids[prefill.length :], *answered]
+    logits = prefill.logits
+    if fed:
+        logits = extend(llm, prune(prefill, retention, len(fed)), fed, prefill.length)
+    shares = logits.float().softmax(dim=-1)
+    return [float(shares[token_id]) for token_id in token_ids]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preview:
+    """What a method would keep of a prompt that was read; nothing is decoded."""
+
+    budgets: list[int]
+    budget_history: list[list[int]]
+    mask: np.ndarray
+    """Boolean (layers, heads, positions), sliding-window layers included."""
+    kept_fraction: float
+    kv_bytes: int
+    """Bytes the kept keys and values would take."""
+
+
+@torch.inference_mode()
+def preview(method: CompressionMethod, prefill: Prefill, length: int | None = None) -> Preview:
+    """A method's choice over a prefill, as its run would record it.
+
+    Args:
+        length: tokens of the whole prompt, where a question follows what was read.
+
+    Raises:
+        ValueError: the prefill did not record what the method reads.
+    """
+    if method.needs_mass and prefill.layers[0].mass is None:
+        raise ValueError(
+            f"{method.name} needs the attention of all tokens, and none was recorded; "
+            "prefill with mass=True"
+        )
+    length = prefill.length if length is None else length
+    retention = select(method, prefill)
+    chosen = retained_mask(retention, length)
+    held = {
+        place: min(length, state.window - 1) for place, state in sorted(prefill.sliding.items())
+    }
+    budgets = list(retention.budgets)
+    for place, number in held.items():
+        budgets.insert(place, number)
+    keys, values = prefill.layers[0].keys, prefill.values[0]
+    position = (keys.shape[2] + values.shape[2]) * keys.element_size()
+    sliding = sum(
+        state.nbytes // state.keys.shape[2] * held[place]
+        for place, state in prefill.sliding.items()
+    )
+    return Preview(
+        budgets=budgets,
+        budget_history=[list(update) for update in retention.budget_history],
+        mask=with_sliding(chosen, held),
+        kept_fraction=float(chosen.mean()),
+        kv_bytes=int(chosen.sum()) * position + sliding,
+    )
 
 
 @torch.inference_mode()
@@ -120,26 +200,41 @@ def select(method: CompressionMethod, prefill: Prefill) -> Retention:
 
 
 def retained_mask(retention: Retention, length: int) -> np.ndarray:
-    """Boolean (layers, heads, length); what was fed after the compression is kept."""
-    mask = np.zeros((len(retention.indices), retention.indices[0].shape[0], length), bool)
+    """Boolean (compressed layers, heads, length); what was fed after the compression is kept."""
+    mask = np.zeros((len(retention.indices), len(retention.indices[0]), length), bool)
     mask[:, :, retention.prompt_length :] = True
-    for layer, kept in enumerate(retention.indices):
-        np.put_along_axis(mask[layer], kept.cpu().numpy(), True, axis=1)
+    for layer, heads in enumerate(retention.indices):
+        for head, kept in enumerate(heads):
+            mask[layer, head, kept.cpu().numpy()] = True
     return mask
+
+
+def with_sliding(mask: np.ndarray, held: Mapping[int, int]) -> np.ndarray:
+    """The mask of all layers, given how many of the last positions each sliding-window layer
+    holds."""
+    if not held:
+        return mask
+    num_layers, (_, heads, length) = len(mask) + len(held), mask.shape
+    everything = np.zeros((num_layers, heads, length), bool)
+    everything[[place for place in range(num_layers) if place not in held]] = mask
+    for place, number in held.items():
+        everything[place, :, length - number :] = True
+    return everything
 
 
 @torch.inference_mode()
 def layer_scores(method: CompressionMethod, prefill: Prefill, length: int) -> np.ndarray | None:
     """Scores averaged over heads, each layer scaled to 0..255, uint8 (layers, length).
 
-    The window and what follows it read 255. None for a method without scores and for a prompt that
-    is not longer than the window.
+    The window and what follows it read 255, sliding-window layers 0. None for a method without
+    scores and for a prompt that is not longer than the window.
     """
     if not isinstance(method, ScoredMethod) or prefill.length <= method.window_size:
         return None
-    table = np.full((len(prefill.layers), length), 255, np.uint8)
-    for index, layer in enumerate(prefill.layers):
+    table = np.zeros((len(prefill.layers) + len(prefill.sliding), length), np.uint8)
+    for place, layer in zip(prefill.compressed_layers, prefill.layers, strict=True):
         scores: Tensor = method.score(layer).mean(dim=0)
         scaled = scores / scores.max().clamp_min(torch.finfo(torch.float32).tiny) * 255
-        table[index, : scores.shape[0]] = scaled.round().to(torch.uint8).cpu().numpy()
+        table[place, : scores.shape[0]] = scaled.round().to(torch.uint8).cpu().numpy()
+        table[place, scores.shape[0] :] = 255
     return table

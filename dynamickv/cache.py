@@ -6,14 +6,14 @@ which is the next token's position however much was dropped. Decides nothing abo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
 
-from dynamickv.records import Prefill, Retention
+from dynamickv.records import Heads, Prefill, Retention, SlidingState
 
 BLOCK = 128
 """Tokens by which a full buffer grows."""
@@ -95,11 +95,12 @@ class KVLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         tagged.kv_layer = self  # type: ignore[attr-defined]
         return tagged, values
 
-    def keep(self, positions: Tensor) -> None:
+    def keep(self, positions: Heads) -> None:
         """Drop every position but these, (heads, kept) ascending, all of them held; frees the rest.
 
         More heads than are stored means one choice per query head: stored heads are repeated.
         """
+        assert isinstance(positions, Tensor)
         keys, values = self.held()
         places = positions
         if self._positions is not None:
@@ -160,18 +161,142 @@ class KVLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.is_initialized = False
 
 
+class HeadwiseLayer(KVLayer):  # type: ignore[no-untyped-call]
+    """A layer whose heads hold different positions: one `KVLayer` of one head for each."""
+
+    def __init__(
+        self, index: int, heads: Sequence[KVLayer], after_attention: AfterAttention | None = None
+    ) -> None:
+        super().__init__(index, after_attention)
+        self.heads = heads
+        self.seen = heads[0].seen
+        self.is_initialized = True
+
+    @classmethod
+    def split(cls, layer: KVLayer, num_heads: int) -> HeadwiseLayer:
+        """A whole layer's heads on their own; more than it stores are repeated."""
+        keys, values = layer.held()
+        heads = []
+        for place in _stored_heads(num_heads, keys.shape[1]):
+            head = KVLayer(layer.index)
+            head.hold(keys[:, place : place + 1], values[:, place : place + 1], layer.seen)
+            heads.append(head)
+        return cls(layer.index, heads, layer.after_attention)
+
+    @property
+    def length(self) -> int:
+        """Positions the fullest head holds."""
+        return max(head.length for head in self.heads)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values held."""
+        return sum(head.nbytes for head in self.heads)
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Bytes allocated, room for growth included."""
+        return sum(head.reserved_bytes for head in self.heads)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append to every head, where the attention function then finds them."""
+        places = _stored_heads(len(self.heads), key_states.shape[1])
+        for place, head in zip(places, self.heads, strict=True):
+            head.update(key_states[:, place : place + 1], value_states[:, place : place + 1])
+        self.seen += key_states.shape[2]
+        tagged = key_states.view_as(key_states)
+        tagged.kv_layer = self  # type: ignore[attr-defined]
+        return tagged, value_states
+
+    def keep(self, positions: Heads) -> None:
+        """Drop every position but these, one (kept,) per head."""
+        for head, kept in zip(self.heads, positions, strict=True):
+            head.keep(kept.unsqueeze(0))
+
+
+def _stored_heads(num_heads: int, stored: int) -> list[int]:
+    """The stored head that each of `num_heads` heads reads."""
+    return [head * stored // num_heads for head in range(num_heads)]
+
+
+class SlidingLayer(DynamicSlidingWindowLayer):  # type: ignore[no-untyped-call]
+    """A sliding-window layer, as transformers caches it; no method touches it."""
+
+    def __init__(self, window: int, state: SlidingState | None = None, seen: int = 0) -> None:
+        super().__init__(sliding_window=window)
+        if state is not None:
+            self.lazy_initialization(state.keys, state.values)
+            self.keys, self.values = state.keys, state.values
+            self.cumulative_length = seen
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """As transformers does, without keeping a whole prompt alive behind a slice of it."""
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        state = self.state()
+        if state.keys.shape[2] + 1 < keys.shape[2]:
+            self.keys, self.values = state.keys.clone(), state.values.clone()
+        return keys, values
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values held."""
+        return self.state().nbytes if self.is_initialized else 0
+
+    def state(self) -> SlidingState:
+        """What it holds now; later updates do not change it."""
+        assert self.keys is not None
+        assert self.values is not None
+        return SlidingState(keys=self.keys, values=self.values, window=self.sliding_window)
+
+
 class KVCache(Cache):
-    """One `KVLayer` per layer; what `model(..., past_key_values=)` takes."""
+    """One layer cache per layer; what `model(..., past_key_values=)` takes.
 
-    layers: list[KVLayer]  # type: ignore[assignment]
+    Args:
+        windows: sliding-window layers by their place, with their window; the others are `KVLayer`s.
+    """
 
-    def __init__(self, num_layers: int, after_attention: AfterAttention | None = None) -> None:
-        super().__init__(layers=[KVLayer(index, after_attention) for index in range(num_layers)])
+    layers: list[KVLayer | SlidingLayer]  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        num_layers: int,
+        after_attention: AfterAttention | None = None,
+        windows: Mapping[int, int] | None = None,
+    ) -> None:
+        kinds = windows or {}
+        super().__init__(
+            layers=[
+                SlidingLayer(kinds[index]) if index in kinds else KVLayer(index, after_attention)
+                for index in range(num_layers)
+            ]
+        )
 
     @property
     def nbytes(self) -> int:
         """Bytes of all keys and values held, summed from the tensors."""
         return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def plain(self) -> bool:
+        """Whether in every layer all heads hold the same number of positions, and none slides."""
+        return all(type(layer) is KVLayer for layer in self.layers)
+
+    def whole_layers(self) -> list[KVLayer]:
+        """The layers that attend to the whole prompt, in order."""
+        return [layer for layer in self.layers if isinstance(layer, KVLayer)]
+
+    def sliding(self) -> dict[int, SlidingState]:
+        """What the sliding-window layers hold, by their place."""
+        return {
+            place: layer.state()
+            for place, layer in enumerate(self.layers)
+            if isinstance(layer, SlidingLayer)
+        }
 
 
 class BatchedLayer(KVLayer):  # type: ignore[no-untyped-call]
@@ -196,7 +321,7 @@ class BatchedCache(Cache):
     """Several caches seen by the model as one batch; each row attends to its own cache alone."""
 
     def __init__(self, caches: Sequence[KVCache]) -> None:
-        layers = zip(*(cache.layers for cache in caches), strict=True)
+        layers = zip(*(cache.whole_layers() for cache in caches), strict=True)
         super().__init__(layers=[BatchedLayer(rows) for rows in layers])
 
 
@@ -205,16 +330,37 @@ def prune(prefill: Prefill, retention: Retention, room: int) -> KVCache:
     tokens.
 
     With one choice per query head the layer stores query heads, each a copy of its KV head's rows.
+    Sliding-window layers hold what they held after the prefill.
     """
-    cache = KVCache(len(prefill.layers))
-    for layer, observation, value, kept in zip(
-        cache.layers, prefill.layers, prefill.values, retention.indices, strict=True
+    seen = prefill.length
+    layers: dict[int, KVLayer | SlidingLayer] = {
+        place: SlidingLayer(state.window, state, seen) for place, state in prefill.sliding.items()
+    }
+    for place, observation, values, kept in zip(
+        prefill.compressed_layers, prefill.layers, prefill.values, retention.indices, strict=True
     ):
-        layer.hold(
-            gather(observation.keys, kept, room), gather(value, kept, room), prefill.prompt.length
-        )
-        layer._view(kept.shape[1])
+        keys = observation.keys
+        if isinstance(kept, Tensor):
+            layers[place] = _pruned(place, keys, values, kept, room, seen)
+            continue
+        stored = _stored_heads(len(kept), keys.shape[0])
+        heads = [
+            _pruned(place, keys[one : one + 1], values[one : one + 1], positions[None], room, seen)
+            for one, positions in zip(stored, kept, strict=True)
+        ]
+        layers[place] = HeadwiseLayer(place, heads)
+    cache = KVCache(0)
+    cache.layers = [layers[place] for place in range(len(layers))]
     return cache
+
+
+def _pruned(
+    place: int, keys: Tensor, values: Tensor, kept: Tensor, room: int, seen: int
+) -> KVLayer:
+    layer = KVLayer(place)
+    layer.hold(gather(keys, kept, room), gather(values, kept, room), seen)
+    layer._view(kept.shape[1])
+    return layer
 
 
 def gather(states: Tensor, kept: Tensor, room: int) -> Tensor:

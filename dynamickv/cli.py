@@ -19,6 +19,7 @@ from dynamickv.methods import METHODS, CompressionMethod, build_methods
 from dynamickv.models import (
     DEFAULT_MODEL,
     KNOWN_MODELS,
+    QUANTIZATIONS,
     LoadedModel,
     cache_folder,
     embedded_file,
@@ -38,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     log = logging.getLogger("dynamickv")
     log.addHandler(said)
     log.setLevel(logging.INFO)
+    # It warns of every product with 8bit weights that it rounds the input: thousands of lines.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         command(options)
     except (ValueError, OSError) as error:
@@ -80,6 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--truncate", action="store_true", help="cut the middle out of a long document"
     )
+    compare.add_argument(
+        "--quantization", metavar="|".join(QUANTIZATIONS), help="pack the weights (bitsandbytes)"
+    )
     compare.add_argument("--output", metavar="FILE", help="the run record, .json or .json.gz")
     models = commands.add_parser("models", help="list what can be loaded here, or prepare one")
     models.set_defaults(command=_models)
@@ -111,7 +117,7 @@ def _compare(options: argparse.Namespace) -> None:
         raise ValueError(f"the folder of {options.output} does not exist; create it first")
     if options.output is not None and Path(options.output).is_dir():
         raise ValueError(f"{options.output} is a folder; give the name of a file in it")
-    llm = load_model(options.model)
+    llm = load_model(options.model, quantization=options.quantization)
     with ExitStack() as bars:
         trace = _followed(llm, document, methods, options, bars)
     print(report(trace))
@@ -128,7 +134,9 @@ def _followed(
     bars: ExitStack,
 ) -> Trace:
     """Run the comparison, showing its progress on stderr."""
-    layers = bars.enter_context(tqdm(total=llm.geometry.num_layers, desc="prefill", unit="layer"))
+    layers = bars.enter_context(
+        tqdm(total=len(llm.geometry.compressed_layers), desc="prefill", unit="layer")
+    )
     tokens: tqdm[NoReturn] | None = None
     for event in compare_stream(
         llm,

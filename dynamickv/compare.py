@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from dynamickv.agreement import agreement
-from dynamickv.answer import Answer
+from dynamickv.answer import Answer, next_probabilities
 from dynamickv.cuda_graph import graphable
 from dynamickv.events import ComparisonFinished, Event, Progress, RunFinished
 from dynamickv.methods import METHODS, CompressionMethod, FullKV
@@ -24,7 +24,7 @@ from dynamickv.prefill import prefill as run_prefill
 from dynamickv.prompt import EncodedPrompt, encode_prompt, require_text
 from dynamickv.records import Prefill
 from dynamickv.together import Together
-from dynamickv.trace import ModelInfo, Prompt, Run, Trace
+from dynamickv.trace import Divergence, ModelInfo, Prompt, Run, Trace
 from dynamickv.version import __version__
 
 
@@ -75,6 +75,8 @@ def compare_stream(
     question_aware: bool = True,
     truncate: bool = False,
     scores: bool = False,
+    earlier: Sequence[Run] = (),
+    on_prefill: Callable[[Prefill], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Generator[Event, None, None]:
     """`compare`, telling what happens while it happens.
@@ -92,6 +94,9 @@ def compare_stream(
             the compressed caches, so that nothing is kept for the question's sake.
         truncate: cut the middle out of a document that is too long instead of refusing it.
         scores: record every scored method's importance per layer and position.
+        earlier: runs of this `prefill` that are done; the record holds them before the new ones,
+            and a FullKV among them is what the new ones are compared with.
+        on_prefill: called with the prompt's prefill once it is read, to keep it for later.
         should_stop: asked between tokens and layers; once true, what exists is finished as
             "cancelled".
 
@@ -117,6 +122,8 @@ def compare_stream(
         )
         if prefill is None:
             return
+    if on_prefill is not None:
+        on_prefill(prefill)
     prompt = prefill.prompt if prefill.question_aware else _with_question(llm, prefill, question)
     # With two compressed runs there is little to share, and alone each is timed by itself.
     together = Together(llm) if len(methods) > 3 and not graphable(llm) else None
@@ -137,7 +144,15 @@ def compare_stream(
             if answer.finish_reason is not None:
                 finished[index] = answer.finish()
                 yield RunFinished(index, finished[index])
-    runs = _with_agreement([finished[index] for index in range(len(answers))])
+    runs = [*earlier, *(finished[index] for index in range(len(answers)))]
+    runs = _with_agreement(runs, len(earlier))
+    runs = [
+        *earlier,
+        *(
+            _with_divergence(llm, prefill, prompt, answer, run, runs)
+            for answer, run in zip(answers, runs[len(earlier) :], strict=True)
+        ),
+    ]
     yield ComparisonFinished(_trace(llm, prefill, prompt, runs))
 
 
@@ -203,7 +218,7 @@ def _prefill_stream(
 
     None when it was stopped.
     """
-    total = llm.geometry.num_layers
+    total = len(llm.geometry.compressed_layers)
     messages: queue.SimpleQueue[int | Prefill | BaseException] = queue.SimpleQueue()
     abandoned = threading.Event()
 
@@ -239,12 +254,49 @@ def _prefill_stream(
         worker.join()
 
 
-def _with_agreement(runs: list[Run]) -> list[Run]:
-    """Compare every answer with FullKV's, when there is one that ran to its end."""
-    yardstick = next((run for run in runs if run.method == FullKV.name), None)
-    if yardstick is None or yardstick.finish_reason == "cancelled":
+def _yardstick(runs: Sequence[Run]) -> Run | None:
+    """FullKV's run, when there is one that ran to its end."""
+    run = next((run for run in runs if run.method == FullKV.name), None)
+    return None if run is None or run.finish_reason == "cancelled" else run
+
+
+def _with_agreement(runs: list[Run], first: int) -> list[Run]:
+    """Compare every answer from `first` on with FullKV's."""
+    yardstick = _yardstick(runs)
+    if yardstick is None:
         return runs
-    return [replace(run, agreement=agreement(run, yardstick)) for run in runs]
+    compared = [replace(run, agreement=agreement(run, yardstick)) for run in runs[first:]]
+    return [*runs[:first], *compared]
+
+
+def _with_divergence(
+    llm: LoadedModel,
+    prefill: Prefill,
+    prompt: EncodedPrompt,
+    answer: Answer,
+    run: Run,
+    runs: Sequence[Run],
+) -> Run:
+    """Add how probable both tokens were where this answer leaves FullKV's.
+
+    One short pass per cache over the words that both answers share; decoding itself is not touched.
+    """
+    yardstick = _yardstick(runs)
+    at = run.agreement.first_divergence if run.agreement else None
+    if yardstick is None or at is None or at >= min(len(run.token_ids), len(yardstick.token_ids)):
+        return run
+    both = [run.token_ids[at], yardstick.token_ids[at]]
+    shared = run.token_ids[:at]
+    divergence = Divergence(
+        token_ids=both,
+        pieces=[run.pieces[at], yardstick.pieces[at]],
+        probabilities=next_probabilities(llm, prefill, prompt, answer.retention, shared, both),
+        probabilities_full=next_probabilities(
+            llm, prefill, prompt, FullKV().select(prefill.layers), shared, both
+        ),
+    )
+    assert run.agreement is not None
+    return replace(run, agreement=replace(run.agreement, divergence=divergence))
 
 
 def _trace(llm: LoadedModel, prefill: Prefill, prompt: EncodedPrompt, runs: list[Run]) -> Trace:
@@ -268,6 +320,7 @@ def _trace(llm: LoadedModel, prefill: Prefill, prompt: EncodedPrompt, runs: list
             device=str(llm.device),
             attention=llm.attention,
             max_positions=geometry.max_positions,
+            sliding_layers=sorted(geometry.windows),
         ),
         prompt=Prompt(
             length=prompt.length,

@@ -14,15 +14,18 @@ import tempfile
 import threading
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import platformdirs
 import torch
+from filelock import FileLock
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+CONVERTING, DAMAGED = ".converting-", ".damaged-"
+"""What the folders begin with that exist only while something is converted."""
 _ONE_AT_A_TIME = threading.Lock()
 
 
@@ -50,19 +53,36 @@ def converted(gguf: Path) -> Path:
     """The safetensors folder of a GGUF file, converted now unless an intact conversion is kept."""
     folder = cache_folder() / "models" / f"{gguf.stem}-{file_hash(gguf)[:16]}"
     with _ONE_AT_A_TIME:
-        if not folder.exists():
-            log.info("Converting %s once; later starts take less than a second.", gguf.name)
-        elif (fault := conversion_fault(folder)) is None:
+        if folder.exists() and conversion_fault(folder) is None:
             return folder
-        else:
-            log.warning(
-                "The converted model in the cache is damaged (%s); it is rebuilt from %s.",
-                fault,
-                gguf.name,
-            )
-            _remove(folder)
-        _convert(gguf, folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # The system gives the lock back when its process ends, however it ends.
+        with FileLock(cache_folder() / "converting.lock"):
+            _remove_leftovers(folder.parent)
+            _convert_unless_done(gguf, folder)
     return folder
+
+
+def _convert_unless_done(gguf: Path, folder: Path) -> None:
+    if not folder.exists():
+        log.info("Converting %s once; later starts take less than a second.", gguf.name)
+    elif (fault := conversion_fault(folder)) is None:
+        return  # by another process, while this one waited
+    else:
+        log.warning(
+            "The converted model in the cache is damaged (%s); it is rebuilt from %s.",
+            fault,
+            gguf.name,
+        )
+        _remove(folder)
+    _convert(gguf, folder)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """What a killed process left. Whoever converts holds the lock, so these are nobody's."""
+    for prefix in (CONVERTING, DAMAGED):
+        for leftover in folder.glob(f"{prefix}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def conversion_fault(folder: Path) -> str | None:
@@ -107,11 +127,9 @@ def _blocks(path: Path) -> Iterator[bytes]:
 
 def _remove(folder: Path) -> None:
     """Take a conversion out of the way in one step, so that no half-removed one is ever found."""
-    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".damaged-"))
+    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=DAMAGED))
     try:
-        # A missing one was just taken away by another process.
-        with suppress(FileNotFoundError):
-            folder.rename(aside)
+        folder.rename(aside)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -122,8 +140,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".converting-"))
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=CONVERTING))
     try:
         try:
             with quiet():
@@ -146,12 +163,7 @@ def _convert(gguf: Path, folder: Path) -> None:
         }
         manifest = {"source": gguf.name, "transformers": transformers.__version__, "files": files}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), "utf-8")
-        try:
-            temporary.rename(folder)
-        except OSError:
-            # Another process was first; its conversion is the same.
-            if not folder.exists():
-                raise
+        temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -184,13 +196,16 @@ def unreadable(name: str, error: Exception) -> str:
         return (
             f"{name} needs its own code, which is never run; choose a model that transformers knows"
         )
-    first_line = next(
-        (line.strip() for line in text.splitlines() if line.strip()), type(error).__name__
-    )
     return (
-        f"{name} cannot be read as a language model ({first_line.rstrip('.')[:200]}); "
+        f"{name} cannot be read as a language model ({first_line(error)}); "
         "check that its files are complete"
     )
+
+
+def first_line(error: Exception) -> str:
+    """What another library's error says, short enough for a sentence."""
+    lines = (line.strip() for line in str(error).splitlines() if line.strip())
+    return next(lines, type(error).__name__).rstrip(".")[:200]
 
 
 @contextmanager

@@ -72,7 +72,7 @@ def decode(
 
 def _stepper(llm: LoadedModel, cache: KVCache, position: int, steps: int) -> Advance:
     """Feed tokens one after another from `position` on."""
-    if steps >= LEAST_STEPS and graphable(llm):
+    if steps >= LEAST_STEPS and cache.plain and graphable(llm):
         step = DecodeGraph(llm, cache, position, steps).advance
     else:
         positions = itertools.count(position)

@@ -13,6 +13,7 @@ import json
 import os
 from typing import Any
 
+import torch
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
 from tokenizers.models import BPE
 from torch import Tensor
@@ -57,6 +58,20 @@ class InternLM2ForCausalLM(LlamaForCausalLM):  # type: ignore[no-untyped-call]
     """Llama under the name that its checkpoints carry."""
 
     config_class = InternLM2Config
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Write a checkpoint of transformers' own Llama, which needs nothing of this module.
+
+        Takes what transformers' `save_pretrained` takes.
+        """
+        settings = {**self.config.to_dict(), "architectures": [LlamaForCausalLM.__name__]}
+        for theirs in ("model_type", "auto_map"):
+            settings.pop(theirs, None)
+        with torch.device("meta"):
+            llama = LlamaForCausalLM(LlamaConfig.from_dict(settings))
+        llama.load_state_dict(self.state_dict(), assign=True)
+        llama.generation_config = self.generation_config
+        llama.save_pretrained(save_directory, *args, **kwargs)
 
 
 class SplitGroups(ConversionOps):

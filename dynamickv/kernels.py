@@ -3,13 +3,14 @@
 A decode step reads every weight once and does little else, so each kernel does all it can on the
 way: a projection adds its residual, gate and up projections meet in registers, rotation writes
 straight into the cache. Intermediate results are rounded where the plain model rounds them, so
-that answers agree with it. Same functions as `cuda_graph.PlainOps`; knows tensors only.
+that only the order of sums tells them apart. Knows tensors only.
 """
 
 # mypy: disable-error-code="import-not-found,import-untyped,no-untyped-def,untyped-decorator"
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,10 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+from dynamickv.decode_step import HeadNorms, PlainOps, Rotation, Slots
+
 KEYS = 64
 """Keys an attention program reads at a time."""
 SPLITS = 64
 """Most programs that share one head's keys."""
+LOG2E = 1.4426950408889634
 
 
 @triton.jit
@@ -35,16 +39,15 @@ def _norm(x, weight, out, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _dot_rows(x, weight, row, valid, SIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows of a (rows, SIZE) matrix times a vector, (ROWS,) float32."""
+def _dot_rows(x, start, valid, SIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows of SIZE weights, at (ROWS,) pointers, times a vector: (ROWS,) float32."""
     total = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
-    start = weight + row.to(tl.int64)[:, None] * SIZE
     for first in range(0, SIZE, BLOCK):
         at = first + tl.arange(0, BLOCK)
         inside = at < SIZE
         part = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
         rows = tl.load(
-            start + at[None, :],
+            start[:, None] + at[None, :],
             mask=valid[:, None] & inside[None, :],
             other=0.0,
             eviction_policy="evict_first",
@@ -82,7 +85,7 @@ def _project(
     at = first + tl.arange(0, ROWS)
     valid = at < end2
     row = at - offset
-    total = _dot_rows(x, weight, row, valid, SIZE, ROWS, BLOCK)
+    total = _dot_rows(x, weight + row.to(tl.int64) * SIZE, valid, SIZE, ROWS, BLOCK)
     if HAS_BIAS:
         total += tl.load(bias + row, mask=valid, other=0.0).to(tl.float32)
     total = total.to(out.dtype.element_ty)
@@ -93,36 +96,18 @@ def _project(
 
 
 @triton.jit
-def _gate(
-    x,
-    out,
-    gate,
-    up,
-    rows,
-    SIZE: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    valid = row < rows
-    gates = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
-    ups = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
-    start = row.to(tl.int64)[:, None] * SIZE
-    for first in range(0, SIZE, BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        inside = at < SIZE
-        both = valid[:, None] & inside[None, :]
-        place = start + at[None, :]
-        part = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)[None, :]
-        one = tl.load(gate + place, mask=both, other=0.0, eviction_policy="evict_first")
-        two = tl.load(up + place, mask=both, other=0.0, eviction_policy="evict_first")
-        gates += one.to(tl.float32) * part
-        ups += two.to(tl.float32) * part
+def _gate(x, out, gate, up, rows, SIZE: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr):
+    # A gate's row and its up projection's, by turns.
+    place = tl.arange(0, 2 * PAIRS)
+    row = tl.program_id(0) * PAIRS + place // 2
+    offset = row.to(tl.int64) * SIZE
+    start = tl.where(place % 2 == 0, gate + offset, up + offset)
+    total = _dot_rows(x, start, row < rows, SIZE, 2 * PAIRS, BLOCK)
     number = out.dtype.element_ty
-    opened = tl.sum(gates, axis=1).to(number).to(tl.float32)
+    opened, raised = tl.split(tl.reshape(total.to(number).to(tl.float32), (PAIRS, 2)))
     opened = (opened / (1.0 + tl.exp(-opened))).to(number).to(tl.float32)
-    raised = tl.sum(ups, axis=1).to(number).to(tl.float32)
-    tl.store(out + row, (opened * raised).to(number), mask=valid)
+    row = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
+    tl.store(out + row, (opened * raised).to(number), mask=row < rows)
 
 
 @triton.jit
@@ -265,17 +250,18 @@ def _join(
     tl.store(out + head * DIM + at, total.to(out.dtype.element_ty), mask=wide)
 
 
-class TritonOps:
-    """`cuda_graph.PlainOps`, one or two launches each."""
+@dataclass(frozen=True)
+class TritonOps(PlainOps):
+    """`PlainOps` in one or two launches each."""
 
-    rows = 2
-    """Rows of weights that one program multiplies."""
-    block = 2048
+    rows: int = 2
+    """Rows of weights that one program multiplies, even."""
+    block: int = 2048
     """Columns it reads at a time."""
-    warps = 4
+    warps: int = 4
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """RMS norm of a vector."""
+        """One program for the whole vector."""
         out = torch.empty_like(x)
         size = x.shape[0]
         block = triton.next_power_of_2(size)
@@ -285,53 +271,51 @@ class TritonOps:
         return out
 
     def project(self, x: Tensor, *linears: nn.Linear, residual: Tensor | None = None) -> Tensor:
-        """Up to three projections of one vector, concatenated, added to a residual."""
+        """A program per few rows of whichever matrix."""
         ends = [0]
         for linear in linears:
             ends.append(ends[-1] + linear.weight.shape[0])
         ends = [*ends[1:], *[ends[-1]] * (3 - len(linears))]
         padded = [*linears, *[linears[-1]] * (3 - len(linears))]
-        biases = [x if linear.bias is None else linear.bias for linear in padded]
         out = torch.empty(ends[-1], dtype=x.dtype, device=x.device)
         _project[(triton.cdiv(ends[-1], self.rows),)](
             x,
             out,
             x if residual is None else residual,
             *(linear.weight for linear in padded),
-            *biases,
+            *(x if linear.bias is None else linear.bias for linear in padded),
             *ends,
             HAS_BIAS=linears[0].bias is not None,
             HAS_RESIDUAL=residual is not None,
-            **self._tile(x.shape[0], self.rows),
+            ROWS=self.rows,
+            **self._columns(x),
         )
         return out
 
     def gate(self, x: Tensor, gate: nn.Linear, up: nn.Linear) -> Tensor:
-        """silu(gate(x)) * up(x)."""
-        rows = gate.weight.shape[0]
+        """A program per few rows of both matrices."""
+        rows, pairs = gate.weight.shape[0], self.rows // 2
         out = torch.empty(rows, dtype=x.dtype, device=x.device)
-        each = max(self.rows // 2, 1)
-        _gate[(triton.cdiv(rows, each),)](
-            x, out, gate.weight, up.weight, rows, **self._tile(x.shape[0], each)
+        _gate[(triton.cdiv(rows, pairs),)](
+            x, out, gate.weight, up.weight, rows, PAIRS=pairs, **self._columns(x)
         )
         return out
 
-    def _tile(self, size: int, rows: int) -> dict[str, Any]:
+    def _columns(self, x: Tensor) -> dict[str, Any]:
+        size = x.shape[0]
         block = min(self.block, triton.next_power_of_2(size))
-        return {"SIZE": size, "ROWS": rows, "BLOCK": block, "num_warps": self.warps}
+        return {"SIZE": size, "BLOCK": block, "num_warps": self.warps}
 
     def place(
         self,
         qkv: Tensor,
-        rotation: tuple[Tensor, Tensor],
-        norms: tuple[Tensor, Tensor, float] | None,
-        keys: Tensor,
-        values: Tensor,
-        slot: Tensor,
+        rotation: Rotation,
+        norms: HeadNorms | None,
+        slots: Slots,
         query_heads: int,
     ) -> Tensor:
-        """Rotate queries and keys; write key and value into their slot; (query_heads, head_dim)."""
-        stored, _, dim = keys.shape
+        """A program per head."""
+        stored, _, dim = slots.keys.shape
         kv_heads = (qkv.shape[0] // dim - query_heads) // 2
         query = torch.empty(query_heads, dim, dtype=qkv.dtype, device=qkv.device)
         query_norm, key_norm, eps = norms or (qkv, qkv, 0.0)
@@ -341,10 +325,8 @@ class TritonOps:
             query_norm,
             key_norm,
             query,
-            keys,
-            values,
-            slot,
-            keys.stride(0),
+            *slots,
+            slots.keys.stride(0),
             eps,
             HAS_NORM=norms is not None,
             QUERY_HEADS=query_heads,
@@ -356,47 +338,29 @@ class TritonOps:
         )
         return query
 
-    def attend(
-        self, query: Tensor, keys: Tensor, values: Tensor, slot: Tensor, scaling: float
-    ) -> Tensor:
-        """Attention of one token over the slots up to its own, (query_heads * head_dim,)."""
-        heads, room, dim = keys.shape
+    def attend(self, query: Tensor, slots: Slots, scaling: float) -> Tensor:
+        """Programs that share a head's keys, then one that joins their sums."""
+        heads, room, dim = slots.keys.shape
         query_heads = query.shape[0]
+        group = query_heads // heads
         chunk = triton.cdiv(triton.cdiv(room, SPLITS), KEYS) * KEYS
         splits = triton.cdiv(room, chunk)
         sums = query.new_empty(query_heads, splits, dim, dtype=torch.float32)
-        tops, weights = query.new_empty(2, query_heads, splits, dtype=torch.float32)
-        # A matrix product wants 16 columns at least.
-        block = max(16, triton.next_power_of_2(dim))
-        group = query_heads // heads
+        parts = (sums, *query.new_empty(2, query_heads, splits, dtype=torch.float32))
+        # A matrix product wants 16 rows and columns at least.
+        sizes = {"DIM": dim, "BLOCK": max(16, triton.next_power_of_2(dim)), "num_warps": 4}
         _attend[(heads, splits)](
             query,
-            keys,
-            values,
-            slot,
-            sums,
-            tops,
-            weights,
-            keys.stride(0),
-            scaling * 1.4426950408889634,
+            *slots,
+            *parts,
+            slots.keys.stride(0),
+            scaling * LOG2E,
             chunk,
             GROUP=group,
             ROWS=max(16, triton.next_power_of_2(group)),
-            DIM=dim,
-            BLOCK=block,
             KEYS=KEYS,
-            num_warps=4,
+            **sizes,
         )
         out = torch.empty(query_heads * dim, dtype=query.dtype, device=query.device)
-        _join[(query_heads,)](
-            sums,
-            tops,
-            weights,
-            out,
-            splits,
-            DIM=dim,
-            BLOCK=block,
-            SPLITS=triton.next_power_of_2(splits),
-            num_warps=4,
-        )
+        _join[(query_heads,)](*parts, out, splits, SPLITS=triton.next_power_of_2(splits), **sizes)
         return out

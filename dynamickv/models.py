@@ -5,15 +5,17 @@ Loads safetensors and GGUF only: no pickle, no remote code.
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import logging
 import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,7 @@ from dynamickv.conversion import (
     conversion_fault,
     converted,
     file_hash,
+    first_line,
     kept_conversions,
     quiet,
     unreadable,
@@ -52,13 +55,14 @@ __all__ = [
     "file_hash",
     "kept_conversions",
     "load_model",
-    "require_plain_attention",
+    "require_compressible",
 ]
 
 log = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "smollm2-135m"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+QUANTIZATIONS = ("4bit", "8bit")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,23 +98,37 @@ class Geometry:
     head_dim: int
     max_positions: int
     """Longest sequence the model reads, in tokens."""
+    windows: Mapping[int, int] = field(default_factory=dict)
+    """Sliding-window layers by their place, with their window in tokens; no method compresses
+    them."""
+
+    @property
+    def compressed_layers(self) -> list[int]:
+        """Places of the layers that attend to the whole prompt, which methods compress."""
+        return [place for place in range(self.num_layers) if place not in self.windows]
 
     @classmethod
     def of(cls, config: Any) -> Geometry:
         """Read the sizes from a transformers config.
 
         Raises:
-            ValueError: if the model is not a decoder with plain attention layers.
+            ValueError: if the model is not a decoder with attention layers that can be compressed.
         """
-        require_plain_attention(config)
+        require_compressible(config)
         config = config.get_text_config()
         heads = config.num_attention_heads
+        kinds = getattr(config, "layer_types", None) or []
         return cls(
             num_layers=config.num_hidden_layers,
             num_query_heads=heads,
             num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
             max_positions=int(config.max_position_embeddings * stretch(config)),
+            windows={
+                place: config.sliding_window
+                for place, kind in enumerate(kinds)
+                if kind == "sliding_attention"
+            },
         )
 
 
@@ -157,8 +175,23 @@ class LoadedModel:
 
     @property
     def dtype(self) -> str:
-        """Number format of the weights, such as "float32"."""
-        return str(self.model.dtype).removeprefix("torch.")
+        """Number format of the weights and of what is computed, such as "float32", or "bfloat16
+        with 4bit weights" where the two differ."""
+        computed = str(self.model.dtype).removeprefix("torch.")
+        return f"{computed} with {self.quantization} weights" if self.quantization else computed
+
+    @property
+    def quantization(self) -> str | None:
+        """How the weights are packed: "4bit", "8bit", another method's name, or None."""
+        config = getattr(self.model.config, "quantization_config", None)
+        if config is None:
+            return None
+        read = config.get if isinstance(config, dict) else partial(getattr, config)
+        for name in QUANTIZATIONS:
+            if read(f"load_in_{name}", False):
+                return name
+        method = read("quant_method", "quantized")
+        return str(getattr(method, "value", method))
 
     @property
     def attention(self) -> str:
@@ -173,23 +206,44 @@ class LoadedModel:
             torch.mps.synchronize()
 
 
-def require_plain_attention(config: Any) -> None:
-    """Raise ValueError unless every layer is causal self-attention over the whole prompt."""
+def require_compressible(config: Any) -> None:
+    """Raise ValueError unless every layer is causal self-attention, over the whole prompt or, in
+    some of them, over a sliding window."""
     name = (getattr(config, "architectures", None) or [config.model_type])[0]
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{name} is an encoder-decoder; choose a decoder-only language model")
     config = config.get_text_config()
     if getattr(config, "num_attention_heads", None) is None:
         raise ValueError(f"{name} has no attention heads; choose a causal language model")
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"} or (
-        getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    ):
-        others = ", ".join(sorted(kinds - {"full_attention"})) or "sliding_attention"
+    slides = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    alike = "sliding_attention" if slides else "full_attention"
+    kinds = set(getattr(config, "layer_types", None) or [alike])
+    others = sorted(kinds - {"full_attention", "sliding_attention"})
+    if others:
         raise ValueError(
-            f"{name} has {others} layers, which are not compressed yet; "
-            "choose a model whose layers all attend to the whole prompt"
+            f"{name} has {', '.join(others)} layers, which cannot be told apart from compressed "
+            "ones; choose a model whose layers attend to the whole prompt or a sliding window"
         )
+    if "full_attention" not in kinds:
+        raise ValueError(
+            f"{name} has sliding_attention in all layers, so nothing is left to compress; "
+            "choose a model with layers that attend to the whole prompt"
+        )
+    if config.model_type == "gpt_oss":
+        raise ValueError(
+            f"{name} adds learned sinks to its softmax, which the scores do not know; "
+            "choose a model without them"
+        )
+    for option, meaning in (
+        ("attn_logit_softcapping", "caps its attention logits"),
+        ("num_kv_shared_layers", "shares keys and values between layers"),
+        ("use_bidirectional_attention", "looks ahead"),
+    ):
+        if getattr(config, option, None):
+            raise ValueError(
+                f"{name} {meaning} ({option}), which the scores do not know; "
+                "choose a model without it"
+            )
 
 
 def load_model(
@@ -198,6 +252,7 @@ def load_model(
     dtype: str = "auto",
     attention: str = "auto",
     device_map: str | dict[str, Any] | None = None,
+    quantization: str | None = None,
 ) -> LoadedModel:
     """Load a model by short name, hub id, folder or .gguf file.
 
@@ -209,6 +264,10 @@ def load_model(
         device_map: instead of `device`, spread the layers over several devices and the disk:
             "auto" or {module: device}, as transformers takes it. Each layer's cache lies where its
             layer works.
+        quantization: "4bit" (NF4) or "8bit" packs the weights of the linear layers with
+            bitsandbytes while they are read; `dtype` is what is computed and cached. None takes the
+            checkpoint as it is, packed or not. A 4bit model on the CPU must not be saved:
+            bitsandbytes 0.50 writes its weights wrongly once they were used.
 
     Raises:
         ValueError: an unknown name or option, or a model that cannot be read, in one sentence.
@@ -219,25 +278,35 @@ def load_model(
         raise ValueError(f"give device ({device!r}) or device_map, not both")
     place = _choose_device(device)
     number_format = _choose_dtype(dtype, place)
+    packing = _choose_quantization(quantization, number_format)
     backend = "sdpa" if attention == "auto" else attention
     source, revision, gguf = _resolve(name)
     if gguf is not None:
         source, revision = converted(gguf), f"gguf-{file_hash(gguf)[:12]}"
     with _explained(name):
         config = _read_config(source)
-    require_plain_attention(config)
+    require_compressible(config)
+    packed = getattr(config, "quantization_config", None) is not None
+    if packed and packing is not None:
+        raise ValueError(f"{name} is quantized already; load it without quantization")
+    # Packed weights cannot change their place or format later.
+    to_place = device_map is None and not packed and packing is None
+    layers = device_map if device_map is not None or to_place else {"": place}
     with _explained(name):
         tokenizer = _read_tokenizer(source, config)
-        model = _read_weights(source, config, number_format, backend, device_map)
+        model = _read_weights(source, config, number_format, backend, layers, packing)
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
             f"{name} has no fast tokenizer, which exact text positions need; "
             "choose a model with tokenizer.json"
         )
     revision = revision or getattr(model.config, "_commit_hash", None) or "local"
-    if device_map is None:
+    if to_place:
         model.to(place)  # type: ignore[arg-type]
-    return LoadedModel.wrap(model, tokenizer, name, revision)
+    llm = LoadedModel.wrap(model, tokenizer, name, revision)
+    if llm.quantization is not None:
+        _require_packed_products(llm)
+    return llm
 
 
 def _read_config(source: Path | str) -> Any:
@@ -269,12 +338,15 @@ def _read_weights(
     dtype: torch.dtype,
     attention: str,
     device_map: str | dict[str, Any] | None,
+    packing: Any,
 ) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     spread: dict[str, Any] = {}
     if device_map is not None:
         spread = {"device_map": device_map, "offload_folder": tempfile.mkdtemp(prefix="dynamickv-")}
+    if packing is not None:
+        spread["quantization_config"] = packing
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
@@ -293,7 +365,7 @@ def _read_weights(
     except BaseException:
         shutil.rmtree(spread.get("offload_folder", ""), ignore_errors=True)
         raise
-    if spread:
+    if "offload_folder" in spread:
         weakref.finalize(model, shutil.rmtree, spread["offload_folder"], ignore_errors=True)
     return model
 
@@ -396,3 +468,41 @@ def _choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, got {dtype!r}")
     return DTYPES[dtype]
+
+
+def _choose_quantization(quantization: str | None, dtype: torch.dtype) -> Any:
+    """transformers' BitsAndBytesConfig, or None."""
+    if quantization is None:
+        return None
+    if quantization not in QUANTIZATIONS:
+        raise ValueError(
+            f"quantization must be {', '.join(QUANTIZATIONS)} or None, got {quantization!r}"
+        )
+    try:
+        importlib.import_module("bitsandbytes")
+    except Exception as error:  # a build that does not fit torch or the card raises many kinds
+        missing = isinstance(error, ModuleNotFoundError) and error.name == "bitsandbytes"
+        fault = "is not installed" if missing else f"cannot be used ({first_line(error)})"
+        raise ValueError(
+            f"{quantization} weights need bitsandbytes, which {fault}; "
+            "pip install bitsandbytes, or load without quantization"
+        ) from error
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
+    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+    )
+
+
+@torch.no_grad()
+def _require_packed_products(llm: LoadedModel) -> None:
+    """Find out at once that a device has no kernel for packed weights, or none for their sizes."""
+    try:
+        llm.model(torch.zeros(1, 2, dtype=torch.long, device=llm.device), use_cache=False)
+    except Exception as error:  # the kernels raise what they like, assertions included
+        raise ValueError(
+            f"{llm.device} cannot compute with the {llm.quantization} weights of {llm.name} "
+            f"({first_line(error)}); choose another quantization or load without"
+        ) from error

@@ -4,7 +4,8 @@ A layer of `KVCache` tags the keys it returns. For tagged keys this function bui
 layer needs (layers differ in length, so the model's shared mask cannot fit them all), calls the
 backend, and then hands the layer its post-RoPE queries. For other keys it is the backend,
 untouched. Nothing is patched: the function is registered with transformers under
-"dynamickv_<backend>" and selected like any other.
+"dynamickv_<backend>" and selected like any other; in the names of flash kinds some letters are
+exchanged, see LOADED.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ import transformers  # its parts load when named, which takes seconds: the page 
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dynamickv.cache import BatchedLayer, KVLayer
+from dynamickv.cache import BatchedLayer, HeadwiseLayer, KVLayer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PREFIX = "dynamickv_"
+LOADED = {"flash": "FLASH", "/": "|"}
+"""What makes transformers look for a kernel of that very name, and what stands for it in ours."""
 MASKED_BACKENDS = ("eager", "sdpa")
 """Backends that take a mask tensor; the flash kinds align causality to the end by themselves."""
 
@@ -34,7 +37,20 @@ Attention = Callable[..., tuple[Tensor, Tensor | None]]
 
 def backend_of(model: PreTrainedModel) -> str:
     """The attention backend a model computes with, whether observed or not."""
-    return str(model.config._attn_implementation).removeprefix(PREFIX)
+    name = str(model.config._attn_implementation)
+    if not name.startswith(PREFIX):
+        return name
+    backend = name.removeprefix(PREFIX)
+    for theirs, ours in LOADED.items():
+        backend = backend.replace(ours, theirs)
+    return backend
+
+
+def _observing(backend: str) -> str:
+    """The name under which a backend's observing form is registered."""
+    for theirs, ours in LOADED.items():
+        backend = backend.replace(theirs, ours)
+    return PREFIX + backend
 
 
 @contextmanager
@@ -68,7 +84,7 @@ def set_observed(model: PreTrainedModel) -> None:
             'load it with attention="sdpa" or choose a model that supports '
             "transformers' AttentionInterface"
         )
-    name = PREFIX + backend
+    name = _observing(backend)
     masks = transformers.AttentionMaskInterface()  # type: ignore[no-untyped-call]
     functions = transformers.AttentionInterface()  # type: ignore[no-untyped-call]
     attention = None if backend == "eager" else functions[backend]
@@ -91,28 +107,45 @@ def _observed_attention(
     attention = attention or sys.modules[type(module).__module__].eager_attention_forward
     layer: KVLayer | None = getattr(key, "kv_layer", None)
     if layer is None:
+        module = _stand_in(backend, module, query, key)
         return attention(module, query, key, value, attention_mask, **kwargs)
-    if isinstance(layer, BatchedLayer):
-        outputs = []
-        for row, row_query in zip(layer.rows, torch.split(query, 1), strict=True):
-            held = row.held()
-            group = _grouped(module, row_query, held[0])
-            with _kernels(query):
-                outputs.append(attention(group, row_query, *held, None, **kwargs)[0])
-        return torch.cat(outputs), None
-    group = _grouped(module, query, key)
-    if query.shape[2] < key.shape[2]:
-        attention_mask = _continuation_mask(backend, query, key)
-        with _kernels(query):
-            output = attention(group, query, key, value, attention_mask, **kwargs)
+    output: tuple[Tensor, Tensor | None]
+    if isinstance(layer, (BatchedLayer, HeadwiseLayer)):
+        by_head = isinstance(layer, HeadwiseLayer)
+        parts = layer.heads if isinstance(layer, HeadwiseLayer) else layer.rows
+        queries = query.chunk(len(parts), dim=1 if by_head else 0)
+        outputs = [
+            _continue(backend, attention, module, part_query, *part.held(), **kwargs)[0]
+            for part, part_query in zip(parts, queries, strict=True)
+        ]
+        output = torch.cat(outputs, dim=2 if by_head else 0), None
+    elif query.shape[2] < key.shape[2]:
+        output = _continue(backend, attention, module, query, key, value, **kwargs)
     else:
-        output = attention(group, query, key, value, attention_mask, **kwargs)
+        module = _stand_in(backend, module, query, key)
+        output = attention(module, query, key, value, attention_mask, **kwargs)
     if layer.after_attention is not None:
         scaling = kwargs.get("scaling")
         layer.after_attention(
             layer, query, query.shape[-1] ** -0.5 if scaling is None else float(scaling)
         )
     return output
+
+
+def _continue(
+    backend: str,
+    attention: Attention,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The backend's attention of new tokens over what a cache holds."""
+    mask = _continuation_mask(backend, query, key)
+    with _kernels(query):
+        module = _stand_in(backend, module, query, key)
+        return attention(module, query, key, value, mask, **kwargs)
 
 
 def _kernels(query: Tensor) -> AbstractContextManager[None]:
@@ -141,24 +174,24 @@ def _continuation_mask(backend: str, query: Tensor, key: Tensor) -> Tensor | Non
     )
 
 
-def _grouped(module: nn.Module, query: Tensor, key: Tensor) -> Any:
-    """The module, or a stand-in that says how many query heads share a stored head when that is not
-    the model's own."""
+def _stand_in(backend: str, module: Any, query: Tensor, key: Tensor) -> Any:
+    """The module, or one that says what is so here: how many query heads share a stored head, and
+    to the flash kinds, which read it from the model's configuration, their own name."""
     group = query.shape[1] // key.shape[1]
-    return (
-        module
-        if getattr(module, "num_key_value_groups", group) == group
-        else _Grouped(module, group)
-    )
+    changes: dict[str, Any] = {}
+    if getattr(module, "num_key_value_groups", group) != group:
+        changes["num_key_value_groups"] = group
+    if backend not in MASKED_BACKENDS and hasattr(module, "config"):
+        changes["config"] = _Changed(module.config, _attn_implementation=backend)
+    return _Changed(module, **changes) if changes else module
 
 
-class _Grouped:
-    """A module's attributes with another `num_key_value_groups`, for caches stored per query
-    head."""
+class _Changed:
+    """An object's attributes, some of them replaced."""
 
-    def __init__(self, module: nn.Module, group: int) -> None:
-        self._module = module
-        self.num_key_value_groups = group
+    def __init__(self, original: Any, **replaced: Any) -> None:
+        self._original = original
+        self.__dict__.update(replaced)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
+        return getattr(self._original, name)

@@ -95,7 +95,7 @@ def prefill_prompt(
         if on_layer is not None:
             on_layer(len(layers))
 
-    cache = KVCache(llm.geometry.num_layers, record)
+    cache = KVCache(llm.geometry.num_layers, record, llm.geometry.windows)
     token_ids = torch.from_numpy(np.array([prompt.token_ids])).to(llm.device)
     start = time.perf_counter()
     with observed(llm.model):
@@ -105,7 +105,8 @@ def prefill_prompt(
     return Prefill(
         prompt=prompt,
         layers=tuple(layers),
-        values=tuple(layer.held()[1][0] for layer in cache.layers),
+        values=tuple(layer.held()[1][0] for layer in cache.whole_layers()),
+        sliding=cache.sliding(),
         logits=logits,
         seconds=time.perf_counter() - start - mass_seconds,
         mass_seconds=mass_seconds,

@@ -90,8 +90,9 @@ def encode_prompt(
         limit: the longest prompt allowed, in tokens.
         truncate: cut the middle out of a document that is too long, keeping its first and last
             parts as LongBench does, instead of refusing it.
-        chat_template: False feeds document and question as plain text, as LongBench's own templates
-            expect.
+        chat_template: False feeds document and question as plain text, as LongBench does: the
+            tokens are those of `tokenizer(text)`, with the special tokens that it puts around a
+            text, such as BOS, which stand at no character.
 
     Raises:
         ValueError: if document or question hold no text, or the prompt is longer than `limit`.
@@ -100,7 +101,7 @@ def encode_prompt(
     require_text("question", question)
     document, question = _valid_text(document), _valid_text(question)
     parts = _template_parts(tokenizer, chat_template)
-    encoded = replace(_encode(tokenizer, parts, document, question), chat_template=chat_template)
+    encoded = _encode(tokenizer, parts, document, question, chat_template)
     if encoded.length <= limit:
         return encoded
     if not truncate:
@@ -170,9 +171,15 @@ def _truncated(
     while room > 0:
         head_end = whole.offsets[first + (room + 1) // 2 - 1][1] - start
         tail_start = whole.offsets[last - room // 2][0] - start if room > 1 else len(document)
-        shorter = _encode(tokenizer, parts, document[:head_end] + document[tail_start:], question)
+        shorter = _encode(
+            tokenizer,
+            parts,
+            document[:head_end] + document[tail_start:],
+            question,
+            whole.chat_template,
+        )
         if shorter.length <= limit:
-            return replace(shorter, original_length=whole.length, chat_template=whole.chat_template)
+            return replace(shorter, original_length=whole.length)
         room -= shorter.length - limit
     raise ValueError(
         f"the question and the template alone take {whole.length - (last - first):,} tokens "
@@ -204,7 +211,11 @@ def _template_parts(tokenizer: Any, chat_template: bool) -> tuple[str, str, str]
 
 
 def _encode(
-    tokenizer: Any, parts: tuple[str, str, str], document: str, question: str
+    tokenizer: Any,
+    parts: tuple[str, str, str],
+    document: str,
+    question: str,
+    chat_template: bool,
 ) -> EncodedPrompt:
     before, between, after = parts
     text = before + document + between + question + after
@@ -228,6 +239,11 @@ def _encode(
         offsets += [
             (start + left, start + right) for left, right in _untrimmed(piece["offset_mapping"])
         ]
+    if not chat_template:
+        first, last = _around(tokenizer)
+        token_ids = [*first, *token_ids, *last]
+        end = len(text)
+        offsets = [(0, 0)] * len(first) + offsets + [(end, end)] * len(last)
     return EncodedPrompt(
         token_ids=token_ids,
         text=text,
@@ -237,7 +253,17 @@ def _encode(
         question_span=_touching(offsets, question_start, question_end),
         question=question,
         original_length=len(token_ids),
+        chat_template=chat_template,
     )
+
+
+def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Special tokens that a tokenizer puts before and after a text."""
+    # The flag is given because fast tokenizers keep it from earlier calls.
+    encoded = tokenizer("a", return_special_tokens_mask=True, split_special_tokens=False)
+    token_ids, mask = encoded["input_ids"], encoded["special_tokens_mask"]
+    text = [index for index, special in enumerate(mask) if not special]
+    return token_ids[: text[0]], token_ids[text[-1] + 1 :]
 
 
 def _segments(

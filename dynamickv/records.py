@@ -6,13 +6,16 @@ Tensors here have no batch dimension: the engine reads one prompt at a time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from dynamickv.prompt import EncodedPrompt
+
+Heads = Tensor | tuple[Tensor, ...]
+"""Positions per head: (heads, kept), or one (kept,) per head where heads keep different numbers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,22 +53,24 @@ class LayerObservation:
 class Retention:
     """The prompt positions a method keeps in every layer and head."""
 
-    indices: tuple[Tensor, ...]
-    """Per layer, LongTensor (heads, kept): ascending positions, observation window included."""
+    indices: tuple[Heads, ...]
+    """Per compressed layer, LongTensor (heads, kept): ascending positions, observation window
+    included. With adaptive head budgets a tuple of one LongTensor (kept,) per head."""
     prompt_length: int
     budget_history: tuple[tuple[int, ...], ...] = ()
     """DynamicKV: prefix budgets (window excluded) of the layers seen so far, after each update."""
 
     @property
     def budgets(self) -> list[int]:
-        """Kept prompt tokens per layer and head, observation window included."""
-        return [kept.shape[1] for kept in self.indices]
+        """Kept prompt tokens per layer and head, observation window included; the mean over heads
+        where they differ, which is whole."""
+        return [sum(head.shape[0] for head in kept) // len(kept) for kept in self.indices]
 
     @property
     def kept_fraction(self) -> float:
         """Kept positions over all positions, across layers and heads."""
-        kept = sum(positions.numel() for positions in self.indices)
-        return kept / sum(positions.shape[0] * self.prompt_length for positions in self.indices)
+        heads = [head for kept in self.indices for head in kept]
+        return sum(head.shape[0] for head in heads) / (len(heads) * self.prompt_length)
 
     @classmethod
     def everything(
@@ -84,14 +89,33 @@ class Retention:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SlidingState:
+    """What a sliding-window layer holds after a prompt; no method touches it."""
+
+    keys: Tensor
+    """(1, num_kv_heads, min(prompt_length, window - 1), head_dim), the last positions."""
+    values: Tensor
+    window: int
+    """Positions a query sees, its own included."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values."""
+        return sum(t.numel() * t.element_size() for t in (self.keys, self.values))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Prefill:
     """One pass of the model over a prompt: enough to run any method without the model's prefill
     again."""
 
     prompt: EncodedPrompt
     layers: tuple[LayerObservation, ...]
+    """Of the layers that attend to the whole prompt, in order; only these are compressed."""
     values: tuple[Tensor, ...]
-    """Per layer, (num_kv_heads, prompt_length, head_dim)."""
+    """Of the same layers, (num_kv_heads, prompt_length, head_dim)."""
+    sliding: Mapping[int, SlidingState] = field(default_factory=dict)
+    """What the other layers hold, by their place in the model."""
     logits: Tensor
     """Next-token logits after the prompt, (vocabulary,)."""
     seconds: float
@@ -110,8 +134,19 @@ class Prefill:
         return self.layers[0].prompt_length
 
     @property
+    def compressed_layers(self) -> list[int]:
+        """Places in the model of the layers that methods choose for."""
+        places = range(len(self.layers) + len(self.sliding))
+        return [place for place in places if place not in self.sliding]
+
+    @property
     def kv_bytes(self) -> int:
         """Bytes of all keys and values, summed from the tensors."""
+        return self.whole_bytes + sum(state.nbytes for state in self.sliding.values())
+
+    @property
+    def whole_bytes(self) -> int:
+        """Of these, bytes in the layers that hold the whole prompt."""
         return sum(
             tensor.numel() * tensor.element_size()
             for layer, value in zip(self.layers, self.values, strict=True)

@@ -6,22 +6,50 @@ the longest sequence since the last short one, so an answer could depend on prom
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 
-def forget_longer_sequences(model: nn.Module) -> None:
-    """Make every dynamic rotary embedding start each forward pass as if it were its first."""
-    for module in model.modules():
-        if getattr(module, "rope_type", None) == "dynamic":
-            module.register_forward_pre_hook(_start_afresh)
+def forget_longer_sequences(model: nn.Module) -> list[RemovableHandle]:
+    """Make every dynamic rotary embedding start each forward pass as if it were its first.
+
+    Returns:
+        What takes this back, one handle per embedding.
+    """
+    return [
+        module.register_forward_pre_hook(_start_afresh) for module in _dynamic_embeddings(model)
+    ]
+
+
+@contextmanager
+def longer_sequences_forgotten(model: nn.Module) -> Iterator[None]:
+    """`forget_longer_sequences` inside the block; afterwards the model is as it was."""
+    before = [
+        (module, module.inv_freq, module.max_seq_len_cached)
+        for module in _dynamic_embeddings(model)
+    ]
+    handles = forget_longer_sequences(model)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, frequencies, longest in before:
+            module.inv_freq, module.max_seq_len_cached = frequencies, longest
 
 
 def stretch(config: Any) -> float:
     """By how much dynamic scaling extends `max_position_embeddings`; 1 without it."""
     rope = getattr(config, "rope_parameters", None) or {}
     return float(rope["factor"]) if rope.get("rope_type") == "dynamic" else 1.0
+
+
+def _dynamic_embeddings(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if getattr(module, "rope_type", None) == "dynamic"]
 
 
 def _start_afresh(module: Any, _: Any) -> None:

@@ -124,12 +124,28 @@ def top_positions(scores: Tensor, count: int) -> Tensor:
         return torch.arange(length, device=scores.device).expand(heads, length)
     if count <= 0:
         return torch.empty(heads, 0, dtype=torch.long, device=scores.device)
-    threshold = scores.topk(count, dim=-1).values[:, -1:]
-    above = scores > threshold
-    tied = scores == threshold
+    threshold = scores.topk(count, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
+    return _places(_best(scores, threshold, count), heads * count).view(heads, count)
+
+
+def _best(scores: Tensor, threshold: Tensor, count: Tensor | int) -> Tensor:
+    """Mask of each row's `count` best scores; those equal to the least of them, `threshold`, fill
+    up from the row's start."""
+    above, tied = scores > threshold, scores == threshold
     room = count - above.sum(dim=-1, keepdim=True)
-    kept = above | (tied & (tied.cumsum(dim=-1) <= room))
-    return kept.nonzero()[:, 1].view(heads, count)
+    # Counted through all rows at once, which accelerators do many times faster than row by row.
+    ties = tied.flatten().cumsum(0, dtype=torch.int32).view_as(tied)
+    before = ties[..., :1] - tied[..., :1].int()
+    return above | (tied & (ties - before <= room))
+
+
+def _places(kept: Tensor, total: int) -> Tensor:
+    """Last coordinates of a mask's `total` true places, in order.
+
+    CUDA is told their number: asking for it would make the host wait for all the device's work.
+    """
+    found = kept.nonzero_static(size=total, fill_value=0) if kept.is_cuda else kept.nonzero()
+    return found[:, -1]
 
 
 def top_positions_of_layers(scores: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
@@ -148,15 +164,39 @@ def top_positions_at_once(scores: Sequence[Tensor], counts: Sequence[int]) -> li
     heads, length = scores[0].shape
     wanted = [min(max(count, 0), length) for count in counts]
     table = torch.stack(list(scores))
-    count = torch.tensor(wanted, device=table.device)[:, None, None]
+    count = torch.tensor(wanted).to(table.device, non_blocking=True)[:, None, None]
     best = table.topk(max(max(wanted), 1), dim=-1).values
     threshold = best.gather(-1, (count - 1).clamp_min(0).expand(-1, heads, 1))
-    above = table > threshold
-    tied = table == threshold
-    room = count - above.sum(dim=-1, keepdim=True)
-    kept = (above | (tied & (tied.cumsum(dim=-1, dtype=torch.int32) <= room))) & (count > 0)
-    positions = torch.split(kept.nonzero()[:, 2], [heads * number for number in wanted])
+    kept = _best(table, threshold, count) & (count > 0)
+    places = _places(kept, heads * sum(wanted))
+    positions = torch.split(places, [heads * number for number in wanted])
     return [layer.view(heads, number) for layer, number in zip(positions, wanted, strict=True)]
+
+
+def share_among_heads(scores: Tensor, budget: int, floor: float) -> list[int]:
+    """How many positions each head keeps when a layer's heads compete for `budget` x heads.
+
+    Every head first gets its int(floor * budget) best; the best of what remains, over all heads,
+    fill the rest. Ada-KV mixes the two shares instead; filling in this order spends the budget
+    exactly, and a smaller budget keeps a subset of what a larger one keeps.
+
+    Args:
+        scores: (heads, n).
+        budget: mean positions per head.
+        floor: share of the budget that every head keeps, 0 to 1.
+
+    Returns:
+        One number per head; they sum to min(budget, n) x heads.
+
+    Source: Ada-KV, arXiv:2407.11550.
+    """
+    heads, length = scores.shape
+    budget = min(budget, length)
+    least = int(floor * budget)
+    ranked = scores.sort(dim=-1, descending=True).values[:, least:]
+    if ranked.shape[1] == 0 or budget == least:
+        return [budget] * heads
+    return [least + count for count in count_global_top(list(ranked), (budget - least) * heads)]
 
 
 def count_global_top(scores: Sequence[Tensor], count: int) -> list[int]:

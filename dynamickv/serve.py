@@ -1,25 +1,26 @@
 """Prune while prefilling: a cache for any transformers model's own `generate`.
 
-Each layer is cut as soon as its attention is computed, and DynamicKV's layers again every
-`update_interval` layers, so the full cache never exists. Uses the same selection code as a finished
-prefill; knows nothing about prompts' text.
+Each layer is cut as soon as its attention is computed, and DynamicKV's layers again one layer after
+every update of the budgets, so the full cache never exists. Uses the same selection code as a
+finished prefill; knows nothing about prompts' text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from dynamickv.cache import KVCache, KVLayer
+from dynamickv.cache import HeadwiseLayer, KVCache, KVLayer
 from dynamickv.methods import CompressionMethod
 from dynamickv.methods.base import Selection
 from dynamickv.models import Geometry
 from dynamickv.observe import observed
 from dynamickv.records import LayerObservation, Retention
+from dynamickv.rope import longer_sequences_forgotten
 from dynamickv.scoring import attention_mass
 
 if TYPE_CHECKING:
@@ -29,14 +30,17 @@ if TYPE_CHECKING:
 class CompressedCache(KVCache):
     """A KV cache that keeps what a method chooses of the first prompt fed through it."""
 
-    def __init__(self, method: CompressionMethod, num_layers: int) -> None:
-        super().__init__(num_layers, self._after_attention)
+    def __init__(self, method: CompressionMethod, geometry: Geometry) -> None:
+        super().__init__(geometry.num_layers, self._after_attention, geometry.windows)
         self.method = method
+        self._geometry = geometry
         self.peak_bytes = 0
         """Most bytes of keys and values held at once so far."""
         self._selection: Selection | None = None
         self._observed = 0
         self._kept: list[Tensor] = []
+        self._waiting: list[int] = []
+        """Layers that an update changed and that are not cut yet."""
 
     def retention(self) -> Retention:
         """What was kept of the prompt.
@@ -44,7 +48,7 @@ class CompressedCache(KVCache):
         Raises:
             ValueError: before a prompt has gone through all layers.
         """
-        if self._observed < len(self.layers):
+        if self._observed < len(self._geometry.compressed_layers):
             raise ValueError("no prompt has gone through this cache yet; call generate first")
         if self._selection is not None:
             return self._selection.retention()
@@ -52,31 +56,51 @@ class CompressedCache(KVCache):
 
     def reset(self) -> None:
         """Forget the prompt; the next one is compressed anew."""
-        super().reset()  # type: ignore[no-untyped-call]
-        self._selection, self._observed, self._kept = None, 0, []
+        fresh = KVCache(self._geometry.num_layers, self._after_attention, self._geometry.windows)
+        self.layers = fresh.layers
+        self._selection, self._observed, self._kept, self._waiting = None, 0, [], []
 
     @torch.no_grad()
     def _after_attention(self, layer: KVLayer, queries: Tensor, scaling: float) -> None:
         self.peak_bytes = max(self.peak_bytes, self.nbytes)
-        if self._observed == len(self.layers):
+        places = self._geometry.compressed_layers
+        if self._observed == len(places):
             return
         self._observed += 1
         keys = layer.held()[0][0]
         prompt_length = keys.shape[1]
         if self.method.fits(prompt_length):
-            heads = keys.shape[0]
+            by_query = getattr(self.method, "granularity", "kv_head") == "query_head"
+            heads = queries.shape[1] if by_query else keys.shape[0]
             self._kept.append(torch.arange(prompt_length, device=keys.device).expand(heads, -1))
             return
         if self._selection is None:
-            self._selection = self.method.start(len(self.layers))
+            self._selection = self.method.start(len(places))
         mass = attention_mass(queries[0], keys, scaling) if self.method.needs_mass else None
         changed = self._selection.observe(
             LayerObservation(
                 queries=queries[0, :, -self.method.tail :], keys=keys, scaling=scaling, mass=mass
             )
         )
-        for index, kept in zip(changed, self._selection.positions_of(changed), strict=True):
-            self.layers[index].keep(kept)
+        # An update makes the host wait for the device. The layers before this one are cut with the
+        # next, so that the host can prepare it while the device works.
+        older, self._waiting = self._waiting, list(changed[:-1])
+        self._cut(changed[-1:])
+        self._cut(older)
+        if self._observed == len(places):
+            self._cut(self._waiting)
+
+    def _cut(self, layers: Sequence[int]) -> None:
+        """Let layers hold no more than they are to hold now."""
+        if not layers or self._selection is None:
+            return
+        places = self._geometry.compressed_layers
+        for index, kept in zip(layers, self._selection.positions_of(layers), strict=True):
+            held = self.layers[places[index]]
+            assert isinstance(held, KVLayer)
+            if isinstance(kept, tuple) and not isinstance(held, HeadwiseLayer):
+                held = self.layers[places[index]] = HeadwiseLayer.split(held, len(kept))
+            held.keep(kept)
 
 
 @contextmanager
@@ -95,7 +119,7 @@ def compress(model: PreTrainedModel, method: CompressionMethod) -> Iterator[Comp
     """
     if not isinstance(method, CompressionMethod):
         raise ValueError(f"{method!r} is not a method; give one such as DynamicKV(capacity=512)")
-    cache = CompressedCache(method, Geometry.of(model.config).num_layers)
+    cache = CompressedCache(method, Geometry.of(model.config))
 
     def check(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         if named.get("past_key_values") is cache:
@@ -103,7 +127,7 @@ def compress(model: PreTrainedModel, method: CompressionMethod) -> Iterator[Comp
 
     handle = model.register_forward_pre_hook(check, with_kwargs=True)
     try:
-        with observed(model):
+        with longer_sequences_forgotten(model), observed(model):
             yield cache
     finally:
         handle.remove()

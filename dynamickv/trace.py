@@ -55,6 +55,8 @@ class ModelInfo:
     attention: str
     max_positions: int
     """Longest sequence the model reads, in tokens."""
+    sliding_layers: list[int] = field(default_factory=list)
+    """Layers that see only the last tokens, by their place; no method compresses them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +138,21 @@ class Scores:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Divergence:
+    """The first answer token in which a run leaves FullKV's answer, and how probable both tokens
+    were there: the same words before it, two caches."""
+
+    token_ids: list[int]
+    """This run's token and FullKV's."""
+    pieces: list[str]
+    """Their text; empty where a token is only a part of a character or ends the answer."""
+    probabilities: list[float]
+    """Of these two tokens under this run's cache."""
+    probabilities_full: list[float]
+    """Of the same two under the full cache."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Agreement:
     """How far an answer follows FullKV's answer in the same comparison."""
 
@@ -145,6 +162,8 @@ class Agreement:
     """Share of positions, over the longer answer, that hold the same token."""
     rouge_l: float
     """ROUGE-L F-measure over words."""
+    divergence: Divergence | None = None
+    """What happened at `first_divergence`; None where one of the answers has no token there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,9 +181,11 @@ class Run:
     finish_reason: str
     """"stop" (end of answer), "length" (max_new_tokens or the model's limit) or "cancelled"."""
     budgets: list[int]
-    """Kept prompt tokens per layer and head, observation window included."""
+    """Kept prompt tokens per layer and head, observation window included; the mean over heads where
+    they differ. A sliding-window layer's is what it holds."""
     budget_history: list[list[int]]
-    """DynamicKV: prefix budgets (window excluded) of the layers seen so far, after each update."""
+    """DynamicKV: prefix budgets (window excluded) of the compressed layers seen so far, after each
+    update."""
     retained: Retained
     scores: Scores | None = None
     kv_bytes: int
@@ -172,7 +193,7 @@ class Run:
     kv_bytes_full: int
     """The same for the uncompressed prompt."""
     kept_fraction: float
-    """kept positions / all positions, over layers and heads."""
+    """kept positions / all positions, over compressed layers and heads."""
     score_seconds: float
     prune_seconds: float
     decode_seconds: list[float]
@@ -293,6 +314,8 @@ def _check(trace: Trace) -> None:
     _within("model.num_kv_heads", model.num_kv_heads, 1, model.num_query_heads)
     _within("model.head_dim", model.head_dim, 1, MAX_COUNT)
     _within("model.max_positions", model.max_positions, 1, MAX_COUNT)
+    for place in model.sliding_layers:
+        _within("a place in model.sliding_layers", place, 0, model.num_layers - 1)
     _within("prefill_seconds", trace.prefill_seconds, 0, MAX_COUNT)
     _within("prompt.length", prompt.length, 1, MAX_POSITIONS)
     _within("prompt.original_length", prompt.original_length, prompt.length, MAX_COUNT)
@@ -340,6 +363,8 @@ def _check_run(run: Run, where: str, model: ModelInfo, length: int) -> None:
         _within(f"{where}.agreement.rouge_l", run.agreement.rouge_l, 0, 1)
         divergence = run.agreement.first_divergence or 0
         _within(f"{where}.agreement.first_divergence", divergence, 0, MAX_COUNT)
+        if run.agreement.divergence is not None:
+            _check_divergence(run.agreement.divergence, f"{where}.agreement.divergence")
     try:
         json.dumps(run.parameters, allow_nan=False, ensure_ascii=False).encode("utf-8")
     except (TypeError, ValueError, RecursionError):
@@ -347,6 +372,14 @@ def _check_run(run: Run, where: str, model: ModelInfo, length: int) -> None:
     run.retained.unpack(model.num_layers, length)
     if run.scores is not None:
         run.scores.unpack(model.num_layers, length)
+
+
+def _check_divergence(divergence: Divergence, where: str) -> None:
+    for name in ("token_ids", "pieces", "probabilities", "probabilities_full"):
+        _within(f"the number of {where}.{name}", len(getattr(divergence, name)), 2)
+    _within(f"the least of {where}.token_ids", min(divergence.token_ids), 0, MAX_COUNT)
+    for share in (*divergence.probabilities, *divergence.probabilities_full):
+        _within(f"a probability of {where}", share, 0, 1)
 
 
 def _within(where: str, value: float, least: int, most: int | None = None) -> None:

@@ -85,7 +85,9 @@ class DynamicKVPress(BasePress):  # type: ignore[misc]
             )
         )
         for index in changed:
-            self._cut(cache, index, self._selection.positions(index))
+            positions = self._selection.positions(index)
+            assert isinstance(positions, Tensor)
+            self._cut(cache, index, positions)
         return output
 
     def _window_queries(

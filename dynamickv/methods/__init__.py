@@ -12,6 +12,7 @@ from dynamickv.methods.full import FullKV
 from dynamickv.methods.h2o import H2O
 from dynamickv.methods.manual import Manual
 from dynamickv.methods.pyramidkv import PyramidKV
+from dynamickv.methods.shiftkv import ShiftKV
 from dynamickv.methods.snapkv import SnapKV
 from dynamickv.methods.streaming_llm import StreamingLLM
 
@@ -22,6 +23,7 @@ METHODS: dict[str, type[CompressionMethod]] = {
     SnapKV.name: SnapKV,
     PyramidKV.name: PyramidKV,
     DynamicKV.name: DynamicKV,
+    ShiftKV.name: ShiftKV,
     Manual.name: Manual,
 }
 
@@ -62,6 +64,7 @@ __all__ = [
     "Manual",
     "PyramidKV",
     "ScoredMethod",
+    "ShiftKV",
     "SnapKV",
     "StreamingLLM",
     "build_method",

@@ -17,8 +17,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dynamickv.records import LayerObservation, Retention
-from dynamickv.scoring import pool, reduce_group, top_positions_of_layers, window_attention
+from dynamickv.records import Heads, LayerObservation, Retention
+from dynamickv.scoring import (
+    pool,
+    reduce_group,
+    share_among_heads,
+    top_positions,
+    top_positions_of_layers,
+    window_attention,
+)
+
+HEAD_FLOOR = 0.2
+"""Share of the mean budget that adaptive head budgets leave to every head (Ada-KV's safeguard)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +73,10 @@ class Selection(ABC):
         """Take in the next layer; the layers whose holdings changed."""
 
     @abstractmethod
-    def positions(self, layer: int) -> Tensor:
+    def positions(self, layer: int) -> Heads:
         """What a layer holds now, LongTensor (heads, held) ascending, window included."""
 
-    def positions_of(self, layers: Sequence[int]) -> list[Tensor]:
+    def positions_of(self, layers: Sequence[int]) -> list[Heads]:
         """`positions` of several layers."""
         return [self.positions(layer) for layer in layers]
 
@@ -89,7 +99,7 @@ class FixedSelection(Selection):
         self._prompt_length = observation.prompt_length
         return range(len(self._chosen) - 1, len(self._chosen))
 
-    def positions(self, layer: int) -> Tensor:
+    def positions(self, layer: int) -> Heads:
         """That layer's choice."""
         return self._chosen[layer]
 
@@ -138,6 +148,10 @@ class ScoredMethod(EvictingMethod):
     """"max" or "avg"."""
     group_reduction: str = "mean"
     """How query heads are joined with "kv_head": "mean", "max" or "sum"."""
+    head_budgets: str = "uniform"
+    """"uniform": every head of a layer keeps as many tokens. "adaptive": the heads compete for the
+    layer's budget (Ada-KV, arXiv:2407.11550); each gets a fifth of the mean, then the best scores
+    of all heads fill the rest, so that the budget is spent to the last token."""
 
     def __post_init__(self) -> None:
         EvictingMethod.__post_init__(self)
@@ -153,6 +167,7 @@ class ScoredMethod(EvictingMethod):
             )
         require_choice("pooling", self.pooling, ("max", "avg"))
         require_choice("group_reduction", self.group_reduction, ("mean", "max", "sum"))
+        require_choice("head_budgets", self.head_budgets, ("uniform", "adaptive"))
 
     @property
     def least_capacity(self) -> int:
@@ -239,19 +254,31 @@ class ScoredSelection(Selection):
         self.held = [min(held, budget) for held, budget in zip(self.held, budgets, strict=True)]
         return range(layer + 1)
 
-    def positions(self, layer: int) -> Tensor:
+    def positions(self, layer: int) -> Heads:
         """What a layer holds now, (heads, held + window) ascending."""
         return self.positions_of([layer])[0]
 
-    def positions_of(self, layers: Sequence[int]) -> list[Tensor]:
+    def positions_of(self, layers: Sequence[int]) -> list[Heads]:
         """What several layers hold now."""
         scores = [self.scores[layer] for layer in layers]
         heads, prefix_length = scores[0].shape
         window = torch.arange(
             prefix_length, prefix_length + self.method.window_size, device=scores[0].device
-        ).expand(heads, -1)
-        chosen = top_positions_of_layers(scores, [self.held[layer] for layer in layers])
-        return [torch.cat([kept, window.to(kept.device)], dim=1) for kept in chosen]
+        )
+        budgets = [self.held[layer] for layer in layers]
+        if self.method.head_budgets == "adaptive":
+            return [
+                tuple(
+                    torch.cat([top_positions(head[None], count)[0], window.to(head.device)])
+                    for head, count in zip(
+                        layer, share_among_heads(layer, budget, HEAD_FLOOR), strict=True
+                    )
+                )
+                for layer, budget in zip(scores, budgets, strict=True)
+            ]
+        chosen = top_positions_of_layers(scores, budgets)
+        rows = window.expand(heads, -1)
+        return [torch.cat([kept, rows.to(kept.device)], dim=1) for kept in chosen]
 
     def retention(self) -> Retention:
         """What all layers hold in the end."""

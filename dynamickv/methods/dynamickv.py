@@ -3,7 +3,8 @@ arXiv:2412.14838).
 
 Every layer first keeps up to `r_max` times the mean budget. After every `update_interval` layers
 the scores of all layers seen are ranked together, each layer's share of the best becomes its
-budget, and all of them are cut to it.
+budget, and all of them are cut to it. With `progressive=False` this happens once, after the last
+layer, and exactly.
 """
 
 from __future__ import annotations
@@ -37,19 +38,27 @@ class DynamicKV(ScoredMethod):
     """A layer may first hold r_max times the mean budget."""
     update_interval: int = 4
     """Layers between two re-allocations (the paper's m)."""
+    progressive: bool = True
+    """False: one allocation over all layers, after the last, that spends the budget to the last
+    token: a layer keeps its share of the best scores, at most r_max times the mean; what lies above
+    goes to the next best of the others. Not in the paper."""
 
     def __post_init__(self) -> None:
         ScoredMethod.__post_init__(self)
         require_positive("r_max", self.r_max)
         require_integer("update_interval", self.update_interval, 1, "layer")
+        if not isinstance(self.progressive, bool):
+            raise ValueError(f"progressive must be True or False, got {self.progressive!r}")
 
     def first_budget(self, layer: int, num_layers: int, prefix_length: int) -> int:
         """r_max times the mean budget, or the whole prefix."""
         return min(int(self.r_max * self.mean_budget), prefix_length)
 
     def updates_after(self, layer: int, num_layers: int) -> bool:
-        """After every `update_interval` layers, and after the last."""
-        return (layer + 1) % self.update_interval == 0 or layer + 1 == num_layers
+        """After every `update_interval` layers, and after the last; only there if not
+        progressive."""
+        last = layer + 1 == num_layers
+        return last or (self.progressive and (layer + 1) % self.update_interval == 0)
 
     def allocate(self, scores: Sequence[Tensor], num_layers: int) -> list[int]:
         """Prefix budgets of the layers seen, summing to mean_budget x num_layers at every update.
@@ -57,6 +66,8 @@ class DynamicKV(ScoredMethod):
         The roundings are the reference's, in its number formats, so that budgets match it to the
         token.
         """
+        if not self.progressive:
+            return self._exact_budgets(scores)
         seen, (heads, prefix_length) = len(scores), scores[0].shape
         total = self.mean_budget * num_layers
         counts = count_global_top(scores, self.mean_budget * heads * seen)
@@ -74,6 +85,36 @@ class DynamicKV(ScoredMethod):
         budgets = [int(claim // excess) for claim in claims]
         budgets[-1] += total - sum(budgets)
         return budgets
+
+    def _exact_budgets(self, scores: Sequence[Tensor]) -> list[int]:
+        """Prefix budgets by the best scores of all layers together, summing to mean_budget x
+        layers, none above `first_budget`."""
+        heads, prefix_length = scores[0].shape
+        most = self.first_budget(0, len(scores), prefix_length)
+        budgets: dict[int, float] = {}
+        room = min(self.mean_budget, most) * len(scores)
+        open_layers = list(range(len(scores)))
+        while open_layers:
+            counts = count_global_top([scores[layer] for layer in open_layers], room * heads)
+            full = [
+                layer
+                for layer, count in zip(open_layers, counts, strict=True)
+                if count > most * heads
+            ]
+            if not full:
+                budgets |= {
+                    layer: count / heads for layer, count in zip(open_layers, counts, strict=True)
+                }
+                break
+            budgets |= dict.fromkeys(full, float(most))
+            room -= most * len(full)
+            open_layers = [layer for layer in open_layers if layer not in full]
+        whole = [int(budgets[layer]) for layer in range(len(scores))]
+        missing = min(self.mean_budget, most) * len(scores) - sum(whole)
+        remainders = sorted(open_layers, key=lambda layer: whole[layer] - budgets[layer])
+        for layer in remainders[:missing]:
+            whole[layer] += 1
+        return whole
 
     @staticmethod
     def _claims(shares: Sequence[int], most: int) -> list[int]:

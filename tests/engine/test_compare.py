@@ -607,6 +607,58 @@ def test_an_answer_that_ends_early_diverges_where_it_ends(llm: dkv.LoadedModel) 
     assert agreement(shorter, runs[0]).token_match == pytest.approx(5 / 8)
 
 
+def test_a_divergence_says_how_probable_both_tokens_were(
+    trace: dkv.Trace, llm: dkv.LoadedModel
+) -> None:
+    run, full = trace.run("DynamicKV"), trace.run("FullKV")
+    assert run.agreement is not None
+    at, found = run.agreement.first_divergence, run.agreement.divergence
+    assert at is not None
+    assert found is not None
+    assert found.token_ids == [run.token_ids[at], full.token_ids[at]]
+    assert found.pieces == [run.pieces[at], full.pieces[at]]
+    # Greedy: each cache finds its own token the more probable one, as its own decoding recorded.
+    assert found.probabilities[0] > found.probabilities[1]
+    assert found.probabilities_full[1] > found.probabilities_full[0]
+    assert found.probabilities[0] == pytest.approx(np.exp(run.logprobs[at]), rel=1e-4)
+    assert found.probabilities_full[1] == pytest.approx(np.exp(full.logprobs[at]), rel=1e-4)
+    later = dkv.compare(llm, DOCUMENT, QUESTION, methods=PAIR, question_aware=False)
+    agreed = later.run("DynamicKV").agreement
+    assert agreed is not None
+    assert agreed.divergence is not None
+    assert agreed.divergence.probabilities[0] == pytest.approx(
+        np.exp(later.run("DynamicKV").logprobs[agreed.first_divergence]), rel=1e-4
+    )
+
+
+def test_a_run_added_later_is_the_run_it_would_have_been(llm: dkv.LoadedModel) -> None:
+    kept: list[dkv.Prefill] = []
+    events = stream(llm, on_prefill=kept.append)
+    first = [event for event in events][-1].trace
+    added = dkv.SnapKV(capacity=40)
+    *_, last = dkv.compare_stream(
+        llm, prefill=kept[0], methods=[added], max_new_tokens=5, earlier=first.runs
+    )
+    alone = dkv.compare(
+        llm, DOCUMENT, QUESTION, methods=[dkv.FullKV(), added], max_new_tokens=5
+    ).run("SnapKV")
+    assert last.trace.runs[:2] == first.runs
+    run = last.trace.run("SnapKV")
+    assert (run.token_ids, run.retained, run.agreement) == (
+        alone.token_ids,
+        alone.retained,
+        alone.agreement,
+    )
+    # What is chosen without answering is what answering chooses.
+    seen = dkv.preview(added, kept[0])
+    assert dkv.Retained.pack(seen.mask) == run.retained
+    assert (seen.budgets, seen.kv_bytes, seen.kept_fraction) == (
+        run.budgets,
+        run.kv_bytes,
+        run.kept_fraction,
+    )
+
+
 def test_without_full_kv_there_is_no_agreement(llm: dkv.LoadedModel) -> None:
     runs = dkv.compare(llm, DOCUMENT, QUESTION, methods=PAIR[1:], max_new_tokens=2).runs
     assert [run.agreement for run in runs] == [None]

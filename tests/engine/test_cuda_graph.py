@@ -12,8 +12,9 @@ import torch
 
 import dynamickv as dkv
 from dynamickv.cache import KVCache, prune
-from dynamickv.cuda_graph import DecodeGraph, DecodeStep, Ops, PlainOps, graphable, steppable
+from dynamickv.cuda_graph import DecodeGraph, graphable
 from dynamickv.decode import choose, decode, extend
+from dynamickv.decode_step import DecodeStep, PlainOps, steppable
 from tests.engine.tiny import (
     DOCUMENT,
     FAMILIES,
@@ -24,7 +25,7 @@ from tests.engine.tiny import (
 )
 
 STEPS = 20
-families = pytest.mark.parametrize("family", FAMILIES)
+families = pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gemma3"])
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 METHODS = [
     *SMALL_INSTANCES,
@@ -47,7 +48,7 @@ def plain(llm: dkv.LoadedModel, method: Any) -> list[tuple[int, float]]:
 
 
 @torch.inference_mode()
-def stepped(llm: dkv.LoadedModel, method: Any, ops: Ops) -> list[tuple[int, float]]:
+def stepped(llm: dkv.LoadedModel, method: Any, ops: PlainOps) -> list[tuple[int, float]]:
     """The same from `DecodeStep`, run eagerly."""
     cache, prefill = pruned(llm, method)
     step = DecodeStep(llm, cache, prefill.length, STEPS, ops)

@@ -97,7 +97,7 @@ ROUNDING = {"rtol": 0, "atol": 1e-4}
 
 def kept_per_query_head(retention: dkv.Retention, query_heads: int) -> list[list[list[int]]]:
     return [
-        kept.repeat_interleave(query_heads // kept.shape[0], dim=0).tolist()
+        [kept[head * len(kept) // query_heads].tolist() for head in range(query_heads)]
         for kept in retention.indices
     ]
 
@@ -113,14 +113,16 @@ def fed(llm: dkv.LoadedModel, cache: KVCache, tokens: list[int], position: int) 
 
 
 CASES = [
-    pytest.param(family, method, id=f"{family}-{method.name}-{granularity}")
-    for granularity, methods in (
-        ("kv_head", COMPRESSING),
-        ("query_head", small_instances(granularity="query_head")),
+    pytest.param(family, method, id=f"{family}-{method.name}-{name}")
+    for name, settings in (
+        ("kv_head", {}),
+        ("query_head", {"granularity": "query_head"}),
+        ("adaptive", {"head_budgets": "adaptive"}),
+        ("adaptive-query_head", {"head_budgets": "adaptive", "granularity": "query_head"}),
     )
     for family in ("llama", "qwen2")
-    for method in methods
-    if getattr(method, "granularity", None) == granularity
+    for method in small_instances(**settings)
+    if method.name != "FullKV" and all(hasattr(method, setting) for setting in settings)
 ]
 
 
@@ -237,7 +239,9 @@ def test_bytes_are_the_sum_of_the_tensors(prefill: dkv.Prefill) -> None:
 def test_a_sliding_window_model_is_refused() -> None:
     """Its layers would need masks of their own, and answers be silently wrong."""
     model = tiny_model("mistral", sliding_window=16)
-    with pytest.raises(ValueError, match="sliding_attention layers, which are not compressed yet"):
+    with pytest.raises(
+        ValueError, match="sliding_attention in all layers, so nothing is left to compress"
+    ):
         dkv.LoadedModel.wrap(model, tiny_tokenizer(), "sliding", "test")
 
 

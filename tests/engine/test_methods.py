@@ -149,8 +149,8 @@ def test_query_heads_may_equal_kv_heads(method: Any) -> None:
     [m for m in SMALL_INSTANCES if not m.needs_mass],
     ids=method_name,
 )
-def test_the_windows_queries_alone_are_enough(method: Any) -> None:
-    tail = getattr(method, "window_size", 1)
+def test_the_last_queries_that_a_method_names_are_enough(method: Any) -> None:
+    tail = method.tail
     ours = dkv.retain(method, [query[:, :, -tail:] for query in QUERIES], KEYS)
     whole = dkv.retain(method, QUERIES, KEYS)
     assert all(torch.equal(a, b) for a, b in zip(ours.indices, whole.indices, strict=True))
@@ -180,8 +180,10 @@ def test_the_papers_values_are_the_defaults() -> None:
         "kernel_size": 7,
         "pooling": "max",
         "group_reduction": "mean",
+        "head_budgets": "uniform",
         "r_max": 10.0,
         "update_interval": 4,
+        "progressive": True,
     }
 
 
@@ -218,9 +220,12 @@ BAD_VALUES: dict[str, list[Any]] = {
     "pooling": CHOICE,
     "granularity": CHOICE,
     "group_reduction": CHOICE,
+    "head_budgets": CHOICE,
+    "progressive": [0, "no", None],
     "update_interval": WHOLE,
     "r_max": [0, -1.0, float("nan"), float("inf"), "10", None, True],
     "beta": WHOLE,
+    "context_size": [*WHOLE, 8],
     "sinks": [-1, 1.5, "4", None, True],
     "budgets": ["12", 12, None, [12.5] * NUM_LAYERS, [0] * NUM_LAYERS, [True] * NUM_LAYERS],
 }

@@ -7,6 +7,8 @@ import json
 import logging
 import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -204,7 +206,7 @@ def test_a_half_written_conversion_is_ignored(gguf: Path, cache: Path) -> None:
     (half / "config.json").write_text("{")
     assert models.kept_conversions() == []
     assert answer(dkv.load_model(gguf))
-    assert len(models.kept_conversions()) == 1
+    assert [folder for folder, _ in models.kept_conversions()] == list(cache.iterdir())
 
 
 @pytest.mark.parametrize("step", ["save_pretrained", "file_crc", "rename"])
@@ -225,6 +227,54 @@ def test_an_interrupted_conversion_leaves_nothing_behind(
             dkv.load_model(gguf)
     assert list(cache.iterdir()) == []
     assert answer(dkv.load_model(gguf))
+
+
+HELD_UP = """
+import sys, time
+from pathlib import Path
+from dynamickv import conversion
+
+def wait(*_):
+    Path(sys.argv[2]).touch()
+    time.sleep(300)
+
+conversion.file_crc = wait
+conversion.converted(Path(sys.argv[1]))
+"""
+
+
+def test_a_killed_conversion_is_swept_up_by_the_next_and_a_live_one_is_waited_for(
+    gguf: Path, tmp_path: Path, cache: Path
+) -> None:
+    other = write_tiny_gguf(tmp_path / "other.gguf", seed=1)
+    arrived = tmp_path / "arrived"
+    process = subprocess.Popen([sys.executable, "-c", HELD_UP, str(gguf), str(arrived)])
+    waiting = threading.Thread(target=models.converted, args=(other,), daemon=True)
+    try:
+        while not arrived.exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        (live,) = cache.iterdir()
+        assert live.name.startswith(".converting-")
+        waiting.start()
+        waiting.join(2)
+        assert waiting.is_alive()
+        assert (live / "model.safetensors").is_file()
+    finally:
+        process.kill()
+        process.wait()
+    waiting.join(60)
+    (kept,) = cache.iterdir()
+    assert kept.name.startswith("other-")
+    assert models.conversion_fault(kept) is None
+
+
+def test_what_is_half_removed_is_swept_up_too(gguf: Path, cache: Path) -> None:
+    (cache / ".damaged-abc").mkdir(parents=True)
+    (cache / ".damaged-abc" / "model.safetensors").write_bytes(b"half")
+    models.converted(gguf)
+    (kept,) = cache.iterdir()
+    assert models.conversion_fault(kept) is None
 
 
 def test_another_file_under_the_same_name_is_converted_anew(

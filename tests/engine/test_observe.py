@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import (
     AttentionInterface,
+    AttentionMaskInterface,
     GPT2Config,
     GPT2LMHeadModel,
     T5Config,
@@ -53,9 +54,14 @@ def test_logits_are_bit_identical_to_the_plain_models(family: str, attention: st
 def test_recorded_keys_and_values_are_the_plain_models_cache(family: str, attention: str) -> None:
     prefill = dkv.prefill(tiny_llm(family, attention), DOCUMENT, QUESTION)
     plain = plain_outputs(family, attention, prefill.prompt.token_ids).past_key_values
-    for layer, observation in enumerate(prefill.layers):
-        assert torch.equal(observation.keys, plain.layers[layer].keys[0])
-        assert torch.equal(prefill.values[layer], plain.layers[layer].values[0])
+    for place, observation, values in zip(
+        prefill.compressed_layers, prefill.layers, prefill.values, strict=True
+    ):
+        assert torch.equal(observation.keys, plain.layers[place].keys[0])
+        assert torch.equal(values, plain.layers[place].values[0])
+    for place, state in prefill.sliding.items():
+        assert torch.equal(state.keys, plain.layers[place].keys)
+        assert torch.equal(state.values, plain.layers[place].values)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -65,7 +71,8 @@ def test_recorded_queries_reproduce_the_models_own_attention(family: str) -> Non
     model = tiny_model(family, "eager")
     with torch.inference_mode():
         weights = model(torch.tensor([prefill.prompt.token_ids]), output_attentions=True).attentions
-    for observation, expected in zip(prefill.layers, weights, strict=True):
+    whole = [weights[place] for place in prefill.compressed_layers]
+    for observation, expected in zip(prefill.layers, whole, strict=True):
         keys = observation.keys.repeat_interleave(3, dim=0)
         last = observation.queries[:, -1:] @ keys.transpose(1, 2) * observation.scaling
         torch.testing.assert_close(last.softmax(-1)[:, 0], expected[0, :, -1], rtol=1e-4, atol=1e-5)
@@ -156,6 +163,31 @@ def test_a_pruned_cache_shares_no_memory_with_the_full_one(prefill: dkv.Prefill)
             values.fill_(7.0)
             assert not (observation.keys == 7).any()
             assert not (value == 7).any()
+
+
+@pytest.mark.parametrize("backend", ["flash_of_ours", "someone/flash-kernel"])
+def test_a_flash_backend_is_known_to_transformers_by_its_own_name(backend: str) -> None:
+    names = set()
+
+    def attention(module: Any, *args: Any, **kwargs: Any) -> Any:
+        names.add(module.config._attn_implementation)
+        return AttentionInterface()["sdpa"](module, *args, **kwargs)
+
+    AttentionInterface.register(backend, attention)
+    AttentionMaskInterface.register(backend, AttentionMaskInterface()["sdpa"])
+    model = tiny_model()
+    # Selected as usual, transformers would look for that kernel.
+    model.config._attn_implementation = backend
+    llm = dkv.LoadedModel.wrap(model, tiny_tokenizer(), "tiny", "test")
+    assert llm.attention == backend
+    method = dkv.SnapKV(capacity=24)
+    run, expected = (
+        compare(one, DOCUMENT, QUESTION, methods=[method], max_new_tokens=4).runs[0]
+        for one in (llm, tiny_llm())
+    )
+    llm.model(torch.tensor([[5, 6, 7]]))
+    assert (run.token_ids, run.retained) == (expected.token_ids, expected.retained)
+    assert names == {backend}
 
 
 # Models that cannot be observed.

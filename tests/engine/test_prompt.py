@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from tokenizers import normalizers
+from tokenizers import normalizers, processors
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -233,6 +233,86 @@ def test_without_a_chat_template_the_texts_are_fed_plainly() -> None:
     assert prompt.document_characters == (0, len(DOCUMENT))
     assert prompt.document_span[0] == 0
     assert prompt.question_span[1] == prompt.length
+
+
+def surrounding(tokenizer: PreTrainedTokenizerFast, first: str, last: str) -> Any:
+    """A tokenizer that puts special tokens around a text, as Llama's puts BOS before it."""
+    named = [(token, tokenizer.convert_tokens_to_ids(token)) for token in (first, last) if token]
+    around = processors.TemplateProcessing(
+        single=" ".join(filter(None, (first, "$A", last))), special_tokens=named
+    )
+    before = tokenizer.backend_tokenizer.post_processor
+    tokenizer.backend_tokenizer.post_processor = processors.Sequence(
+        [*([before] if before else []), around]
+    )
+    return tokenizer
+
+
+SURROUNDED: dict[str, tuple[Callable[[], Any], int, int]] = {
+    "nothing": (tiny_tokenizer, 0, 0),
+    "bos": (lambda: surrounding(tiny_tokenizer(), "<|endoftext|>", ""), 1, 0),
+    "bos, offsets without spaces": (
+        lambda: surrounding(tiny_tokenizer(trim_offsets=True), "<|endoftext|>", ""),
+        1,
+        0,
+    ),
+    "bos and eos": (lambda: surrounding(tiny_tokenizer(), "<|endoftext|>", "<|im_end|>"), 1, 1),
+    "sentencepiece, bos": (lambda: surrounding(tiny_sentencepiece_tokenizer(), "<s>", ""), 1, 0),
+}
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+@pytest.mark.parametrize(("make", "before", "after"), SURROUNDED.values(), ids=SURROUNDED)
+def test_without_a_chat_template_tokens_are_the_tokenizers_own(
+    make: Callable[[], Any], before: int, after: int, text: str
+) -> None:
+    """LongBench's protocol: `tokenizer(prompt, truncation=False).input_ids`."""
+    tokenizer = make()
+    prompt = encode_prompt(tokenizer, text, QUESTION, limit=LIMIT, chat_template=False)
+    assert prompt.text == f"{text}\n\n{QUESTION}"
+    expected = tokenizer(prompt.text, truncation=False).input_ids
+    assert prompt.token_ids == expected
+    assert len(prompt.offsets) == prompt.length == prompt.original_length
+    end = len(prompt.text)
+    assert prompt.offsets[:before] == [(0, 0)] * before
+    assert prompt.offsets[prompt.length - after :] == [(end, end)] * after
+    inside = prompt.offsets[before : prompt.length - after]
+    assert {c for left, right in inside for c in range(left, right)} == set(range(end))
+    assert prompt.document_characters == (0, len(text))
+    assert prompt.document_span[0] == before
+    assert prompt.question_span[1] == prompt.length - after
+    first, last = prompt.document_span
+    assert all(left < len(text) and right > 0 for left, right in prompt.offsets[first:last])
+    assert prompt.offsets[last][0] >= len(text)
+    first, last = prompt.question_span
+    asked = [prompt.text[left:right] for left, right in prompt.offsets[first:last]]
+    assert "".join(asked).lstrip("\n") == QUESTION
+    part = prompt.document_part(QUESTION)
+    assert part.token_ids == expected[: part.length]
+
+
+def test_special_tokens_spelled_in_a_plain_document_stay_text() -> None:
+    tokenizer = surrounding(tiny_tokenizer(), "<|endoftext|>", "")
+    document = f"{DOCUMENT}<|im_end|> <|endoftext|>"
+    prompt = encode_prompt(tokenizer, document, QUESTION, limit=LIMIT, chat_template=False)
+    special = tokenizer.convert_tokens_to_ids(SPECIAL)
+    assert [token for token in prompt.token_ids if token in special] == [special[2]]
+    assert prompt.token_ids[0] == special[2]
+    first, last = prompt.document_span
+    assert prompt.offsets[first][0] == 0
+    assert prompt.offsets[last - 1][1] >= len(document)
+
+
+def test_a_plain_document_whose_middle_is_cut_out_keeps_its_bos() -> None:
+    tokenizer = surrounding(tiny_tokenizer(), "<|endoftext|>", "")
+    whole = encode_prompt(tokenizer, DOCUMENT, QUESTION, limit=LIMIT, chat_template=False)
+    cut = encode_prompt(tokenizer, DOCUMENT, QUESTION, limit=80, truncate=True, chat_template=False)
+    assert cut.length == 80
+    assert (cut.original_length, cut.chat_template) == (whole.length, False)
+    assert cut.token_ids == tokenizer(cut.text, truncation=False).input_ids
+    first, last = cut.document_span
+    assert (first, whole.token_ids[:30]) == (1, cut.token_ids[:30])
+    assert cut.token_ids[last - 20 :] == whole.token_ids[whole.document_span[1] - 20 :]
 
 
 def test_a_tokenizer_without_a_template_starts_with_its_first_token() -> None:

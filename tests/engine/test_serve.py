@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    TextIteratorStreamer,
+    TextStreamer,
+    pipeline,
+)
 
 import dynamickv as dkv
 from tests.engine.tiny import (
@@ -48,6 +56,20 @@ CASES = [
     *(("llama", "eager", method) for method in SMALL_INSTANCES),
     *(("qwen2", "sdpa", method) for method in SMALL_INSTANCES),
     *(("llama", "sdpa", method) for method in small_instances(granularity="query_head")[1:]),
+    *(
+        ("llama", attention, method)
+        for attention in ("sdpa", "eager")
+        for method in small_instances(head_budgets="adaptive")
+        if isinstance(method, dkv.ScoredMethod)
+    ),
+    ("llama", "sdpa", dkv.DynamicKV(capacity=24, progressive=False)),
+    (
+        "llama",
+        "sdpa",
+        dkv.DynamicKV(capacity=24, granularity="query_head", head_budgets="adaptive"),
+    ),
+    *(("gemma3", "sdpa", method) for method in SMALL_INSTANCES),
+    ("gemma3", "eager", dkv.DynamicKV(capacity=24, head_budgets="adaptive")),
 ]
 
 
@@ -55,7 +77,9 @@ CASES = [
     ("family", "attention", "method"),
     CASES,
     ids=lambda case: (
-        case if isinstance(case, str) else f"{case.name}-{getattr(case, 'granularity', '')}"
+        case
+        if isinstance(case, str)
+        else f"{case.name}-{'-'.join(map(str, case.parameters.values()))}"
     ),
 )
 def test_serving_keeps_and_answers_what_exploring_does(
@@ -70,7 +94,8 @@ def test_serving_keeps_and_answers_what_exploring_does(
         answer = generated(model, torch.tensor([prefill.prompt.token_ids]), past_key_values=cache)
     ours = cache.retention()
     assert ours.budget_history == expected.budget_history
-    assert all(torch.equal(a, b) for a, b in zip(ours.indices, expected.indices, strict=True))
+    for served, kept in zip(ours.indices, expected.indices, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(served, kept, strict=True))
     assert answer == explored.runs[0].token_ids
 
 
@@ -82,13 +107,14 @@ def test_the_full_cache_never_exists(prompt: torch.Tensor, method: Any) -> None:
     per_token = 2 * 2 * 8 * 4
     layer = per_token * prompt.shape[1]
     assert cache.nbytes == per_token * sum(cache.retention().budgets)
-    first_pass = min(10 * (24 - 8), prompt.shape[1]) if method.name == "DynamicKV" else 40
+    shares_late = hasattr(method, "r_max")
+    first_pass = min(int(method.r_max * (24 - 8)), prompt.shape[1]) if shares_late else 40
     assert cache.peak_bytes <= layer + (NUM_LAYERS - 1) * per_token * (first_pass + 8)
-    if method.name != "DynamicKV":
+    if not shares_late:
         assert cache.peak_bytes < layer * NUM_LAYERS / 2
 
 
-def test_each_update_of_dynamickv_frees_memory_at_once(prompt: torch.Tensor) -> None:
+def test_each_update_of_dynamickv_frees_memory_a_layer_later(prompt: torch.Tensor) -> None:
     model = tiny_model()
     held = []
     method = dkv.DynamicKV(capacity=24, update_interval=2, r_max=3.0)
@@ -97,7 +123,8 @@ def test_each_update_of_dynamickv_frees_memory_at_once(prompt: torch.Tensor) -> 
             layer.register_forward_hook(lambda *_: held.append([x.length for x in cache.layers]))
         generated(model, prompt, past_key_values=cache, max_new_tokens=1)
     for index in (1, 3, 5):
-        assert sum(held[index]) <= 24 * NUM_LAYERS + 8 * NUM_LAYERS
+        next_layer = min(index + 1, NUM_LAYERS - 1)
+        assert sum(held[next_layer][: index + 1]) <= 24 * NUM_LAYERS + 8 * NUM_LAYERS
     assert held[0] == [3 * 16 + 8, 0, 0, 0, 0, 0]
 
 
@@ -110,17 +137,168 @@ def test_a_prompt_that_fits_answers_like_plain_generate(prompt: torch.Tensor, me
     assert cache.retention().kept_fraction == 1
 
 
-def test_the_model_is_as_it_was_afterwards(prompt: torch.Tensor) -> None:
+# What `generate` offers besides greedy answers.
+
+
+SAMPLED = {"do_sample": True, "temperature": 1.3, "top_k": 40, "top_p": 0.95}
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("method", small_instances(capacity=5000), ids=method_name)
+def test_sampling_draws_what_plain_generate_draws_when_all_is_kept(
+    prompt: torch.Tensor, method: Any, seed: int
+) -> None:
     model = tiny_model()
-    before = (model.config.to_dict(), generated(model, prompt))
-    with dkv.compress(model, dkv.SnapKV(capacity=24)) as cache:
-        generated(model, prompt, past_key_values=cache)
-    with pytest.raises(KeyError), dkv.compress(model, dkv.SnapKV(capacity=24)):
-        raise KeyError
-    assert (model.config.to_dict(), generated(model, prompt)) == before
-    for module in model.modules():
-        assert not module._forward_hooks
-        assert not module._forward_pre_hooks
+    torch.manual_seed(seed)
+    expected = generated(model, prompt, **SAMPLED)
+    assert expected != generated(model, prompt)
+    with dkv.compress(model, method) as cache:
+        torch.manual_seed(seed)
+        assert generated(model, prompt, past_key_values=cache, **SAMPLED) == expected
+
+
+@pytest.mark.parametrize("method", COMPRESSING, ids=method_name)
+def test_sampling_from_a_compressed_cache_depends_on_the_seed_alone(
+    prompt: torch.Tensor, method: Any
+) -> None:
+    model = tiny_model()
+    answers = []
+    with dkv.compress(model, method) as cache:
+        for seed in (0, 0, 1):
+            torch.manual_seed(seed)
+            answers.append(generated(model, prompt, past_key_values=cache, **SAMPLED))
+            cache.reset()
+    assert answers[0] == answers[1] != answers[2]
+
+
+@pytest.mark.parametrize("method", COMPRESSING, ids=method_name)
+def test_a_text_streamer_prints_the_answer(
+    prompt: torch.Tensor, method: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    with dkv.compress(model, method) as cache:
+        expected = generated(model, prompt, past_key_values=cache)
+        cache.reset()
+        capsys.readouterr()
+        streamer = TextStreamer(tokenizer, skip_prompt=True)
+        generated(model, prompt, past_key_values=cache, streamer=streamer)
+    assert capsys.readouterr().out == tokenizer.decode(expected) + "\n"
+
+
+def test_an_iterating_streamer_gives_the_answer_to_another_thread(prompt: torch.Tensor) -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
+    with dkv.compress(model, dkv.DynamicKV(capacity=24)) as cache:
+        expected = generated(model, prompt, past_key_values=cache)
+        cache.reset()
+        settings = {"past_key_values": cache, "streamer": streamer}
+        thread = threading.Thread(target=generated, args=(model, prompt), kwargs=settings)
+        thread.start()
+        pieces = list(streamer)
+        thread.join(60)
+    assert len(pieces) > 2
+    assert "".join(pieces) == tokenizer.decode(expected)
+
+
+@pytest.mark.parametrize("method", COMPRESSING, ids=method_name)
+def test_a_stop_string_ends_the_answer(prompt: torch.Tensor, method: Any) -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    with dkv.compress(model, method) as cache:
+        whole = generated(model, prompt, past_key_values=cache)
+        texts = [tokenizer.decode([token]) for token in whole]
+        # Broken characters, parts of longer ones, cannot be searched for.
+        place = next(
+            place
+            for place, text in enumerate(texts)
+            if place > 1 and "\ufffd" not in text and text not in "".join(texts[:place])
+        )
+        cache.reset()
+        stopped = generated(
+            model,
+            prompt,
+            past_key_values=cache,
+            stop_strings=[texts[place]],
+            tokenizer=tokenizer,
+        )
+    assert stopped == whole[: place + 1]
+    assert len(stopped) < NEW_TOKENS
+
+
+@pytest.mark.parametrize("method", COMPRESSING, ids=method_name)
+def test_the_text_generation_pipeline_answers_from_the_cache(
+    llm: dkv.LoadedModel, prompt: torch.Tensor, method: Any
+) -> None:
+    model = tiny_model()
+    answer = pipeline("text-generation", model=model, tokenizer=tiny_tokenizer(), device="cpu")
+    text = dkv.prefill(llm, DOCUMENT, QUESTION).prompt.text
+    chat = [{"role": "user", "content": f"{DOCUMENT}\n\n{QUESTION}"}]
+    with dkv.compress(model, method) as cache:
+        expected = generated(model, prompt, past_key_values=cache)
+        kept = cache.retention()
+        for asked in (text, chat):
+            cache.reset()
+            (output,) = answer(asked, past_key_values=cache, return_tensors=True, **ANSWER)
+            assert output["generated_token_ids"][prompt.shape[1] :] == expected
+            assert cache.retention().budgets == kept.budgets
+            cache.reset()
+            (output,) = answer(asked, past_key_values=cache, return_full_text=False, **ANSWER)
+            said = tiny_tokenizer().decode(expected, skip_special_tokens=True)
+            assert output["generated_text"] == said
+
+
+# No trace on the model.
+
+
+def traces(model: PreTrainedModel) -> dict[str, Any]:
+    """Everything of a model that serving could leave something on."""
+    hooks = [
+        (name, kind, list(getattr(module, kind)))
+        for name, module in model.named_modules()
+        for kind in vars(module)
+        if "_hooks" in kind and getattr(module, kind)
+    ]
+    attributes = {
+        name: {key: repr(type(value)) for key, value in vars(module).items()}
+        for name, module in model.named_modules()
+    }
+    return {
+        "attention": model.config._attn_implementation,
+        "config": model.config.to_dict(),
+        "generation": model.generation_config.to_dict(),
+        "hooks": hooks,
+        "attributes": attributes,
+        "training": model.training,
+        "forward": [type(module).forward for module in model.modules()],
+    }
+
+
+@pytest.mark.parametrize("ending", ["done", "unused", "refused", "raised"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("method", SMALL_INSTANCES, ids=method_name)
+def test_the_model_is_as_it_was_afterwards(
+    prompt: torch.Tensor, method: Any, attention: str, ending: str
+) -> None:
+    model = tiny_model(attention=attention)
+    answered = generated(model, prompt)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    buffers = {name: tensor.clone() for name, tensor in model.named_buffers()}
+    before = traces(model)
+    if ending == "raised":
+        with pytest.raises(KeyError), dkv.compress(model, method):
+            raise KeyError
+    else:
+        with dkv.compress(model, method) as cache:
+            assert traces(model) != before
+            if ending == "done":
+                generated(model, prompt, past_key_values=cache)
+            elif ending == "refused":
+                with pytest.raises(ValueError, match="the batch has 2 sequences"):
+                    model(prompt.repeat(2, 1), past_key_values=cache)
+    assert traces(model) == before
+    for kept, now in ((state, model.state_dict()), (buffers, dict(model.named_buffers()))):
+        assert kept.keys() == now.keys()
+        assert all(torch.equal(kept[name], now[name]) for name in kept)
+    assert generated(model, prompt) == answered
 
 
 def test_another_cache_inside_the_block_is_left_alone(prompt: torch.Tensor) -> None:
@@ -159,6 +337,15 @@ def test_a_follow_up_question_is_kept_whole(prompt: torch.Tensor) -> None:
     torch.testing.assert_close(at_once, torch.cat(singly), rtol=0, atol=1e-4)
 
 
+def test_a_prompt_that_fits_is_retained_as_in_explore_mode(prompt: torch.Tensor) -> None:
+    for granularity, heads in (("kv_head", 2), ("query_head", 6)):
+        method = dkv.SnapKV(capacity=5000, granularity=granularity)
+        model = tiny_model()
+        with dkv.compress(model, method) as cache:
+            generated(model, prompt, past_key_values=cache)
+        assert {len(kept) for kept in cache.retention().indices} == {heads}
+
+
 def test_retention_before_any_prompt_says_what_to_do() -> None:
     with (
         dkv.compress(tiny_model(), dkv.SnapKV(capacity=24)) as cache,
@@ -167,34 +354,77 @@ def test_retention_before_any_prompt_says_what_to_do() -> None:
         cache.retention()
 
 
-def test_a_batch_is_refused(prompt: torch.Tensor) -> None:
-    model = tiny_model()
-    with (
-        dkv.compress(model, dkv.SnapKV(capacity=24)) as cache,
-        pytest.raises(ValueError, match="the batch has 2 sequences"),
-    ):
-        model(prompt.repeat(2, 1), past_key_values=cache)
-    assert cache.nbytes == 0
+# Refusals, before any layer computes.
 
 
-def test_beam_search_is_refused(prompt: torch.Tensor) -> None:
-    model = tiny_model()
-    with (
-        dkv.compress(model, dkv.SnapKV(capacity=24)) as cache,
-        pytest.raises(ValueError, match="without beam search"),
-    ):
-        generated(model, prompt, past_key_values=cache, num_beams=2)
+def untouched(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, failing the test as soon as any of its parts computes."""
+    for module in model.modules():
+        if module is not model:
+            module.register_forward_pre_hook(lambda *_: pytest.fail("it computed"))
+    return model
 
 
-def test_padding_is_refused(prompt: torch.Tensor) -> None:
-    model = tiny_model()
+def padded(prompt: torch.Tensor, side: slice) -> torch.Tensor:
     mask = torch.ones_like(prompt)
-    mask[0, :3] = 0
+    mask[0, side] = 0
+    return mask
+
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "a batch": (
+        lambda model, prompt, cache: model(prompt.repeat(2, 1), past_key_values=cache),
+        "the batch has 2 sequences",
+    ),
+    "a batch to generate": (
+        lambda model, prompt, cache: model.generate(
+            prompt.repeat(3, 1), past_key_values=cache, **ANSWER
+        ),
+        "the batch has 3 sequences",
+    ),
+    "embeddings of a batch": (
+        lambda model, prompt, cache: model(
+            inputs_embeds=torch.zeros(2, 5, 48), past_key_values=cache
+        ),
+        "the batch has 2 sequences",
+    ),
+    "beam search": (
+        lambda model, prompt, cache: generated(model, prompt, past_key_values=cache, num_beams=2),
+        "without beam search",
+    ),
+    "several answers": (
+        lambda model, prompt, cache: generated(
+            model, prompt, past_key_values=cache, do_sample=True, num_return_sequences=2
+        ),
+        "the batch has 2 sequences",
+    ),
+    "padding on the left": (
+        lambda model, prompt, cache: model(
+            prompt, attention_mask=padded(prompt, slice(0, 3)), past_key_values=cache
+        ),
+        "hides padding",
+    ),
+    "padding on the right": (
+        lambda model, prompt, cache: model(
+            prompt, attention_mask=padded(prompt, slice(-3, None)), past_key_values=cache
+        ),
+        "hides padding",
+    ),
+}
+
+
+@pytest.mark.parametrize(("ask", "sentence"), REFUSED.values(), ids=REFUSED)
+def test_what_a_cache_cannot_serve_is_refused_before_any_work(
+    prompt: torch.Tensor, ask: Any, sentence: str
+) -> None:
+    model = untouched(tiny_model())
     with (
         dkv.compress(model, dkv.SnapKV(capacity=24)) as cache,
-        pytest.raises(ValueError, match="padding"),
+        pytest.raises(ValueError, match=r"^[^\n]+; [^\n]+$") as refusal,
     ):
-        model(prompt, attention_mask=mask, past_key_values=cache)
+        ask(model, prompt, cache)
+    assert sentence in str(refusal.value)
+    assert cache.nbytes == cache.peak_bytes == 0
 
 
 @pytest.mark.parametrize("method", [None, "SnapKV", dkv.SnapKV, 24])
@@ -205,21 +435,25 @@ def test_what_is_no_method_is_refused(method: Any) -> None:
 
 def test_an_encoder_decoder_is_refused() -> None:
     config = T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    model = T5ForConditionalGeneration(config)
+    model = untouched(T5ForConditionalGeneration(config))
+    before = traces(model)
     with (
         pytest.raises(ValueError, match="is an encoder-decoder; choose a decoder-only"),
         dkv.compress(model, dkv.SnapKV(capacity=24)),
     ):
-        pass
+        pytest.fail("the block was entered")
+    assert traces(model) == before
 
 
 def test_sliding_window_layers_are_refused() -> None:
-    model = tiny_model("mistral", sliding_window=16)
+    model = untouched(tiny_model("mistral", sliding_window=16))
+    before = traces(model)
     with (
         pytest.raises(ValueError, match="sliding_attention"),
         dkv.compress(model, dkv.SnapKV(capacity=24)),
     ):
-        pass
+        pytest.fail("the block was entered")
+    assert traces(model) == before
 
 
 def test_the_answer_decodes_to_text(prompt: torch.Tensor) -> None:
@@ -228,3 +462,25 @@ def test_the_answer_decodes_to_text(prompt: torch.Tensor) -> None:
         answer = generated(model, prompt, past_key_values=cache)
     assert isinstance(tiny_tokenizer().decode(answer), str)
     assert len(answer) <= NEW_TOKENS
+
+
+@pytest.mark.parametrize("method", SMALL_INSTANCES, ids=method_name)
+def test_dynamic_scaling_starts_afresh_and_leaves_no_trace(method: Any) -> None:
+    """As in explore mode: an answer does not depend on longer prompts read earlier."""
+    scaled = {
+        "max_position_embeddings": 64,
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 8.0},
+    }
+    llm = tiny_llm(**scaled)
+    prefill = dkv.prefill(llm, DOCUMENT, QUESTION, mass=True)
+    explored = dkv.compare(llm, prefill=prefill, methods=[method], max_new_tokens=NEW_TOKENS)
+    prompt = torch.tensor([prefill.prompt.token_ids])
+    model = tiny_model(**scaled)
+    rotary = model.model.rotary_emb
+    with torch.no_grad():
+        model(torch.arange(3, 303)[None])
+    before = (rotary.inv_freq.tolist(), rotary.max_seq_len_cached, traces(model))
+    with dkv.compress(model, method) as cache:
+        answer = generated(model, prompt, past_key_values=cache)
+    assert answer == explored.runs[0].token_ids
+    assert (rotary.inv_freq.tolist(), rotary.max_seq_len_cached, traces(model)) == before

@@ -133,7 +133,12 @@ def test_the_record_uses_the_documented_names(data: dict[str, Any]) -> None:
         "decode_seconds",
         "agreement",
     } <= set(data["runs"][0])
-    assert set(data["runs"][0]["agreement"]) == {"first_divergence", "token_match", "rouge_l"}
+    assert set(data["runs"][0]["agreement"]) == {
+        "first_divergence",
+        "token_match",
+        "rouge_l",
+        "divergence",
+    }
 
 
 def test_optional_parts_may_be_missing(data: dict[str, Any]) -> None:
@@ -362,6 +367,13 @@ def test_a_missing_field_is_named(data: dict[str, Any], path: str) -> None:
 
 
 LONG_INT = 10**30
+DIVERGENCE: dict[str, Any] = {
+    "token_ids": [1, 2],
+    "pieces": [" a", " b"],
+    "probabilities": [0.6, 0.1],
+    "probabilities_full": [0.2, 0.5],
+}
+
 RANGES: list[tuple[str, Any]] = [
     ("model.num_layers", 0),
     ("model.num_layers", 5),
@@ -429,7 +441,17 @@ RANGES: list[tuple[str, Any]] = [
     ("runs.1.agreement.first_divergence", -1),
     ("runs.1.agreement.token_match", 1.5),
     ("runs.1.agreement.rouge_l", -0.5),
+    ("runs.1.agreement.divergence", DIVERGENCE | {"token_ids": [1]}),
+    ("runs.1.agreement.divergence", DIVERGENCE | {"token_ids": [1, -2]}),
+    ("runs.1.agreement.divergence", DIVERGENCE | {"pieces": ["a", "b", "c"]}),
+    ("runs.1.agreement.divergence", DIVERGENCE | {"probabilities": [0.5, 1.5]}),
+    ("runs.1.agreement.divergence", DIVERGENCE | {"probabilities_full": [-0.1, 0.5]}),
 ]
+
+
+def test_a_divergence_is_read_as_written(data: dict[str, Any]) -> None:
+    put(data, "runs.1.agreement.divergence", DIVERGENCE)
+    assert Trace.from_dict(data).to_dict()["runs"][1]["agreement"]["divergence"] == DIVERGENCE
 
 
 @pytest.mark.parametrize(("path", "value"), RANGES)
