@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import copy
 import gc
+import itertools
 import json
 import os
 import platform
@@ -48,8 +49,9 @@ from transformers import (
 import dynamickv as dkv
 from benchmarks.report import RESULTS, Row
 from dynamickv.cache import KVCache, prune
-from dynamickv.cuda_graph import DecodeGraph, PlainOps, _ops, graphable
+from dynamickv.cuda_graph import DecodeGraph, fastest_ops, graphable
 from dynamickv.decode import choose, extend
+from dynamickv.decode_step import PlainOps, Slots
 from dynamickv.observe import observed
 from dynamickv.prefill import prefill_prompt
 from dynamickv.prompt import EncodedPrompt
@@ -374,7 +376,8 @@ def correctness(bench: Bench) -> None:
                 bench.add(
                     f"{name}, small, {number}: graph decode logits, relative error to CPU float32",
                     relative(torch.stack(stepped), reference),
-                    note=f"{type(_ops(llm.device)).__name__}; same next token as the plain path at "
+                    note=f"{type(fastest_ops(llm.device)).__name__}; "
+                    "same next token as the plain path at "
                     f"{same_tokens(stepped, plain)} of {len(tokens)} steps, else within "
                     f"{largest_gap(stepped, plain):.3f} in logits that reach "
                     f"{float(torch.stack(plain).abs().max()):.1f}",
@@ -404,7 +407,7 @@ def on_cpu(
     reference = dkv.LoadedModel.wrap(twin, None, "cpu", "float32")  # type: ignore[arg-type]
     cache = KVCache(len(prefill.layers))
     pruned = prune(prefill, retention, 0)
-    for layer, held in zip(cache.layers, pruned.layers, strict=True):
+    for layer, held in zip(cache.whole_layers(), pruned.whole_layers(), strict=True):
         keys, values = (states.float().cpu() for states in held.held())
         layer.hold(keys, values, prefill.length, room=len(tokens))
     return torch.stack(
@@ -432,10 +435,9 @@ def attention_error(
     weights = (wide[0] @ query.float().cpu().unsqueeze(-1) * layer.scaling).softmax(dim=1)
     expected = (weights * wide[1]).sum(dim=1)
     slot = torch.tensor([kept.shape[1] - 1], device=llm.device)
-    for ops in {type(ops): ops for ops in (PlainOps(), _ops(llm.device))}.values():
-        output = ops.attend(
-            query.contiguous(), keys.contiguous(), values.contiguous(), slot, layer.scaling
-        )
+    for ops in {type(ops): ops for ops in (PlainOps(), fastest_ops(llm.device))}.values():
+        slots = Slots(keys.contiguous(), values.contiguous(), slot)
+        output = ops.attend(query.contiguous(), slots, layer.scaling)
         bench.add(
             f"{label}: pruned attention, {type(ops).__name__}, relative error to CPU float32",
             relative(output.view_as(expected), expected),
@@ -480,30 +482,64 @@ def smollm2(bench: Bench) -> None:
         if not graphable(llm):
             continue
         for method in (dkv.FullKV(), dkv.DynamicKV(capacity=128)):
-            one, other = both_answers(llm, prefill, method, 64)
-            bench.add(
-                f"SmolLM2 {dtype}, {method.name}: same next token, graph and plain path fed alike",
-                same_tokens(one, other) / len(one),
-                note=f"of {len(one)} steps; else within {largest_gap(one, other):.4f} in logits "
-                f"that reach {float(torch.stack(other).abs().max()):.1f}",
-            )
+            retention = method.select(prefill.layers)
+            label = f"SmolLM2 {dtype}, {method.name}: same next token as the plain path fed alike"
+            fed, plain = plain_answer(llm, prefill, retention, 64)
+            alike(bench, f"{label}, graph", graph_answer(llm, prefill, retention, fed), plain)
+            with attention_set_to(llm, "eager"):
+                other = plain_answer(llm, prefill, retention, 64, fed)[1]
+            alike(bench, f"{label}, plain path with eager attention", other, plain)
 
 
-def both_answers(
-    llm: dkv.LoadedModel, prefill: dkv.Prefill, method: dkv.CompressionMethod, count: int
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Logits from the graph and from the plain path, both fed the plain path's greedy answer."""
-    retention = method.select(prefill.layers)
-    graph = DecodeGraph(llm, prune(prefill, retention, count), prefill.length, count)
+def plain_answer(
+    llm: dkv.LoadedModel,
+    prefill: dkv.Prefill,
+    retention: dkv.Retention,
+    count: int,
+    fed: Sequence[int] = (),
+) -> tuple[list[int], list[Tensor]]:
+    """Tokens fed, greedy ones if none are given, and the plain path's logits after each."""
     cache = prune(prefill, retention, count)
+    tokens, logits = [], []
     token = choose(prefill.logits)[0]
-    one, other = [], []
     for step in range(count):
+        tokens.append(fed[step] if fed else token)
+        logits.append(extend(llm, cache, [tokens[-1]], prefill.length + step))
+        token = choose(logits[-1])[0]
+    return tokens, logits
+
+
+def graph_answer(
+    llm: dkv.LoadedModel, prefill: dkv.Prefill, retention: dkv.Retention, fed: Sequence[int]
+) -> list[Tensor]:
+    """The captured step's logits after each token."""
+    graph = DecodeGraph(llm, prune(prefill, retention, len(fed)), prefill.length, len(fed))
+    logits = []
+    for token in fed:
         graph.advance(token)
-        one.append(graph.logits.clone())
-        other.append(extend(llm, cache, [token], prefill.length + step))
-        token = choose(other[-1])[0]
-    return one, other
+        logits.append(graph.logits.clone())
+    return logits
+
+
+def alike(bench: Bench, label: str, logits: Sequence[Tensor], plain: Sequence[Tensor]) -> None:
+    """How often the same token is the most likely one."""
+    bench.add(
+        label,
+        same_tokens(logits, plain) / len(plain),
+        note=f"of {len(plain)} steps; else within {largest_gap(logits, plain):.4f} in logits "
+        f"that reach {float(torch.stack(list(plain)).abs().max()):.1f}; relative difference "
+        f"{relative(torch.stack(list(logits)), torch.stack(list(plain))):.1e}",
+    )
+
+
+@contextlib.contextmanager
+def attention_set_to(llm: dkv.LoadedModel, backend: str) -> Iterator[None]:
+    before = llm.attention
+    llm.model.set_attn_implementation(backend)
+    try:
+        yield
+    finally:
+        llm.model.set_attn_implementation(before)
 
 
 @torch.inference_mode()
@@ -527,9 +563,10 @@ def overhead(bench: Bench, name: str, llm: dkv.LoadedModel) -> None:
     for action in actions:
         action()
     seconds: list[list[float]] = [[], [], []]
-    for _ in range(5):
-        for index, action in enumerate(actions):
-            seconds[index] += timed(action, 1, 0)
+    for turn in range(6):
+        # Every order equally often: what ran before leaves the chip warmer or cooler.
+        for index in list(itertools.permutations(range(3)))[turn]:
+            seconds[index] += timed(actions[index], 1, 0)
     medians = [statistics.median(times) for times in seconds]
     bench.facts[f"prefill seconds {name}"] = seconds
     bench.add(f"{name}: plain prefill, {bench.long} tokens", medians[0], "s")
@@ -537,7 +574,7 @@ def overhead(bench: Bench, name: str, llm: dkv.LoadedModel) -> None:
         f"{name}: (prefill + observe + score + prune) / plain prefill",
         medians[1] / medians[0],
         target="<= 1.01",
-        note="median of 5 each, in turns",
+        note="median of 6 each, in every order",
     )
     bench.add(
         f"{name}: serve mode, pruning while prefilling / plain prefill",
@@ -604,23 +641,13 @@ def decoding(bench: Bench, name: str, llm: dkv.LoadedModel, length: int, target:
         "ms/token",
     )
     prefill = prefill_prompt(llm, encoded)
-    steps = 24 if bench.dry else 160
-    bench_method = bench.method
-    for method in (bench_method, dkv.FullKV()):
+    steps = 160
+    ours = bench.method
+    for method in (ours, dkv.FullKV()):
         retention = method.select(prefill.layers)
-        cache = prune(prefill, retention, steps)
-        plain_seconds = []
-        token = choose(prefill.logits)[0]
-        plain_logits, fed = [], []
-        for step in range(20):
-            start = time.perf_counter()
-            logits = extend(llm, cache, [token], length + step)
-            fed.append(token)
-            token = choose(logits)[0]
-            plain_seconds.append(time.perf_counter() - start)
-            plain_logits.append(logits)
-        plain = statistics.median(plain_seconds[4:])
-        bench.add(f"{label}: {method.name}, plain path", plain * 1e3, "ms/token")
+        fed, plain = plain_answer(llm, prefill, retention, 64)
+        seconds = plain_seconds(llm, prefill, retention, fed[:20])
+        bench.add(f"{label}: {method.name}, plain path", seconds * 1e3, "ms/token")
         if not graphable(llm):
             continue
         cache = prune(prefill, retention, steps)
@@ -628,58 +655,98 @@ def decoding(bench: Bench, name: str, llm: dkv.LoadedModel, length: int, target:
         graph = DecodeGraph(llm, cache, length, steps)
         synchronize()
         captured = time.perf_counter() - start
-        steady = []
-        for token in fed:
-            graph.advance(token)
-            steady.append(graph.logits.clone())
-        alike = same_tokens(steady, plain_logits)
-        error = relative(torch.stack(steady), torch.stack(plain_logits))
-        ours = []
-        for _ in range(64):
-            start = time.perf_counter()
-            token = graph.advance(token)[0]
-            ours.append(time.perf_counter() - start)
-        mine = statistics.median(ours)
-        begin = Mark()
-        for _ in range(64):
-            graph._graph.replay()
-        device = Mark().since(begin) / 64
-        note = (
-            f"capture {captured:.2f} s; same next token at {alike} of {len(fed)} steps fed alike, "
-            f"else within {largest_gap(steady, plain_logits):.3f} in logits that reach "
-            f"{float(torch.stack(plain_logits).abs().max()):.1f}; relative difference {error:.1e}"
+        mine, device = graph_seconds(graph, fed[0])
+        bench.add(
+            f"{label}: {method.name}, graph",
+            mine * 1e3,
+            "ms/token",
+            note=f"capture {captured:.2f} s",
         )
-        if method is bench_method and length == bench.long:
-            exact = exact_logits(llm, prefill, retention, fed)
-            note += (
-                f"; to float32 weights and cache: graph {relative(torch.stack(steady), exact):.1e},"
-                f" plain {relative(torch.stack(plain_logits), exact):.1e}"
-            )
-            free()
-        bench.add(f"{label}: {method.name}, graph", mine * 1e3, "ms/token", note=note)
         read = bytes_read(llm) + cache.nbytes
         bound = read / bench.facts["bandwidth"]
-        first = method is not None and method.name != "FullKV"
         bench.add(
             f"{label}: generate / {method.name}",
             min(theirs, default) / mine,
             "x",
-            target if first else "",
+            target if method is ours else "",
             f"the faster generate; {default / mine:.1f} x as it comes",
         )
         bench.add(
             f"{label}: {method.name} / bytes limit",
             mine / bound,
             "x",
-            "<= 1.3" if first else "",
+            "<= 1.3" if method is ours else "",
             f"limit {bound * 1e3:.2f} ms for {read / 1e9:.2f} GB; "
             f"{device / bound:.3f} x counting device time alone ({device * 1e3:.2f} ms)",
         )
-        if first and length == bench.long and name == "Llama-3-8B":
-            # 20 + 64 + 64 steps were taken; the rest of the room is for the profiler.
+        same = f"{label}: {method.name}, same next token as the plain path fed alike"
+        stepped = graph_answer(llm, prefill, retention, fed)
+        alike(bench, f"{same}, graph", stepped, plain)
+        if method is ours and length == bench.long and name == "Llama-3-8B":
+            yardsticks(bench, same, llm, prefill, retention, fed, plain, stepped)
             profile(bench, "decode", graph._graph.replay, 3)
-        del graph, cache, retention, steady, plain_logits
+        del graph, cache, retention
         free()
+
+
+def plain_seconds(
+    llm: dkv.LoadedModel, prefill: dkv.Prefill, retention: dkv.Retention, fed: Sequence[int]
+) -> float:
+    """Median seconds of a step on the plain path."""
+    cache = prune(prefill, retention, len(fed))
+    seconds = []
+    for step, token in enumerate(fed):
+        start = time.perf_counter()
+        choose(extend(llm, cache, [token], prefill.length + step))
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[4:])
+
+
+def graph_seconds(graph: DecodeGraph, token: int) -> tuple[float, float]:
+    """Median seconds of a step, and seconds of a step on the device alone; takes 144 steps."""
+    seconds = []
+    for _ in range(80):
+        start = time.perf_counter()
+        token = graph.advance(token)[0]
+        seconds.append(time.perf_counter() - start)
+    begin = Mark()
+    for _ in range(64):
+        graph._graph.replay()
+    return statistics.median(seconds[16:]), Mark().since(begin) / 64
+
+
+def yardsticks(
+    bench: Bench,
+    label: str,
+    llm: dkv.LoadedModel,
+    prefill: dkv.Prefill,
+    retention: dkv.Retention,
+    fed: Sequence[int],
+    plain: Sequence[Tensor],
+    stepped: Sequence[Tensor],
+) -> None:
+    """What else parts from the plain path in bfloat16: another attention kernel, torch's own
+    operations captured, exact arithmetic."""
+    with attention_set_to(llm, "eager"):
+        other = plain_answer(llm, prefill, retention, len(fed), fed)[1]
+    alike(bench, f"{label}, plain path with eager attention", other, plain)
+    room = len(fed) + 150
+    graph = DecodeGraph(llm, prune(prefill, retention, room), prefill.length, room, PlainOps())
+    logits = []
+    for token in fed:
+        graph.advance(token)
+        logits.append(graph.logits.clone())
+    alike(bench, f"{label}, graph of torch's operations (cuBLAS)", logits, plain)
+    bench.add(
+        f"{label.split(': ')[0]}: DynamicKV, graph of torch's operations (cuBLAS)",
+        graph_seconds(graph, fed[0])[0] * 1e3,
+        "ms/token",
+    )
+    del graph
+    exact = list(exact_logits(llm, prefill, retention, list(fed)))
+    free()
+    for name, found in (("graph", stepped), ("plain path", plain)):
+        alike(bench, f"{label.split(', same')[0]}, float32's next token, {name}", found, exact)
 
 
 def exact_logits(
@@ -690,7 +757,7 @@ def exact_logits(
     twin = dkv.LoadedModel.wrap(wide, None, "twin", "float32")  # type: ignore[arg-type]
     cache = KVCache(len(prefill.layers))
     pruned = prune(prefill, retention, 0)
-    for layer, held in zip(cache.layers, pruned.layers, strict=True):
+    for layer, held in zip(cache.whole_layers(), pruned.whole_layers(), strict=True):
         keys, values = (states.float() for states in held.held())
         layer.hold(keys, values, prefill.length, room=len(tokens))
     return torch.stack(
@@ -866,30 +933,15 @@ def largest(bench: Bench, llm: dkv.LoadedModel) -> None:
             )
 
 
-def register_fa3() -> str | None:
-    """FlashAttention-3's forward, where its wheel is installed."""
-    try:
-        from fa3_fwd_interface import flash_attn_func  # type: ignore[import-not-found]
-    except Exception as error:
-        print(f"no FlashAttention-3: {error}")
-        return None
+def flash_versions() -> list[int]:
+    """FlashAttention's packages that transformers finds here."""
+    from transformers import utils
 
-    def attention(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
-    ) -> tuple[Tensor, None]:
-        output = flash_attn_func(
-            query.transpose(1, 2),
-            key.transpose(1, 2),
-            value.transpose(1, 2),
-            softmax_scale=kwargs.get("scaling"),
-            causal=query.shape[2] > 1,
-        )
-        return (output[0] if isinstance(output, tuple) else output), None
-
-    masks = AttentionMaskInterface()
-    AttentionInterface.register("fa3_fwd", attention)
-    AttentionMaskInterface.register("fa3_fwd", masks["flash_attention_2"])
-    return "fa3_fwd"
+    return [
+        version
+        for version in (2, 3, 4)
+        if getattr(utils, f"is_flash_attn_{version}_available", lambda: False)()
+    ]
 
 
 @torch.inference_mode()
@@ -919,9 +971,7 @@ def backends(bench: Bench) -> None:
     if bench.device.type == "cuda":
         found["sdpa (cuDNN)"] = SDPBackend.CUDNN_ATTENTION
         found["sdpa (flash)"] = SDPBackend.FLASH_ATTENTION
-        fa3 = register_fa3()
-        if fa3:
-            found[fa3] = None
+        found |= {f"flash_attention_{version}": None for version in flash_versions()}
     yardstick = None
     for name, kernel in found.items():
         llm.model.set_attn_implementation(name.split(" ")[0])
@@ -957,42 +1007,18 @@ def tune(bench: Bench) -> None:
     llm = build(bench, "Llama-3-8B")
     prefill = prefill_prompt(llm, prompt(llm, 4096))
     retention = bench.method.select(prefill.layers)
-    before = TritonOps.rows, TritonOps.block, TritonOps.warps
     for shape in [
         (4, 1024, 4),
         (2, 2048, 4),
         (2, 1024, 2),
         (2, 2048, 8),
         (2, 4096, 8),
-        (1, 2048, 4),
-        (1, 4096, 4),
-        (1, 4096, 8),
-        (1, 2048, 2),
+        (4, 2048, 8),
     ]:
-        TritonOps.rows, TritonOps.block, TritonOps.warps = shape
-        graph = DecodeGraph(llm, prune(prefill, retention, 128), 4096, 128)
-        for _ in range(20):
-            graph._graph.replay()
-        begin = Mark()
-        for _ in range(80):
-            graph._graph.replay()
-        bench.add(f"tune rows, block, warps = {shape}", Mark().since(begin) / 80 * 1e3, "ms/token")
+        graph = DecodeGraph(llm, prune(prefill, retention, 160), 4096, 160, TritonOps(*shape))
+        seconds = graph_seconds(graph, 5)[1]
+        bench.add(f"tune rows, block, warps = {shape}", seconds * 1e3, "ms/token")
         del graph
-    TritonOps.rows, TritonOps.block, TritonOps.warps = before
-    plain = TritonOps.project, TritonOps.gate
-    for label, names in (("all", ("project", "gate")), ("project", ("project",))):
-        for attribute in names:
-            setattr(TritonOps, attribute, getattr(PlainOps, attribute))
-        graph = DecodeGraph(llm, prune(prefill, retention, 128), 4096, 128)
-        for _ in range(20):
-            graph._graph.replay()
-        begin = Mark()
-        for _ in range(80):
-            graph._graph.replay()
-        bench.add(f"tune cuBLAS for {label}", Mark().since(begin) / 80 * 1e3, "ms/token")
-        TritonOps.project, TritonOps.gate = plain  # type: ignore[method-assign]
-        del graph
-    free()
 
 
 def with_llama(section: Callable[..., None], *names: str) -> Callable[[Bench], None]:
@@ -1025,15 +1051,15 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     "bandwidth": bandwidth,
     "correctness": correctness,
     "smollm2": smollm2,
+    "backends": backends,
     "tune": tune,
     "overhead": with_llama(overhead, "Llama-3-8B"),
     "decode32k": with_llama(decode_long, "Llama-3-8B"),
     "reselect": with_llama(reselect),
     "decode128k": with_llama(decode_longest, "Llama-3-8B"),
     "serve": with_llama(serve_memory),
-    "largest": with_llama(largest),
-    "backends": backends,
     "others": with_llama(overhead_and_decode, "Mistral-7B-v0.2", "Qwen2-7B"),
+    "largest": with_llama(largest),
 }
 
 

@@ -16,21 +16,54 @@ START, END = "<!-- measured: python -m benchmarks.readme writes this -->", "<!--
 def table(record: dict[str, Any]) -> str:
     """One result file as a Markdown table under the machine it was taken on."""
     machine = record["machine"]
+    rows = columns_by_length(record["rows"]) or rows_with_targets(record["rows"])
     lines = [
         f"{machine['processor']}, {machine['cores']} cores, {machine['date']}, "
         f"Python {machine['python']}, torch {machine['torch']}, "
         f"transformers {machine['transformers']}:",
         "",
-        "| what | measured | target |",
-        "|---|---|---|",
     ]
-    for row in record["rows"]:
+    return "\n".join([*lines, *("| " + " | ".join(cells) + " |" for cells in rows)])
+
+
+def rows_with_targets(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """One row per figure."""
+    cells = [["what", "measured", "target"], ["---"] * 3]
+    for row in rows:
         note = f" ({row['note']})" if row["note"] else ""
-        target = f"{row['target']} {row['unit']}" if row["target"] else ""
-        lines.append(
-            f"| {row['measure']}{note} | {figure(row['value'])} {row['unit']} | {target} |"
+        cells.append(
+            [f"{row['measure']}{note}", f"{figure(row['value'])} {row['unit']}", target(row)]
         )
-    return "\n".join(lines)
+    return cells
+
+
+def columns_by_length(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """One row per measure and one column per prompt length, for measures that end in one (", 4K");
+    nothing if they do not."""
+    table: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        measure, _, length = row["measure"].rpartition(", ")
+        if not length.endswith("K"):
+            return []
+        table.setdefault(measure, {})[length] = row
+    lengths = list(dict.fromkeys(length for found in table.values() for length in found))
+    cells = [["what", *lengths, "target"], ["---"] * (len(lengths) + 2)]
+    for measure, found in table.items():
+        wanted = "; ".join(
+            f"{target(row)} at {length}" for length, row in found.items() if row["target"]
+        )
+        values = [
+            f"{figure(found[length]['value'])} {found[length]['unit']}" if length in found else ""
+            for length in lengths
+        ]
+        same = {target(row) for row in found.values()}
+        cells.append([measure, *values, same.pop() if len(same) == 1 else wanted])
+    return cells
+
+
+def target(row: dict[str, Any]) -> str:
+    """A row's target with its unit, or nothing."""
+    return f"{row['target']} {row['unit']}" if row["target"] else ""
 
 
 def figure(value: float) -> str:
