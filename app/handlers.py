@@ -2,8 +2,8 @@
 in the engine.
 
 One model, one run at a time (the layout gives these events one queue). Nothing here outlives a
-request except the models, how fast the last run was, and a stop signal per session while its run is
-on.
+request except the models, how fast the last run was, a stop signal per session while its run is on,
+and the shelf, whose keys only the page that made a run knows.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import json
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import anyio
@@ -29,24 +30,21 @@ from . import view_model as vm
 from .examples import Example
 from .live import LiveRun, Speed
 from .model_host import ModelHost
+from .shelf import Held, Shelf
+from .snippets import snippets
 from .views import render_figures
 
 log = logging.getLogger(__name__)
 RESTORE = {"restore": True}
 """Tells the answer cards to show their last finished comparison again."""
 MAX_WAITING = 256
+EXAMPLE_KEY = "example:"
+FORM_LENGTH = 14
+"""Widgets that `Inputs.settings` lists."""
+CAPACITIES = (8, 2048)
+"""Bounds of the capacity slider."""
 SHOW_EVERY = 0.08
 """Seconds between two pictures of a run: faster than eyes follow, slower than the wire needs."""
-SETTINGS = (
-    "capacity",
-    "window_size",
-    "kernel_size",
-    "pooling",
-    "granularity",
-    "r_max",
-    "update_interval",
-)
-QUESTION_AWARE_SWITCH = "question_aware" in inspect.signature(dkv.compare_stream).parameters
 CHARACTERS_PER_TOKEN = 4.2
 BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -54,10 +52,20 @@ BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2, "float16": 2}
 class Handlers:
     """All events of one page, bound to its models and examples."""
 
-    def __init__(self, host: ModelHost, examples: dict[str, Example]) -> None:
+    def __init__(
+        self,
+        host: ModelHost,
+        examples: dict[str, Example],
+        shelf: Shelf | None = None,
+        url: str = "http://127.0.0.1:7860",
+    ) -> None:
         self.host = host
         self.examples = examples
+        self.shelf = shelf or Shelf()
+        self.url = url
         self._stops: dict[str, threading.Event] = {}
+        # One thread that stays: torch starts its workers anew in every thread it is called from.
+        self._chooser = ThreadPoolExecutor(1, thread_name_prefix="what-if")
         self._speed = next(
             (Speed.of(e.trace, "the recorded run") for e in examples.values() if e.trace), None
         )
@@ -72,12 +80,15 @@ class Handlers:
             self._request(document, question, methods, *settings)
         except ValueError as error:
             yield failed(error), gr.skip(), gr.skip()
-            raise page_error(error) from None
+            raise said_error(error) from None
         while len(self._stops) >= MAX_WAITING:  # begun, but left before their turn came
             self._stops.pop(next(iter(self._stops)))
         self._stops[session(request)] = threading.Event()
-        waiting = {"state": "running", "message": "Waiting for the model", "detail": "", "done": 0}
-        yield waiting, gr.update(interactive=False), gr.update(interactive=True)
+        yield (
+            running("Waiting for the model"),
+            gr.update(interactive=False),
+            gr.update(interactive=True),
+        )
 
     def run(
         self,
@@ -88,19 +99,27 @@ class Handlers:
         *settings: Any,
     ) -> Iterator[tuple[Any, ...]]:
         """Run the comparison; outputs: status, cards, store, Run, Stop."""
+        yield from self._guarded(
+            request, lambda stop: self._run(stop, document, question, methods, *settings)
+        )
+
+    def _guarded(
+        self,
+        request: gr.Request,
+        work: Callable[[threading.Event], Iterator[tuple[Any, ...]]],
+    ) -> Iterator[tuple[Any, ...]]:
+        """Do something that can be stopped and can fail; the page stays usable and says so."""
         key = session(request)
         stop = self._stops.setdefault(key, threading.Event())
         try:
-            yield from self._run(stop, document, question, methods, *settings)
+            yield from work(stop)
         except (ValueError, OSError) as error:
             yield failed(error), RESTORE, gr.skip(), *idle_buttons()
-            raise page_error(error) from None
-        except Exception as error:  # whatever it is, the page stays usable and says so
+        except Exception as error:
             log.exception("a comparison failed")
             cause = type(error).__name__
             sentence = f"The run failed ({cause}): shorten the document or choose fewer methods."
             yield failed(sentence), RESTORE, gr.skip(), *idle_buttons()
-            raise page_error(sentence) from None
         finally:
             if self._stops.get(key) is stop:
                 del self._stops[key]
@@ -115,13 +134,7 @@ class Handlers:
     ) -> Iterator[tuple[Any, ...]]:
         job, model_name = self._request(document, question, methods, *settings)
         if self.host.ready(model_name) is None:
-            loading = {
-                "state": "running",
-                "message": f"Loading {model_name}",
-                "detail": "",
-                "done": 0,
-            }
-            yield loading, gr.skip(), gr.skip(), *busy_buttons()
+            yield running(f"Loading {model_name}"), gr.skip(), gr.skip(), *busy_buttons()
         llm = self.host.get(model_name)
         live = LiveRun(
             [method.name for method in job.methods],
@@ -130,15 +143,9 @@ class Handlers:
             llm.geometry.num_layers,
             self._estimate(model_name, job),
         )
-        start = shown_at = time.perf_counter()
-        yield live.status(0), live.payload(), gr.skip(), *busy_buttons()
-        with closing(self._stream(llm, job, stop)) as events:
-            for event in events:
-                at_once = live.add(event)
-                now = time.perf_counter()
-                if at_once or now - shown_at >= SHOW_EVERY:
-                    shown_at = now
-                    yield live.status(now - start), live.payload(), gr.skip(), gr.skip(), gr.skip()
+        prefills: list[dkv.Prefill] = []
+        start = time.perf_counter()
+        yield from self._follow(self._stream(llm, job, stop, prefills.append), live)
         if live.trace is None:
             stopped = {
                 "state": "idle",
@@ -147,23 +154,219 @@ class Handlers:
             }
             yield stopped, RESTORE, gr.skip(), *idle_buttons()
             return
-        cancelled = any(run.finish_reason == "cancelled" for run in live.trace.runs)
-        if not cancelled:
+        if not cancelled(live.trace):
             self._speed = Speed.of(live.trace, "the last run here")
-        message = (
-            "Stopped: the answers are partial, what was kept is complete." if cancelled else "Done."
+        key = self.shelf.put(live.trace, "run", model_name, prefills[0])
+        yield ended(live.trace, start), *self._shown(live.trace, "run", key), *idle_buttons()
+
+    def _follow(self, stream: Any, live: LiveRun) -> Iterator[tuple[Any, ...]]:
+        """Show what happens while it happens."""
+        start = shown_at = time.perf_counter()
+        yield live.status(0), live.payload(), gr.skip(), *busy_buttons()
+        with closing(stream) as events:
+            for event in events:
+                at_once = live.add(event)
+                now = time.perf_counter()
+                if at_once or now - shown_at >= SHOW_EVERY:
+                    shown_at = now
+                    yield live.status(now - start), live.payload(), gr.skip(), gr.skip(), gr.skip()
+
+    # ---- going on from a run ----
+
+    def answer(self, request: gr.Request, event: gr.EventData) -> Iterator[tuple[Any, ...]]:
+        """Answer from the stored prefill with what the what-if panel asks for; outputs as `run`."""
+        yield from self._guarded(request, lambda stop: self._answer(stop, event._data))
+
+    def _answer(self, stop: threading.Event, asked: Any) -> Iterator[tuple[Any, ...]]:
+        held, prefill = self._held(asked)
+        method = inputs.build_what_if(asked)
+        require_mass(method, prefill)
+        runs = held.trace.runs
+        same = next((run for run in runs if is_run_of(run, method)), None)
+        if same is not None:
+            raise ValueError(f"{method.name} with these settings is answered already.")
+        earlier = [
+            run
+            for run, (look, _) in zip(runs, vm.run_names(runs), strict=True)
+            if look not in ("What if", "Manual")
+        ]
+        trace = replace(held.trace, runs=earlier)
+        style = "What if" if any(run.method == method.name for run in earlier) else method.name
+        cut = [len(run.token_ids) for run in runs if run.finish_reason == "length"]
+        whole = [inputs.DEFAULT_NEW_TOKENS, *(len(run.token_ids) for run in runs)]
+        longest = max(cut or whole)
+        live = LiveRun(
+            [method.name],
+            trace.prompt.question,
+            longest,
+            trace.model.num_layers,
+            before=vm.cards(trace),
         )
+        live.cards[0] |= vm.named(style, method.name)
+        stream = dkv.compare_stream(
+            self.host.get(held.model),
+            prefill=prefill,
+            methods=[method],
+            max_new_tokens=longest,
+            scores=True,
+            earlier=earlier,
+            should_stop=stop.is_set,
+        )
+        start = time.perf_counter()
+        yield from self._follow(stream, live)
+        assert live.trace is not None  # there was no prefill that could be stopped
+        # The record stays what it was, with a run more: its prefill was read when it was made.
+        made = replace(live.trace, created=trace.created, prefill_seconds=trace.prefill_seconds)
+        key = asked["key"]
+        self.shelf.replace(key, made)
+        yield ended(made, start), *self._shown(made, held.kind, key, added=True), *idle_buttons()
+
+    def read(self, request: gr.Request, event: gr.EventData) -> Iterator[tuple[Any, ...]]:
+        """Read a recorded run's prompt again, so that what-if can answer; outputs: status, the
+        what-if panel, Run, Stop.
+        """
+        for status, _, panel, *buttons in self._guarded(
+            request, lambda stop: self._read(stop, event._data)
+        ):
+            yield status, panel, *buttons
+
+    def _read(self, stop: threading.Event, asked: Any) -> Iterator[tuple[Any, ...]]:
+        held = self._known(asked)
+        prompt, model = held.trace.prompt, self._model_of(held.trace)
+        yield running(f"Loading {model}"), gr.skip(), gr.skip(), *busy_buttons()
+        prefills: list[dkv.Prefill] = []
+        stream = dkv.compare_stream(
+            self.host.get(model),
+            vm.document_of(prompt),
+            prompt.question,
+            methods=[dkv.FullKV()],
+            max_new_tokens=1,
+            question_aware=prompt.question_aware,
+            on_prefill=prefills.append,
+            should_stop=stop.is_set,
+        )
+        with closing(stream) as events:
+            for event in events:
+                if prefills:
+                    break
+                if isinstance(event, dkv.Progress):
+                    yield (
+                        running(
+                            f"Reading the prompt (prefill): layer {event.completed} of "
+                            f"{event.total}",
+                            event.completed / max(event.total, 1),
+                        ),
+                        gr.skip(),
+                        gr.skip(),
+                        *busy_buttons(),
+                    )
+        if not prefills:
+            yield (
+                {"state": "idle", "message": "Stopped.", "detail": ""},
+                gr.skip(),
+                gr.skip(),
+                *(idle_buttons()),
+            )
+            return
+        if (
+            prefills[0].prompt.text[: len(prompt.text)]
+            != prompt.text[: len(prefills[0].prompt.text)]
+        ):
+            raise ValueError(
+                f"{model} reads this prompt as another text than the record holds: press Run."
+            )
+        key = self.shelf.put(held.trace, held.kind, model, prefills[0])
         done = {
             "state": "idle",
-            "message": message,
-            "detail": f"{time.perf_counter() - start:.1f} s in all",
+            "message": f"The prompt is read ({vm.seconds(prefills[0].seconds)}).",
+            "detail": "What-if now answers at once.",
         }
-        yield done, *shown_payloads(live.trace, "run"), *idle_buttons()
+        yield done, gr.skip(), {"key": key}, *idle_buttons()
 
-    def _stream(self, llm: dkv.LoadedModel, job: inputs.Request, stop: threading.Event) -> Any:
-        options: dict[str, Any] = (
-            {"question_aware": job.question_aware} if QUESTION_AWARE_SWITCH else {}
-        )
+    def predict(self, asked: Any) -> dict[str, Any]:
+        """What a method would keep of a stored prompt, without the model; for the browser, which
+        gets {"error": one sentence} where that cannot be said.
+        """
+        try:
+            held, prefill = self._held(asked)
+            method = inputs.build_what_if(asked)
+            require_mass(method, prefill)
+            start = time.perf_counter()
+            length = held.trace.prompt.length
+            choice = self._chooser.submit(dkv.preview, method, prefill, length).result()
+        except ValueError as error:
+            return {"error": sentence_of(error)}
+        run = {
+            "method": method.name,
+            "parameters": method.parameters,
+            "budgets": choice.budgets,
+            "budget_history": choice.budget_history,
+            "retained": asdict(dkv.Retained.pack(choice.mask)),
+            "kept_fraction": choice.kept_fraction,
+            "kv_bytes": choice.kv_bytes,
+            "window": getattr(method, "window_size", 0),
+            "seconds": time.perf_counter() - start,
+        }
+        style = "Manual" if method.name == "Manual" else "What if"
+        return {"run": vm.predicted_payload(run, held.trace, style)}
+
+    def scores(self, asked: Any) -> dict[str, Any]:
+        """One run's recorded scores, base64 of uint8 (layer, position); for the browser."""
+        try:
+            runs = self._known(asked).trace.runs
+            number = inputs.whole_number("run", asked.get("run"), 0, max(len(runs) - 1, 0))
+        except ValueError as error:
+            return {"error": sentence_of(error)}
+        scores = runs[number].scores if runs else None
+        return {"bytes": scores.bytes if scores else None}
+
+    def _known(self, asked: Any) -> Held:
+        """The comparison a browser names by its key: a stored one, or a built-in example's.
+
+        Raises:
+            ValueError: none such.
+        """
+        key = asked.get("key") if isinstance(asked, dict) else None
+        if isinstance(key, str) and key.startswith(EXAMPLE_KEY):
+            example = self.examples.get(key.removeprefix(EXAMPLE_KEY))
+            if example is not None and example.trace is not None:
+                return Held(trace=example.trace, model="", kind="recorded", prefill=None)
+        held = self.shelf.get(key)
+        if held is None:
+            raise ValueError("The page no longer holds this run: press Run once.")
+        return held
+
+    def _held(self, asked: Any) -> tuple[Held, dkv.Prefill]:
+        """The same with its prefill.
+
+        Raises:
+            ValueError: there is none.
+        """
+        held = self._known(asked)
+        if held.prefill is None:
+            raise ValueError("The page does not hold this prompt's keys and values: read it first.")
+        return held, held.prefill
+
+    def _model_of(self, trace: dkv.Trace) -> str:
+        """The offered model that made a record.
+
+        Raises:
+            ValueError: none of the offered.
+        """
+        name = trace.model.name
+        for offered in self.host.names:
+            llm = self.host.ready(offered)
+            if name in (offered, llm.name if llm else None):
+                return offered
+        raise ValueError(f"This record is of {name!r}, which this page does not offer.")
+
+    def _stream(
+        self,
+        llm: dkv.LoadedModel,
+        job: inputs.Request,
+        stop: threading.Event,
+        on_prefill: Callable[[dkv.Prefill], None],
+    ) -> Any:
         return dkv.compare_stream(
             llm,
             job.document,
@@ -171,8 +374,10 @@ class Handlers:
             methods=job.methods,
             max_new_tokens=job.max_new_tokens,
             truncate=job.truncate,
+            scores=True,
+            on_prefill=on_prefill,
             should_stop=stop.is_set,
-            **options,
+            question_aware=job.question_aware,
         )
 
     def _request(
@@ -180,7 +385,7 @@ class Handlers:
     ) -> tuple[inputs.Request, str]:
         """From the widgets' values, in the order layout.py passes them."""
         *numbers, max_new_tokens, truncate, question_aware, model = values
-        settings = dict(zip(SETTINGS, numbers, strict=True))
+        settings = dict(zip(inputs.SETTINGS, numbers, strict=True))
         job = inputs.build_request(
             document,
             question,
@@ -210,6 +415,7 @@ class Handlers:
         stop.set()
         return {
             "state": "running",
+            "stopping": True,
             "message": "Stopping",
             "detail": "after the current layer or token",
             "done": 1,
@@ -288,31 +494,114 @@ class Handlers:
         """Sizes of the model, or of the recorded runs' model until it is loaded."""
         llm = self.host.ready(model)
         if llm is not None:
-            return asdict(llm.geometry) | {"bytes_per_value": BYTES_PER_VALUE.get(llm.dtype, 2)}
+            return asdict(llm.geometry) | {"bytes_per_value": bytes_per_value(llm.dtype, 2)}
         trace = next((e.trace for e in self.examples.values() if e.trace), None)
         if trace is None:
             return None
-        return asdict(trace.model) | {"bytes_per_value": BYTES_PER_VALUE.get(trace.model.dtype, 4)}
+        return asdict(trace.model) | {"bytes_per_value": bytes_per_value(trace.model.dtype, 4)}
 
     def pick(self, example_id: str) -> tuple[Any, ...]:
-        """Show an example; outputs: document, question, capacity, max_new_tokens, cards, store,
-        status.
-        """
-        example = self.examples.get(example_id)
+        """Show an example; outputs: cards, store, status, then the form (`form_values`)."""
+        example = self.examples.get(example_id) if isinstance(example_id, str) else None
         if example is None:
-            return (gr.skip(),) * 7
-        fields_ = (example.document, example.question, example.capacity, example.max_new_tokens)
+            return (gr.skip(),) * (3 + FORM_LENGTH)
         if example.trace is None:
             note = {
                 "state": "idle",
                 "message": "No recorded run for this example: press Run.",
                 "detail": "",
             }
-            return *fields_, gr.skip(), gr.skip(), note
+            form = [example.document, example.question, gr.skip(), example.capacity]
+            return gr.skip(), gr.skip(), note, *form, *[gr.skip()] * (FORM_LENGTH - len(form))
         return (
-            *fields_,
-            *shown_payloads(example.trace, "recorded"),
+            *self.shown_example(example),
             {"state": "idle", "message": "", "detail": ""},
+            *self.form_values(example.trace, example.max_new_tokens),
+        )
+
+    def own_text(self, document: str, example_id: str | None) -> Any:
+        """Let go of the example's title when the text is not its any more; output: example."""
+        example = self.examples.get(example_id) if isinstance(example_id, str) else None
+        if example is None:
+            return gr.skip()
+        texts = [example.document]
+        if example.trace is not None:
+            texts.append(vm.document_of(example.trace.prompt))
+        # Browsers read every line end as "\n".
+        same = any(text.splitlines() == str(document).splitlines() for text in texts)
+        return gr.skip() if same else None
+
+    def link(self, request: gr.Request) -> tuple[Any, ...]:
+        """Show the example that the page's address names; outputs: example, then as `pick`."""
+        wanted = request.query_params.get("ex")
+        first = next(iter(self.examples), None)
+        if wanted not in self.examples or wanted == first:
+            return (gr.skip(),) * (4 + FORM_LENGTH)
+        return wanted, *self.pick(wanted)
+
+    def snippets(self, question: str, methods: list[str], *values: Any) -> list[str]:
+        """Code for the form's values; outputs: Python, gradio_client, curl, MCP."""
+        *_, aware, model = values
+        question = (
+            question if isinstance(question, str) and question.strip() else "What is it about?"
+        )
+        try:
+            job, model = self._request(question, question, methods, *values)
+        except ValueError:  # the form says what is wrong when it is run
+            job = inputs.build_request(
+                question,
+                question,
+                list(inputs.DEFAULT_METHODS),
+                inputs.DEFAULT_NEW_TOKENS,
+                {"capacity": inputs.DEFAULT_CAPACITY},
+            )
+            model = self.host.default
+        capacity = next(
+            (m.parameters["capacity"] for m in job.methods if "capacity" in m.parameters),
+            inputs.DEFAULT_CAPACITY,
+        )
+        code = snippets(
+            self.url, model, question, job.methods, capacity, job.max_new_tokens, bool(aware)
+        )
+        return [code[name] for name in ("python", "client", "curl", "mcp")]
+
+    def shown_example(self, example: Example) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Cards and store of an example's recorded run."""
+        assert example.trace is not None
+        return self._shown(
+            example.trace, "recorded", f"{EXAMPLE_KEY}{example.id}", example=example.id
+        )
+
+    def form_values(self, trace: dkv.Trace, max_new_tokens: int | None = None) -> list[Any]:
+        """What the form must say to run a record again, in the order of `Inputs.settings`."""
+        taken = next((run for run in reversed(trace.runs) if "capacity" in run.parameters), None)
+        parameters = taken.parameters if taken else {}
+        untouched = inputs.form_defaults()
+        numbers = [parameters.get(name, untouched.get(name)) for name in inputs.SETTINGS]
+        if not isinstance(numbers[0], int) or not CAPACITIES[0] <= numbers[0] <= CAPACITIES[1]:
+            numbers[0] = gr.skip()
+        offered = inputs.offered_methods()
+        names = {run.method for run in trace.runs} | {"FullKV"}
+        return [
+            vm.document_of(trace.prompt),
+            trace.prompt.question,
+            [name for name in offered if name in names],
+            *numbers,
+            max_new_tokens or gr.skip(),
+            trace.prompt.truncated,
+            trace.prompt.question_aware,
+            trace.model.name if trace.model.name in self.host.names else gr.skip(),
+        ]
+
+    def _shown(
+        self, trace: dkv.Trace, kind: str, key: str, *, example: str = "", added: bool = False
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Cards and store of a record that lies under `key`."""
+        label = vm.source_label(kind, trace.created) + (", one run added here" if added else "")
+        held = self.shelf.get(key)
+        ready = held is not None and held.prefill is not None
+        return vm.cards_payload(trace, label), vm.trace_payload(
+            trace, label, render_figures(trace), key=key, example=example, ready=ready
         )
 
     def upload(self, path: str | None) -> Any:
@@ -325,18 +614,21 @@ class Handlers:
             raise page_error(error) from None
 
     def open_run(self, path: str | None) -> tuple[Any, ...]:
-        """Open a run file; outputs: cards, store, note."""
+        """Open a run file; outputs: cards, store, note, the form (`form_values`), example."""
         if path is None:
-            return (gr.skip(),) * 3
+            return (gr.skip(),) * (4 + FORM_LENGTH)
         try:
             trace = inputs.read_run_upload(path)
         except (ValueError, OSError) as error:
-            raise page_error(error) from None
-        methods = ", ".join(run.method for run in trace.runs)
-        return *shown_payloads(trace, "file"), {
+            note = {"value": "Not opened.", "note": sentence_of(error), "tone": "loud"}
+            return gr.skip(), gr.skip(), note, *[gr.skip()] * (1 + FORM_LENGTH)
+        methods = ", ".join(run.method for run in trace.runs) or "no runs"
+        note = {
             "value": "Opened.",
             "note": f"{methods} on {trace.prompt.length:,} tokens: see Explore.",
         }
+        shown = self._shown(trace, "file", self.shelf.put(trace, "file"))
+        return *shown, note, *self.form_values(trace), None
 
     @staticmethod
     def lock_reference(methods: list[str]) -> list[str]:
@@ -404,10 +696,9 @@ class Handlers:
         ]
 
 
-def shown_payloads(trace: dkv.Trace, kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Cards and store of a record."""
-    label = vm.source_label(kind, trace.created)
-    return vm.cards_payload(trace, label), vm.trace_payload(trace, label, render_figures(trace))
+def bytes_per_value(dtype: str, otherwise: int) -> int:
+    """Bytes of one number in the cache; weights may be packed ("float32 with 4bit weights")."""
+    return BYTES_PER_VALUE.get(dtype.partition(" ")[0], otherwise)
 
 
 def tokens_of(counted: str | None) -> int | None:
@@ -417,6 +708,46 @@ def tokens_of(counted: str | None) -> int | None:
     except (ValueError, AttributeError):
         return None
     return tokens if isinstance(tokens, int) and 0 < tokens <= dkv.trace.MAX_POSITIONS else None
+
+
+def require_mass(method: dkv.CompressionMethod, prefill: dkv.Prefill) -> None:
+    """Raise ValueError where a method needs what this prefill did not record."""
+    if method.needs_mass and prefill.layers[0].mass is None:
+        raise ValueError(
+            f"{method.name} needs the attention of all tokens, which was not recorded: "
+            f"tick {method.name} and press Run once."
+        )
+
+
+def is_run_of(run: dkv.Run, method: dkv.CompressionMethod) -> bool:
+    """Whether a run was made by this very method; an older record may lack newer parameters."""
+    if run.method != method.name:
+        return False
+    try:
+        return dkv.METHODS[run.method](**run.parameters) == method
+    except (TypeError, ValueError):
+        return False
+
+
+def cancelled(trace: dkv.Trace) -> bool:
+    """Whether a run of it was stopped."""
+    return any(run.finish_reason == "cancelled" for run in trace.runs)
+
+
+def running(message: str, done: float = 0) -> dict[str, Any]:
+    """The status line while something goes on."""
+    return {"state": "running", "message": message, "detail": "", "done": round(done, 3)}
+
+
+def ended(trace: dkv.Trace, start: float) -> dict[str, Any]:
+    """The status line of a finished run."""
+    return {
+        "state": "idle",
+        "message": "Stopped: the answers are partial, what was kept is complete."
+        if cancelled(trace)
+        else "Done.",
+        "detail": f"{time.perf_counter() - start:.1f} s in all",
+    }
 
 
 def busy_buttons() -> tuple[Any, Any]:
@@ -430,9 +761,11 @@ def idle_buttons() -> tuple[Any, Any]:
 
 
 def sentence_of(error: object) -> str:
-    """An error as a sentence: capital first, full stop last."""
+    """An error as a sentence: capital first (but not in a parameter's name), full stop last."""
     text = str(error).strip() or type(error).__name__
-    return text[0].upper() + text[1:] + ("" if text[-1] in ".!?" else ".")
+    # A parameter's name stays as it is written.
+    first = text[0] if "_" in text.split(maxsplit=1)[0] else text[0].upper()
+    return first + text[1:] + ("" if text[-1] in ".!?" else ".")
 
 
 def failed(error: object) -> dict[str, Any]:
@@ -445,6 +778,11 @@ def page_error(error: object) -> gr.Error:
     return gr.Error(
         html.escape(sentence_of(error)), print_exception=False, title="Not run", duration=8
     )
+
+
+def said_error(error: object) -> gr.Error:
+    """An error that the status line says already: it ends the event and shows no toast."""
+    return gr.Error(html.escape(sentence_of(error)), print_exception=False, visible=False)
 
 
 def session(request: gr.Request | None) -> str:

@@ -77,6 +77,11 @@ def offered_methods() -> list[str]:
     ]
 
 
+def method_settings() -> dict[str, list[str]]:
+    """The names of every offered method's parameters."""
+    return {name: [field.name for field in fields(dkv.METHODS[name])] for name in offered_methods()}
+
+
 def build_methods(names: Any, settings: Mapping[str, Any]) -> list[dkv.CompressionMethod]:
     """Method instances in the registry's order, FullKV always among them; each takes the settings
     it knows.
@@ -115,6 +120,58 @@ def form_defaults() -> dict[str, Any]:
     return {f.name: f.default for f in fields(dkv.DynamicKV) if f.default is not MISSING}
 
 
+SETTINGS = (
+    "capacity",
+    "window_size",
+    "kernel_size",
+    "pooling",
+    "granularity",
+    "r_max",
+    "update_interval",
+)
+"""What the form and the what-if panel can set."""
+
+
+def build_what_if(asked: Any) -> dkv.CompressionMethod:
+    """The method a what-if asks for: {"method", "settings", "budgets"}, whatever a browser sent.
+
+    `budgets`, one number per layer, makes it a `Manual` with the settings that it takes.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    if not isinstance(asked, Mapping) or not isinstance(asked.get("settings", {}), Mapping):
+        raise ValueError("A what-if needs a method and its settings.")
+    settings = {k: v for k, v in asked.get("settings", {}).items() if k in SETTINGS}
+    settings = whole_numbers(settings)
+    budgets = asked.get("budgets")
+    if budgets is None:
+        name = asked.get("method")
+        if name not in offered_methods() or name == "FullKV":
+            raise ValueError(
+                f"Unknown method {name!r}; choose from {', '.join(offered_methods())}."
+            )
+        return build_method(str(name), settings)
+    if not isinstance(budgets, list) or not 1 <= len(budgets) <= dkv.trace.MAX_LAYERS:
+        raise ValueError("Budgets must be a list with one number of tokens per layer.")
+    most = dkv.trace.MAX_POSITIONS
+    rows = [whole_number(f"budgets[{i}]", b, 0, most) for i, b in enumerate(budgets)]
+    taken = {k: v for k, v in settings.items() if k in MANUAL_SETTINGS}
+    return dkv.Manual(budgets=rows, **taken)
+
+
+MANUAL_SETTINGS = ("window_size", "kernel_size", "pooling", "granularity")
+
+
+def whole_numbers(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with those checked that count something."""
+    numbers = dict(settings)
+    for name in ("capacity", "window_size", "kernel_size", "update_interval"):
+        if name in numbers:
+            numbers[name] = whole_number(name, numbers[name], 1, dkv.trace.MAX_POSITIONS)
+    return numbers
+
+
 def whole_number(name: str, value: Any, least: int, most: int) -> int:
     """An int within bounds; browsers send 128.0 for 128.
 
@@ -149,10 +206,7 @@ def build_request(
         ValueError: the first thing that is wrong, in one sentence.
     """
     document, question = check_texts(document, question)
-    numbers = dict(settings)
-    for name in ("capacity", "window_size", "kernel_size", "update_interval"):
-        if name in numbers:
-            numbers[name] = whole_number(name, numbers[name], 1, dkv.trace.MAX_POSITIONS)
+    numbers = whole_numbers(settings)
     return Request(
         document=document,
         question=question,

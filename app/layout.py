@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,27 +15,31 @@ from . import view_model as vm
 from .components import (
     AnswerCards,
     DocumentView,
+    Evidence,
     FigureView,
     LayerMap,
     ModelChip,
     Readout,
     StatusLine,
     TraceStore,
+    WhatIf,
     head,
+    offline_page,
 )
 from .components.look import build_theme
 from .examples import Example, load_examples
-from .handlers import QUESTION_AWARE_SWITCH, Handlers, shown_payloads
+from .handlers import CAPACITIES, Handlers
 from .inputs import (
     DEFAULT_CAPACITY,
     DEFAULT_METHODS,
     DEFAULT_NEW_TOKENS,
     MAX_NEW_TOKENS,
+    SETTINGS,
     form_defaults,
+    method_settings,
     offered_methods,
 )
 from .model_host import ModelHost
-from .snippets import snippets
 from .views import VIEWS, plotly_source
 
 TITLE = "DynamicKV Explorer"
@@ -95,6 +100,7 @@ class Outputs:
 
     cards: AnswerCards
     store: TraceStore
+    what_if: WhatIf
 
 
 def build_app(
@@ -107,7 +113,7 @@ def build_app(
     """
     host = host or ModelHost()
     examples = load_examples() if examples is None else examples
-    handlers = Handlers(host, examples)
+    handlers = Handlers(host, examples, url=url)
     first = next(iter(examples.values()), None)
     opening_line = handlers.capacity_line(
         first.capacity if first else DEFAULT_CAPACITY,
@@ -122,14 +128,21 @@ def build_app(
         with gr.Tabs():
             with gr.Tab("Explore", id="explore"), gr.Row(elem_id="dkv-workbench"):
                 inputs = build_inputs(host, examples, first, opening_line)
-                outputs = build_results(first)
-            with gr.Tab("Runs & API", id="runs"):
-                build_runs(handlers, outputs, snippets(url, host.default))
+                outputs = build_results(handlers, first)
+            with gr.Tab("Runs & API", id="runs") as runs:
+                build_runs(handlers, inputs, outputs, runs)
         wire_run(handlers, inputs, outputs)
         wire_inputs(handlers, inputs, outputs)
         loaded = demo.load(handlers.model_state, None, chip, concurrency_limit=None, **PRIVATE)
         count_tokens = [inputs.document, inputs.question, inputs.model]
         loaded.then(handlers.count, count_tokens, inputs.count, concurrency_limit=None, **PRIVATE)
+        demo.load(
+            handlers.link,
+            None,
+            [inputs.example, outputs.cards, outputs.store, inputs.status, *inputs.settings()],
+            concurrency_limit=None,
+            **PRIVATE,
+        )
         add_endpoints(handlers)
     host.start()
     return demo  # type: ignore[no-any-return]
@@ -153,8 +166,8 @@ def build_inputs(
         document = gr.Textbox(
             first.document if first else "",
             label="Document",
-            lines=6,
-            max_lines=6,
+            lines=4,
+            max_lines=4,
             placeholder="Paste a long text here.",
             elem_id="dkv-document",
         )
@@ -177,19 +190,24 @@ def build_inputs(
         )
         methods = gr.CheckboxGroup(
             offered_methods(),
-            value=list(DEFAULT_METHODS),
+            value=shown_methods(first),
             label="Methods",
             elem_id="dkv-methods",
         )
         capacity = gr.Slider(
-            8,
-            2048,
+            *CAPACITIES,
             value=first.capacity if first else DEFAULT_CAPACITY,
             step=8,
             label="Capacity (tokens per layer)",
             elem_id="dkv-capacity",
         )
         capacity_line = Readout(opening_line, elem_id="dkv-capacity-line")
+        aware = gr.Checkbox(
+            True,
+            label="Question-aware",
+            info="Off: compressed before the question is asked.",
+            elem_id="dkv-aware",
+        )
         advanced = build_advanced(host, first)
         with gr.Column(elem_id="dkv-action"):
             with gr.Row(elem_id="dkv-run-row"):
@@ -212,6 +230,7 @@ def build_inputs(
         run=run,
         stop=stop,
         status=status,
+        question_aware=aware,
         **advanced,
     )
 
@@ -224,7 +243,7 @@ def build_advanced(host: ModelHost, first: Example | None) -> dict[str, Any]:
             window = gr.Number(
                 default.get("window_size", 8),
                 label="Window size",
-                info="voting tokens, kept",
+                info="last tokens: they vote, and stay",
                 precision=0,
                 minimum=1,
                 min_width=120,
@@ -271,12 +290,6 @@ def build_advanced(host: ModelHost, first: Example | None) -> dict[str, Any]:
             label="Longest answer, in tokens",
         )
         truncate = gr.Checkbox(False, label="Cut the middle out of a document that is too long")
-        aware = gr.Checkbox(
-            True,
-            label="Question-aware: the scores see the question",
-            visible=QUESTION_AWARE_SWITCH,
-            info="Off: compress after the document, ask afterwards.",
-        )
         model = gr.Dropdown(host.names, value=host.default, label="Model")
     return {
         "window_size": window,
@@ -287,19 +300,34 @@ def build_advanced(host: ModelHost, first: Example | None) -> dict[str, Any]:
         "update_interval": interval,
         "max_new_tokens": new_tokens,
         "truncate": truncate,
-        "question_aware": aware,
         "model": model,
     }
 
 
-def build_results(first: Example | None) -> Outputs:
+def shown_methods(first: Example | None) -> list[str]:
+    """Ticked at the start: the methods of the run on screen."""
+    if first is None or first.trace is None:
+        return list(DEFAULT_METHODS)
+    return [name for name in offered_methods() if name in {r.method for r in first.trace.runs}]
+
+
+def build_results(handlers: Handlers, first: Example | None) -> Outputs:
     """The column on the right: answers, and below them what each cache kept. A recorded run is
     there from the start.
     """
-    trace = first.trace if first else None
-    cards, store = shown_payloads(trace, "recorded") if trace else (None, None)
+    recorded = first is not None and first.trace is not None
+    cards, store = handlers.shown_example(first) if first and recorded else (None, None)
+
+    # Gradio offers the functions themselves to the browser, by these names.
+    def predict(asked: Any) -> dict[str, Any]:
+        return handlers.predict(asked)
+
+    def scores(asked: Any) -> dict[str, Any]:
+        return handlers.scores(asked)
+
     with gr.Column(scale=9, min_width=320, elem_id="dkv-views"):
         answers = AnswerCards(cards, elem_id="dkv-answers")
+        what_if = WhatIf(what_if_form(), server_functions=[predict], elem_id="dkv-what-if")
         with gr.Row(equal_height=True):
             with gr.Column(scale=6, min_width=320):
                 DocumentView(elem_id="dkv-document-view", elem_classes=["dkv-fill"])
@@ -309,22 +337,45 @@ def build_results(first: Example | None) -> Outputs:
                     elem_id="dkv-figures",
                     elem_classes=["dkv-fill"],
                 )
+        Evidence(elem_id="dkv-evidence", server_functions=[scores])
         LayerMap(elem_id="dkv-map")
         keeper = TraceStore(store, elem_id="dkv-store")
-    return Outputs(cards=answers, store=keeper)
+    return Outputs(cards=answers, store=keeper, what_if=what_if)
 
 
-def build_runs(handlers: Handlers, outputs: Outputs, code: dict[str, str]) -> None:
+def what_if_form() -> dict[str, Any]:
+    """What the what-if panel offers: methods with the settings each takes, and their defaults."""
+    return {
+        "methods": {
+            name: [s for s in SETTINGS if s in taken]
+            for name, taken in method_settings().items()
+            if name != "FullKV"
+        },
+        "defaults": form_defaults(),
+    }
+
+
+def build_runs(handlers: Handlers, inputs: Inputs, outputs: Outputs, tab: gr.Tab) -> None:
     """Run files, and the same comparison from outside."""
+    languages: list[tuple[str, str, Any]] = [
+        ("python", "Python", "python"),
+        ("client", "gradio_client", "python"),
+        ("curl", "curl", "shell"),
+        ("mcp", "MCP client settings (the page needs gradio[mcp])", "json"),
+    ]
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             gr.Markdown(
                 "### Run files\nA run file holds the prompt, what every method kept, "
                 "the answers and the measurements. It opens here without any model. "
-                "It contains your document in clear."
+                "It contains your document in clear, unless you save it without the text: then "
+                "every letter is a dot, and all numbers stay."
             )
             with gr.Row():
                 save = gr.Button("Save the run on screen", elem_id="dkv-save", min_width=160)
+                bare = gr.Button("Save without the text", elem_id="dkv-save-bare", min_width=160)
+            with gr.Row():
+                page = gr.Button("Save as one HTML page", elem_id="dkv-save-page", min_width=160)
                 load = gr.UploadButton(
                     "Open a run file",
                     file_types=[".json", ".gz"],
@@ -332,30 +383,38 @@ def build_runs(handlers: Handlers, outputs: Outputs, code: dict[str, str]) -> No
                     min_width=160,
                 )
             note = Readout(None, elem_id="dkv-open-note")
+            gr.Markdown(
+                "The HTML page has the same views, about 5 MB, and needs neither network nor "
+                "server. Links lead to built-in examples only: *Copy link* on Explore keeps what "
+                "you look at. `?embed=1` shows the run alone, `?big=1` is for a lecture hall."
+            )
         with gr.Column(scale=3, min_width=300):
-            gr.Markdown("### The same comparison from code")
-            gr.Code(
-                code["python"],
-                language="python",
-                label="Python",
-                interactive=False,
-                elem_id="dkv-python",
+            gr.Markdown(
+                "### The same comparison from code\nWith the values of the form. Save your "
+                "document as `document.txt` beside it. The endpoints take the methods' own "
+                "defaults for advanced settings."
             )
-            gr.Code(
-                code["client"],
-                language="python",
-                label="gradio_client",
-                interactive=False,
-                elem_id="dkv-client",
-            )
-            gr.Code(
-                code["curl"], language="shell", label="curl", interactive=False, elem_id="dkv-curl"
-            )
-    save.click(None, js="() => window.DynamicKV.saveRun()", api_visibility="private")
+            boxes = [
+                gr.Code("", language=language, label=label, interactive=False, elem_id=f"dkv-{key}")
+                for key, label, language in languages
+            ]
+    for button, script in (
+        (save, "saveRun(true)"),
+        (bare, "saveRun(false)"),
+        (page, "savePage()"),
+    ):
+        button.click(None, js=f"() => {{ window.DynamicKV.{script}; }}", api_visibility="private")
     load.upload(
         handlers.open_run,
         load,
-        [outputs.cards, outputs.store, note],
+        [outputs.cards, outputs.store, note, *inputs.settings(), inputs.example],
+        concurrency_limit=None,
+        **PRIVATE,
+    )
+    tab.select(
+        handlers.snippets,
+        [inputs.question, *inputs.settings()[2:]],
+        boxes,
         concurrency_limit=None,
         **PRIVATE,
     )
@@ -379,6 +438,15 @@ def wire_run(handlers: Handlers, inputs: Inputs, outputs: Outputs) -> None:
         concurrency_limit=1,
         **PRIVATE,
     )
+    shared: dict[str, Any] = {
+        "concurrency_id": MODEL_QUEUE,
+        "concurrency_limit": 1,
+        **PRIVATE,
+    }
+    outputs.what_if.answer(
+        handlers.answer, None, [inputs.status, outputs.cards, outputs.store, *buttons], **shared
+    )
+    outputs.what_if.read(handlers.read, None, [inputs.status, outputs.what_if, *buttons], **shared)
     inputs.stop.click(handlers.stop, None, inputs.status, queue=False, **PRIVATE)
 
 
@@ -388,15 +456,15 @@ def wire_inputs(handlers: Handlers, inputs: Inputs, outputs: Outputs) -> None:
     inputs.example.input(
         handlers.pick,
         inputs.example,
-        [
-            inputs.document,
-            inputs.question,
-            inputs.capacity,
-            inputs.max_new_tokens,
-            outputs.cards,
-            outputs.store,
-            inputs.status,
-        ],
+        [outputs.cards, outputs.store, inputs.status, *inputs.settings()],
+        **light,
+    )
+    # However the text was changed: typed, pasted, dropped or uploaded.
+    inputs.document.change(
+        handlers.own_text,
+        [inputs.document, inputs.example],
+        inputs.example,
+        trigger_mode="always_last",
         **light,
     )
     inputs.upload.upload(handlers.upload, inputs.upload, inputs.document, **light)
@@ -470,7 +538,14 @@ def launch_options() -> dict[str, Any]:
         "enable_monitoring": False,
         "show_error": True,
         "max_file_size": MAX_UPLOAD,
-        "app_kwargs": {"routes": [Route("/explorer/plotly.js", plotly_script)]},
+        # Needs gradio's extra: pip install "gradio[mcp]". Without it the page runs as ever.
+        "mcp_server": importlib.util.find_spec("mcp") is not None,
+        "app_kwargs": {
+            "routes": [
+                Route("/explorer/plotly.js", plotly_script),
+                Route("/explorer/offline.html", offline_skeleton),
+            ]
+        },
     }
 
 
@@ -480,6 +555,18 @@ def plotly_script(_: HTTPRequest) -> Response:
         plotly_source(),
         media_type="text/javascript",
         headers={"Cache-Control": "public, max-age=86400"},
+    )
+
+
+def offline_skeleton(_: HTTPRequest) -> Response:
+    """The page of one run without the run, which the browser puts in; sent as text, so that it is
+    never shown from here.
+    """
+    titles = tuple((view.key, view.title) for view in VIEWS.values())
+    return Response(
+        offline_page(plotly_source(), titles),
+        media_type="text/plain; charset=utf-8",
+        headers={"Cache-Control": "public, max-age=86400", "X-Content-Type-Options": "nosniff"},
     )
 
 

@@ -51,7 +51,11 @@ class LiveRun:
         max_new_tokens: int,
         num_layers: int,
         estimate: str = "",
+        *,
+        before: Sequence[dict[str, Any]] = (),
     ) -> None:
+        self.before = list(before)
+        """Finished cards that stay on screen before the new ones."""
         self.cards = [vm.card_frame(method) for method in methods]
         self.question = question
         self.trace: dkv.Trace | None = None
@@ -103,7 +107,7 @@ class LiveRun:
             "source": "running now",
             "question": self.question,
             "notice": "",
-            "cards": self.cards,
+            "cards": [*self.before, *self.cards],
         }
 
     def _progress(self, event: dkv.Progress) -> None:

@@ -50,13 +50,20 @@ METHOD_STYLES: dict[str, MethodStyle] = {
     "DynamicKV": MethodStyle(
         light="#0072b2", dark="#4da6dd", pattern="", symbol="circle", glyph="●", dash="solid"
     ),
+    "Manual": MethodStyle(
+        light="#c14a00", dark="#f08a4b", pattern="+", symbol="star", glyph="★", dash="longdashdot"
+    ),
+    # Not a method: a second run of one, with other settings.
+    "What if": MethodStyle(
+        light="#7a6a00", dark="#d6c934", pattern=".", symbol="hexagon", glyph="⬢", dash="dot"
+    ),
 }
 SPARE_STYLES = (
     MethodStyle(
-        light="#c14a00", dark="#f08a4b", pattern="+", symbol="star", glyph="★", dash="longdashdot"
+        light="#6b4fa0", dark="#b39ddb", pattern="|", symbol="pentagon", glyph="⬟", dash="dashdot"
     ),
     MethodStyle(
-        light="#7a6a00", dark="#d6c934", pattern=".", symbol="hexagon", glyph="⬢", dash="dot"
+        light="#00707a", dark="#4cc3cf", pattern="+", symbol="cross", glyph="✚", dash="longdash"
     ),
 )
 

@@ -34,36 +34,84 @@ def dumps(value: Any) -> str:
 
 
 def trace_payload(
-    trace: Trace, source: str, figures: Mapping[str, Any] | None = None
+    trace: Trace,
+    source: str,
+    figures: Mapping[str, Any] | None = None,
+    *,
+    key: str = "",
+    example: str = "",
+    ready: bool = False,
 ) -> dict[str, Any]:
     """Everything the views need of one comparison; `source` says where it comes from, in words.
 
-    The record travels whole, so that the page can save it without asking the server; only its token
-    offsets are replaced by `starts` and `ends`, see `encode_offsets`.
+    The record travels nearly whole, so that the page can save it: its token offsets are replaced by
+    `starts` and `ends` (see `encode_offsets`), bits that are all ones are left out, and so are the
+    scores, which the page fetches with `key` when somebody asks for them. `example` names a
+    built-in example; `ready` says that the server still holds the prefill.
     """
     record = trace.to_dict()
     starts, ends = encode_offsets(record["prompt"].pop("text_utf16_offsets"))
+    for run in record["runs"]:
+        run["scores"] = None
+        if run["kept_fraction"] >= 1 and not trace.model.sliding_layers:
+            run["retained"]["bits"] = ""
     return {
         "source": source,
         "name": run_file_name(trace),
+        "key": key,
+        "example": example,
+        "ready": ready,
         "record": record,
         "starts": starts,
         "ends": ends,
-        "looks": [look(run, trace.prompt) for run in trace.runs],
+        "looks": [
+            look(run, trace.prompt, *names)
+            for run, names in zip(trace.runs, run_names(trace.runs), strict=True)
+        ],
         "figures": dict(figures or {}),
     }
 
 
-def look(run: Run, prompt: Prompt) -> dict[str, Any]:
-    """What a record does not say: how its method is drawn, and how long its observation window
-    was.
+def look(run: Run, prompt: Prompt, style_name: str, label: str) -> dict[str, Any]:
+    """What a record does not say: how its run is drawn and called, and how long its observation
+    window was.
     """
-    style = method_style(run.method)
+    style = method_style(style_name)
     return {
+        "look": style_name,
+        "label": label,
         "color": [style.light, style.dark],
         "glyph": style.glyph,
         "window": window_tokens(run, prompt),
+        "scored": run.scores is not None,
     }
+
+
+def run_names(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """The style and the label of every run: the method's own, or for a second run of a method
+    "What if" and what differs.
+    """
+    first: dict[str, Run] = {}
+    names = []
+    for run in runs:
+        known = first.setdefault(run.method, run)
+        if known is run:
+            names.append((run.method, run.method))
+        else:
+            names.append(("What if", f"{run.method}, {what_differs(run, known)}"))
+    return names
+
+
+def what_differs(run: Run, other: Run) -> str:
+    """The settings in which a run differs from another of its method: "capacity 64"."""
+    return (
+        ", ".join(
+            f"{name.replace('_', ' ')} {value}"
+            for name, value in run.parameters.items()
+            if value != other.parameters.get(name, value) and isinstance(value, (int, float, str))
+        )
+        or "again"
+    )
 
 
 def run_file_name(trace: Trace) -> str:
@@ -94,6 +142,30 @@ def encode_offsets(offsets: Sequence[Sequence[int]]) -> tuple[list[int], list[li
     return starts, ends
 
 
+def predicted_payload(
+    run: Mapping[str, Any], trace: Trace, color: str = "What if"
+) -> dict[str, Any]:
+    """A choice that was not answered with: what the browser needs to draw it like a run."""
+    style = method_style(color)
+    full = max(r.kv_bytes_full for r in trace.runs)
+    return {
+        **run,
+        "look": color,
+        "label": "predicted",
+        "color": [style.light, style.dark],
+        "glyph": style.glyph,
+        "words": f"{percent(run['kept_fraction'])} of the prompt, "
+        f"{mebibytes(run['kv_bytes'])} of {mebibytes(full)}",
+        "predicted": True,
+    }
+
+
+def document_of(prompt: Prompt) -> str:
+    """The document as it was pasted."""
+    first, last = prompt.document_utf16_span
+    return prompt.text.encode("utf-16-le")[2 * first : 2 * last].decode("utf-16-le", "replace")
+
+
 def window_tokens(run: Run, prompt: Prompt) -> int:
     """Length of the observation window in this run; 0 where nothing was scored."""
     if "window_size" not in run.parameters or prompt.length <= int(
@@ -115,7 +187,8 @@ def cards_payload(trace: Trace, source: str) -> dict[str, Any]:
         "source": source,
         "question": trace.prompt.question,
         "notice": fits_notice(trace),
-        "cards": [card(run, trace) for run in trace.runs],
+        "cards": cards(trace),
+        "partings": partings(trace),
     }
 
 
@@ -135,6 +208,58 @@ def fits_notice(trace: Trace) -> str:
 def compressed_words(layers: int, total: int) -> str:
     """The receipt that compression happened."""
     return f"compressed at {layers} of {total} layers"
+
+
+def cards(trace: Trace) -> list[dict[str, Any]]:
+    """Every finished answer."""
+    return [
+        card(run, trace) | named(*names)
+        for run, names in zip(trace.runs, run_names(trace.runs), strict=True)
+    ]
+
+
+def named(style_name: str, label: str) -> dict[str, str]:
+    """How a card is called and drawn."""
+    return {"method": style_name, "label": label, "glyph": method_style(style_name).glyph}
+
+
+PARTING_WORDS = 90
+"""Characters of common answer shown before the first differing token."""
+
+
+def partings(trace: Trace) -> list[dict[str, Any]]:
+    """Where answers leave FullKV's: the end of what they share, and both tokens with their
+    probabilities under both caches.
+    """
+    found = []
+    for run, (style_name, label) in zip(trace.runs, run_names(trace.runs), strict=True):
+        divergence = run.agreement.divergence if run.agreement else None
+        at = run.agreement.first_divergence if run.agreement else None
+        if divergence is None or at is None:
+            continue
+        shared = "".join(run.pieces[:at])
+        words = zip(divergence.pieces, divergence.token_ids, strict=True)
+        found.append(
+            named(style_name, label)
+            | {
+                "at": at + 1,
+                "shared": ending(shared, PARTING_WORDS),
+                "tokens": [token_words(piece, token_id) for piece, token_id in words],
+                "here": [percent(share) for share in divergence.probabilities],
+                "full": [percent(share) for share in divergence.probabilities_full],
+            }
+        )
+    return found
+
+
+def ending(text: str, most: int) -> str:
+    """The last characters of a text, an ellipsis before them where something is left out."""
+    return text if len(text) <= most else f"\u2026{text[-most:]}"
+
+
+def token_words(piece: str, token_id: int) -> str:
+    """A token's text, or its number where it has none of its own."""
+    return piece or f"token {token_id}"
 
 
 def card(run: Run, trace: Trace) -> dict[str, Any]:
@@ -164,9 +289,7 @@ def card(run: Run, trace: Trace) -> dict[str, Any]:
 
 def card_frame(method: str) -> dict[str, Any]:
     """What a card shows before its run has begun."""
-    return {
-        "method": method,
-        "glyph": method_style(method).glyph,
+    return named(method, method) | {
         "state": "waiting",
         "chip": "",
         "tone": "plain",
@@ -280,6 +403,8 @@ def percent(share: float) -> str:
     value = 100 * share
     if value >= 99.95:
         return "100 %"
+    if 0 < value < 0.05:
+        return "< 0.1 %"
     return f"{value:.0f} %" if value >= 20 else f"{value:.1f} %"
 
 

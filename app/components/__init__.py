@@ -7,6 +7,7 @@ from typing import Any
 from app.view_model import dumps
 
 from .base import Component, head
+from .offline import offline_page
 
 
 class ModelChip(Component):
@@ -45,6 +46,21 @@ class DocumentView(Component):
     view, template = "document", "document_view"
 
 
+class Evidence(Component):
+    """Why a token was kept or dropped, and in which layers a passage survived."""
+
+    view, template = "evidence", "evidence"
+
+
+class WhatIf(Component):
+    """Other settings tried on the stored prompt: predicted at once, answered on request.
+
+    Its events `answer` and `read` carry what to answer with, and whose prompt to read.
+    """
+
+    view, template = "whatif", "what_if"
+
+
 class LayerMap(Component):
     """Retention of all layers and positions on one canvas."""
 
@@ -64,11 +80,14 @@ __all__ = [
     "AnswerCards",
     "Component",
     "DocumentView",
+    "Evidence",
     "FigureView",
     "LayerMap",
     "ModelChip",
     "Readout",
     "StatusLine",
     "TraceStore",
+    "WhatIf",
     "head",
+    "offline_page",
 ]

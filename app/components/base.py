@@ -23,7 +23,11 @@ SCRIPTS = (
     "core",
     "retention",
     "trace_store",
+    "text_layer",
+    "minimap",
     "document_view",
+    "evidence",
+    "what_if",
     "figure_view",
     "layer_map",
     "answer_cards",
@@ -31,9 +35,13 @@ SCRIPTS = (
     "model_chip",
     "readout",
 )
+PAGE_SCRIPTS = ("links", "exports")
+"""Those that a page without a server has no use for."""
+# Gradio looks for the names of a component's own events in this text.
 MOUNT = """
+// events: "answer" "read"
 (function start() {
-  if (window.DynamicKV) window.DynamicKV.mount("%s", element, props, watch);
+  if (window.DynamicKV) window.DynamicKV.mount("%s", element, props, watch, { server, trigger });
   else requestAnimationFrame(start);
 })();
 """
@@ -76,6 +84,10 @@ def head() -> str:
     """Styles and scripts of all components, for the page's <head>: no request of their own, no
     CDN.
     """
-    scripts = "\n".join(read(f"{name}.js") for name in SCRIPTS)
-    styles = f"{css_variables()}\n{read('explorer.css')}"
-    return f"<style>\n{styles}\n</style>\n<script>\n{scripts}\n</script>"
+    scripts = "\n".join(read(f"{name}.js") for name in (*SCRIPTS, *PAGE_SCRIPTS))
+    return f"<style>\n{styles()}\n</style>\n<script>\n{scripts}\n</script>"
+
+
+def styles() -> str:
+    """The palette and the sizes."""
+    return f"{css_variables()}\n{read('explorer.css')}"

@@ -40,6 +40,8 @@ class Figure:
     steps: list[Step] = field(default_factory=list)
     layer_axis: str = ""
     """"x" or "y" when that axis counts layers: hovering it points at a layer everywhere."""
+    position_axis: bool = False
+    """Whether x runs over the document, in per cent."""
     wide_limit: float | None = None
     """A second end of the value axis, offered as a switch."""
 
@@ -52,6 +54,7 @@ class Figure:
             "height": self.height,
             "note": self.note,
             "layerAxis": self.layer_axis,
+            "positionAxis": self.position_axis,
             "wideLimit": self.wide_limit,
             "steps": [
                 {"label": s.label, "note": s.note, "x": s.x, "base": s.base, "limit": s.limit}

@@ -4,10 +4,12 @@ made it.
 
 from __future__ import annotations
 
+import html
+
 import plotly.graph_objects as go
 
 from app.theme import method_style
-from app.view_model import count, window_tokens
+from app.view_model import count, run_names, window_tokens
 from dynamickv.trace import Run, Trace
 
 from .base import Figure, Step, View, blank_figure
@@ -41,9 +43,10 @@ def render(trace: Trace) -> Figure:
         },
     )
     lane = BAR_SPAN / max(len(trace.runs), 1)
-    for index, run in enumerate(trace.runs):
+    for index, (run, names) in enumerate(zip(trace.runs, run_names(trace.runs), strict=True)):
         offset = -BAR_SPAN / 2 + index * lane
-        add_run(figure, run, window_tokens(run, trace.prompt), layers, offset, lane * 0.9)
+        window = window_tokens(run, trace.prompt)
+        add_run(figure, run, names, window, layers, offset, lane * 0.9)
     limit = axis_limit(trace)
     figure.update_xaxes(range=[0, limit])
     return Figure(
@@ -57,17 +60,23 @@ def render(trace: Trace) -> Figure:
 
 
 def add_run(
-    figure: go.Figure, run: Run, window: int, layers: list[int], offset: float, width: float
+    figure: go.Figure,
+    run: Run,
+    names: tuple[str, str],
+    window: int,
+    layers: list[int],
+    offset: float,
+    width: float,
 ) -> None:
     """Two bars per layer: the observation window (hatched) and what was chosen (solid or in the
     method's pattern).
     """
-    style = method_style(run.method)
+    style, label = method_style(names[0]), html.escape(names[1])
     window_part, chosen_part = split_budgets(run.budgets, window)
-    common = {"y": layers, "orientation": "h", "offset": offset, "width": width, "meta": run.method}
+    common = {"y": layers, "orientation": "h", "offset": offset, "width": width, "meta": names[0]}
     figure.add_bar(
         **common,
-        name=f"{run.method}, window",
+        name=f"{label}, window",
         x=window_part,
         base=[0] * len(layers),
         marker={
@@ -77,11 +86,11 @@ def add_run(
             "pattern": {"shape": "/", "fillmode": "replace", "size": 4, "solidity": 0.45},
         },
         customdata=run.budgets,
-        hovertemplate="layer %{y} · " + run.method + "<br>observation window %{x}<extra></extra>",
+        hovertemplate="layer %{y} · " + label + "<br>observation window %{x}<extra></extra>",
     )
     figure.add_bar(
         **common,
-        name=run.method,
+        name=label,
         x=chosen_part,
         base=window_part,
         marker={
@@ -91,9 +100,7 @@ def add_run(
             "pattern": {"shape": style.pattern, "fillmode": "overlay", "size": 5, "solidity": 0.3},
         },
         customdata=run.budgets,
-        hovertemplate="layer %{y} · "
-        + run.method
-        + "<br>%{customdata:,} tokens kept<extra></extra>",
+        hovertemplate="layer %{y} · " + label + "<br>%{customdata:,} tokens kept<extra></extra>",
     )
 
 
@@ -104,8 +111,8 @@ def split_budgets(budgets: list[int], window: int) -> tuple[list[int], list[int]
 
 
 def axis_limit(trace: Trace) -> float:
-    """Room for the compressed methods; FullKV's bars may run out of the picture, and the note says
-    so.
+    """Room for the compressed methods; FullKV's bars may be longer than the axis, and the note
+    says so.
     """
     compressed = [kept for run in trace.runs if run.method != "FullKV" for kept in run.budgets]
     return 1.08 * max(compressed or [trace.prompt.length])
@@ -116,7 +123,7 @@ def scale_note(trace: Trace, limit: float) -> str:
     if trace.prompt.length <= limit or not any(run.method == "FullKV" for run in trace.runs):
         return ""
     tokens = count(trace.prompt.length, "token")
-    return f"FullKV keeps all {tokens} in every layer: its bars run out of the picture."
+    return f"FullKV keeps all {tokens} in every layer: its bars go on past the edge."
 
 
 def film(trace: Trace, final_limit: float) -> list[Step]:

@@ -4,9 +4,12 @@ method.
 
 from __future__ import annotations
 
+import html
+
 import numpy as np
 
 from app.theme import method_style
+from app.view_model import run_names
 from dynamickv.trace import Run, Trace
 
 from .base import Figure, View, blank_figure
@@ -37,23 +40,23 @@ def render(trace: Trace) -> Figure:
             "fixedrange": True,
         },
     )
-    for run in trace.runs:
+    for run, (style_name, label) in zip(trace.runs, run_names(trace.runs), strict=True):
         if run.method == "FullKV":
             continue
-        style = method_style(run.method)
+        style = method_style(style_name)
         shares = kept_by_part(run, trace)
         middles = [100 * (part + 0.5) / len(shares) for part in range(len(shares))]
         figure.add_scatter(
             x=middles,
             y=[round(100 * share, 2) for share in shares],
             mode="lines+markers",
-            name=run.method,
-            meta=run.method,
+            name=label,
+            meta=style_name,
             line={"color": style.light, "dash": style.dash, "width": 2},
             marker={"color": style.light, "symbol": style.symbol, "size": 7},
-            hovertemplate=run.method + "<br>%{y:.1f} % kept<extra></extra>",
+            hovertemplate=html.escape(label) + "<br>%{y:.1f} % kept<extra></extra>",
         )
-    return Figure(plot=figure, height=420)
+    return Figure(plot=figure, height=420, position_axis=True)
 
 
 def kept_by_part(run: Run, trace: Trace) -> list[float]:

@@ -94,7 +94,7 @@ def synthetic_trace(
 
 def make_run(method: str, length: int, layers: int, capacity: int, window: int) -> Run:
     """Invented retention: everything for FullKV, a smooth hump of budgets otherwise."""
-    rng = np.random.default_rng(11)
+    rng = np.random.default_rng(11 if method == "DynamicKV" else len(method))
     keeps_all = method == "FullKV" or length <= capacity
     mask = np.ones((layers, HEADS, length), dtype=bool)
     budgets = [length] * layers

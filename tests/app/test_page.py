@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import pytest
 
+import dynamickv as dkv
+from app import view_model as vm
 from app.components import AnswerCards, Component, TraceStore, head
 from app.components.base import STATIC
 from app.examples import Example, load_examples
-from app.handlers import Handlers, sentence_of, tokens_of
+from app.handlers import FORM_LENGTH, Handlers, sentence_of, tokens_of
 from app.layout import build_app, launch_options
 from app.model_host import ModelHost
 from app.snippets import snippets
 from app.views import VIEWS, View
 from app.views.base import Figure, blank_figure
 from dynamickv.trace import Trace
+from tests.engine.tiny import DOCUMENT, QUESTION, tiny_llm
 
 PUBLIC = {"compare", "tokenize", "methods", "models"}
 
@@ -164,10 +169,25 @@ def test_a_readout_sent_back_by_a_browser_is_checked(value: str | None) -> None:
 
 
 def test_picking_an_example_shows_its_record(host: ModelHost, example: Example) -> None:
-    document, question, capacity, _, cards, store, _ = Handlers(host, {"one": example}).pick("one")
-    assert (document, question, capacity) == (example.document, example.question, 96)
+    cards, store, _, *form = Handlers(host, {"one": example}).pick("one")
+    document, question, methods, capacity, window, *_ = form
+    assert example.trace is not None
+    assert document == vm.document_of(example.trace.prompt)
+    assert (question, capacity, window) == (example.question, 96, 16)
+    # The form says what is on screen: pressing Run runs the same again.
+    assert methods == ["FullKV", "DynamicKV"]
+    assert len(form) == FORM_LENGTH
     assert cards["final"]
+    assert store["example"] == "one"
     assert store["record"]["runs"][1]["method"] == "DynamicKV"
+
+
+def test_a_changed_text_lets_go_of_the_example(host: ModelHost, example: Example) -> None:
+    handlers = Handlers(host, {"one": example})
+    assert handlers.own_text("The river rose again!", "one") is None
+    for same in (example.document, example.document + "\n"):
+        assert handlers.own_text(same, "one") == gr.skip()
+    assert handlers.own_text("anything", None) == gr.skip()
 
 
 def test_broken_examples_are_left_out(tmp_path: Path, trace: Trace) -> None:
@@ -198,8 +218,57 @@ def test_sentences_end_like_sentences() -> None:
     assert sentence_of(KeyError()) == "KeyError."
 
 
-def test_python_snippets_compile() -> None:
-    code = snippets("http://127.0.0.1:7860/", "smollm2-135m")
+HARD = "A \"question\" with \\ and \n and 'quotes' $HOME `id` {braces} END \u202e 港?"
+
+
+def test_snippets_hold_the_form_s_values_whatever_the_text() -> None:
+    methods = [dkv.FullKV(), dkv.DynamicKV(capacity=96, window_size=16, pooling="avg")]
+    code = snippets("http://127.0.0.1:7860/", "smollm2-135m", HARD, methods, 96, 12, False)
+    calls = {}
     for name in ("python", "client"):
-        compile(code[name], name, "exec")
+        tree = ast.parse(code[name])
+        calls[name] = {
+            keyword.arg: keyword.value for node in ast.walk(tree) if isinstance(node, ast.Call)
+            for keyword in node.keywords
+        }  # fmt: skip
+        assert ast.literal_eval(calls[name]["question"]) == HARD
+        assert ast.literal_eval(calls[name]["max_new_tokens"]) == 12
+    assert ast.literal_eval(calls["python"]["question_aware"]) is False
+    assert "dkv.DynamicKV(capacity=96, window_size=16, pooling='avg')" in code["python"]
     assert "http://127.0.0.1:7860/gradio_api" in code["curl"]
+    server = json.loads(code["mcp"])["mcpServers"]["dynamickv"]
+    assert server["url"] == "http://127.0.0.1:7860/gradio_api/mcp/"
+
+
+def test_the_curl_snippet_sends_the_form_s_values(tmp_path: Path) -> None:
+    (tmp_path / "document.txt").write_text("Grüße ${HOME}\n", encoding="utf-8")
+    code = snippets("http://127.0.0.1:1/", "tiny", HARD, [dkv.FullKV()], 96, 12)["curl"]
+    request = code.split("EVENT=", 1)[0]
+    subprocess.run(["bash", "-c", request], cwd=tmp_path, check=True, timeout=60)
+    data = json.loads((tmp_path / "request.json").read_text())["data"]
+    assert data == ["Grüße ${HOME}\n", HARD, ["FullKV"], 96, 12, "tiny"]
+
+
+def test_the_python_snippet_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "document.txt").write_text(DOCUMENT, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    llm = tiny_llm()
+    monkeypatch.setattr(dkv, "load_model", lambda name: llm)
+    methods = [dkv.FullKV(), dkv.SnapKV(capacity=40)]
+    exec(snippets("http://x", "tiny", QUESTION, methods, 40, 4)["python"], {})
+    assert [run.method for run in Trace.load("run.json.gz").runs] == ["FullKV", "SnapKV"]
+    assert "MiB" in capsys.readouterr().out
+
+
+def test_the_form_s_values_reach_the_snippets(host: ModelHost) -> None:
+    handlers = Handlers(host, {}, url="http://page:1")
+    settings = (200, 8, 7, "max", "kv_head", 10, 4, 33, False, True, host.default)
+    python, client, curl, _ = handlers.snippets("Who?", ["SnapKV"], *settings)
+    assert "dkv.SnapKV(capacity=200)" in python
+    assert "max_new_tokens=33" in client
+    assert "http://page:1/gradio_api" in curl
+    # What cannot be run still gives code that can.
+    broken = handlers.snippets(" ", ["SnapKV"], *(4, *settings[1:]))
+    compile(broken[0], "python", "exec")

@@ -9,7 +9,7 @@ import pytest
 
 from app import view_model as vm
 from app.views import render_figures
-from dynamickv.trace import Trace
+from dynamickv.trace import Divergence, Trace
 from tests.app.synthetic import synthetic_trace
 
 
@@ -44,6 +44,9 @@ def test_payload_is_one_json_string_and_holds_the_whole_record(trace: Trace) -> 
     record["prompt"]["text_utf16_offsets"] = decoded_offsets(
         payload["starts"], payload["ends"], trace.prompt.length
     )
+    # What keeps everything travels without its bits; the page writes them into the file it saves.
+    assert [bool(run["retained"]["bits"]) for run in record["runs"]] == [False, True]
+    record["runs"][0]["retained"]["bits"] = trace.runs[0].retained.bits
     assert Trace.from_dict(record) == trace
 
 
@@ -114,3 +117,40 @@ def test_file_name_is_safe(trace: Trace) -> None:
     name = vm.run_file_name(hostile)
     assert name.endswith("_b96_2026-11-23.json.gz")
     assert not set(name) & set("/ <>é\\")
+
+
+def test_payload_of_32k_tokens_stays_within_half_a_megabyte_per_method() -> None:
+    trace = synthetic_trace(tokens=45_400, capacity=512)
+    assert trace.prompt.length > 32_768
+    size = len(vm.dumps(vm.trace_payload(trace, "label", render_figures(trace))))
+    assert size / len(trace.runs) < 500_000
+
+
+def test_a_second_run_of_a_method_says_what_differs(trace: Trace) -> None:
+    run = trace.run("DynamicKV")
+    again = replace(run, parameters=run.parameters | {"capacity": 64})
+    assert vm.run_names([*trace.runs, again, again]) == [
+        ("FullKV", "FullKV"),
+        ("DynamicKV", "DynamicKV"),
+        ("What if", "DynamicKV, capacity 64"),
+        ("What if", "DynamicKV, capacity 64"),
+    ]
+
+
+def test_partings_show_both_tokens_and_their_probabilities(trace: Trace) -> None:
+    run = trace.run("DynamicKV")
+    assert run.agreement is not None
+    divergence = Divergence(
+        token_ids=[7, 8],
+        pieces=[" old", ""],
+        probabilities=[0.41, 0.0001],
+        probabilities_full=[0.02, 0.9],
+    )
+    agreed = replace(run.agreement, divergence=divergence)
+    both = replace(trace, runs=[trace.runs[0], replace(run, agreement=agreed)])
+    (found,) = vm.partings(both)
+    assert (found["at"], found["shared"]) == (2, " The")
+    assert found["tokens"] == [" old", "token 8"]
+    assert found["here"] == ["41 %", "< 0.1 %"]
+    assert found["full"] == ["2.0 %", "90 %"]
+    assert vm.partings(trace) == []

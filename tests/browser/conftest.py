@@ -11,13 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
 from app.examples import Example
 from app.layout import build_app, launch_options
 from app.model_host import ModelHost
-from dynamickv.trace import Trace
+from dynamickv.trace import Scores, Trace
 from tests.app.synthetic import synthetic_trace
 
 LOCAL = re.compile(r"(https?|wss?)://(127\.0\.0\.1|localhost)[:/]|data:|blob:")
@@ -46,6 +47,16 @@ def example(id_: str, trace: Trace, folder: Path) -> Example:
         document=document,
         run_file=path,
     )
+
+
+def scored(trace: Trace) -> Trace:
+    """The same record with invented scores."""
+    table = np.random.default_rng(3).integers(0, 255, (30, trace.prompt.length)).astype(np.uint8)
+    runs = [
+        replace(run, scores=None if run.method == "FullKV" else Scores.pack(table))
+        for run in trace.runs
+    ]
+    return replace(trace, runs=runs)
 
 
 def serve(host: ModelHost, examples: dict[str, Example]) -> Iterator[str]:
@@ -79,6 +90,8 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Example]:
         "long": synthetic_trace(tokens=11_000),
         "hostile": synthetic_trace(document=HOSTILE, capacity=40),
         "fits": synthetic_trace(tokens=60, capacity=512),
+        "three": synthetic_trace(methods=("FullKV", "SnapKV", "DynamicKV")),
+        "scored": scored(synthetic_trace()),
     }
     answer: dict[str, Any] = {
         "answer": HOSTILE,
@@ -144,6 +157,14 @@ def page(browser: Browser) -> Iterator[Page]:
     assert not problems, problems[:5]
 
 
+@pytest.fixture
+def context_offline(browser: Browser) -> Iterator[BrowserContext]:
+    """A window without any network."""
+    context = browser.new_context(viewport={"width": 1400, "height": 900}, offline=True)
+    yield context
+    context.close()
+
+
 def open_page(page: Page, url: str, query: str = "") -> None:
     """Open the page and wait until it is painted, chart included."""
     page.goto(url + query)
@@ -154,4 +175,4 @@ def open_page(page: Page, url: str, query: str = "") -> None:
 def pick(page: Page, title: str) -> None:
     """Choose an example."""
     page.get_by_label("Example", exact=True).click()
-    page.get_by_role("option", name=title).click()
+    page.get_by_role("option", name=title, exact=True).click()

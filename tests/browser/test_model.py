@@ -41,7 +41,7 @@ def test_a_comparison_runs_from_paste_to_receipts(page: Page, model_url: str) ->
     expect(page.locator("#dkv-stop")).to_be_enabled()
     expect(page.locator("#dkv-status")).to_contain_text("layer")
     expect(page.locator("#dkv-status")).to_contain_text("Done.", timeout=60_000)
-    expect(page.locator(".dkv-source")).to_contain_text("run here")
+    expect(page.locator("[data-role=source]")).to_contain_text("run here")
     card = page.locator(".dkv-card[data-method=DynamicKV]")
     expect(card.locator(".dkv-chip")).to_have_text("compressed at 30 of 30 layers")
     expect(card.locator(".dkv-answer")).not_to_be_empty()
@@ -73,7 +73,7 @@ def test_stop_during_the_prefill_keeps_the_run_before(page: Page, model_url: str
     expect(page.locator("#dkv-status")).to_contain_text("layer")
     page.locator("#dkv-stop").click()
     expect(page.locator("#dkv-status")).to_contain_text("Stopped while reading", timeout=30_000)
-    expect(page.locator(".dkv-source")).to_have_text("recorded on 23 November 2026")
+    expect(page.locator("[data-role=source]")).to_have_text("recorded on 23 November 2026")
     expect(page.locator("#dkv-run")).to_be_enabled()
 
 

@@ -36,9 +36,18 @@ def highlights(page: Page) -> dict[str, int]:
     return found
 
 
+def point_at_text(page: Page, x: int = 40, y: int = 12) -> None:
+    """Move the pointer to a place in the document's text."""
+    text = page.locator(".dkv-text[data-role=text]")
+    page.locator(".dkv-scroll").scroll_into_view_if_needed()
+    box = text.bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + x, box["y"] + y)
+
+
 def test_first_paint_is_a_recorded_run(page: Page, page_url: str) -> None:
     open_page(page, page_url)
-    expect(page.locator(".dkv-source")).to_have_text("recorded on 23 November 2026")
+    expect(page.locator("[data-role=source]")).to_have_text("recorded on 23 November 2026")
     expect(page.locator(".dkv-card[data-method=DynamicKV] .dkv-chip")).to_have_text(
         "compressed at 30 of 30 layers"
     )
@@ -114,9 +123,7 @@ def test_keys_and_links_move_everything(page: Page, page_url: str) -> None:
     page.keyboard.press("[")
     expect(page.locator(".dkv-document .dkv-tabs [aria-pressed=true]")).to_contain_text("FullKV")
     page.keyboard.press("]")
-    box = page.locator(".dkv-text[data-role=text]").bounding_box()
-    assert box is not None
-    page.mouse.move(box["x"] + 40, box["y"] + 12)
+    point_at_text(page)
     expect(page.locator(".dkv-tip")).to_contain_text("of 30 layers")
     assert highlights(page)["dkv-hover"] == 1
     expect(page.locator(".dkv-map-cursor")).to_be_visible()
@@ -183,9 +190,7 @@ def test_without_the_highlight_api_spans_say_the_same(
     text = page.evaluate("document.querySelector('.dkv-text[data-role=text]').textContent")
     assert text == recorded["ordinary"].document
     assert page.locator(".dkv-text [class^=dkv-span]").count() > 50
-    box = page.locator(".dkv-text[data-role=text]").bounding_box()
-    assert box is not None
-    page.mouse.move(box["x"] + 40, box["y"] + 12)
+    point_at_text(page)
     expect(page.locator(".dkv-tip")).to_contain_text("of 30 layers")
 
 
@@ -219,7 +224,7 @@ def test_bad_texts_get_one_sentence_and_are_kept(
     expect(page.locator(".dkv-status[data-state=error]")).to_contain_text(sentence)
     expect(page.locator("#dkv-run")).to_be_enabled()
     assert page.evaluate(f"document.querySelector('{field} textarea').value.length") == len(value)
-    expect(page.locator(".dkv-source")).to_have_text("recorded on 23 November 2026")
+    expect(page.locator("[data-role=source]")).to_have_text("recorded on 23 November 2026")
 
 
 def test_fullkv_cannot_be_left_out(page: Page, page_url: str) -> None:
@@ -232,7 +237,7 @@ def test_fullkv_cannot_be_left_out(page: Page, page_url: str) -> None:
 def test_run_stays_in_sight_with_all_settings_open(page: Page, page_url: str) -> None:
     open_page(page, page_url)
     page.locator("#dkv-advanced > button").click()
-    expect(page.get_by_label("Update interval")).to_be_visible()
+    expect(page.get_by_role("spinbutton", name="Update interval")).to_be_visible()
     expect(page.locator("#dkv-run")).to_be_in_viewport(ratio=1)
 
 
@@ -250,7 +255,7 @@ def test_a_missing_model_is_one_sentence(page: Page, page_url: str) -> None:
     page.locator("#dkv-run").click()
     expect(page.locator(".dkv-status[data-state=error]")).to_contain_text("there is no network.")
     expect(page.locator("#dkv-run")).to_be_enabled()
-    expect(page.locator(".dkv-source")).to_have_text("recorded on 23 November 2026")
+    expect(page.locator("[data-role=source]")).to_have_text("recorded on 23 November 2026")
 
 
 def test_a_binary_upload_is_refused_and_the_text_kept(

@@ -1,31 +1,57 @@
 // The page's shared ground: one namespace, one store of what is on screen, and the words it sends out.
-// Views never call each other. They listen to window events "dkv:trace", "dkv:layer", "dkv:method", "dkv:hover", "dkv:theme".
-// Texts from users reach the DOM through textContent only.
+// Views never call each other. They listen to window events "dkv:trace", "dkv:runs", "dkv:view", "dkv:hover", "dkv:pin",
+// "dkv:reveal" and "dkv:theme". Texts from users reach the DOM through textContent only.
 (() => {
   "use strict";
   const views = {};
-  const store = { trace: null, layer: null, run: 0, hover: null };
+  // What is looked at. layer null: all layers; head null: all heads; against: a second run to compare with, or null.
+  const view = { layer: null, head: null, run: 0, against: null, unit: "token", mark: "fill", shades: "normal" };
+  const CHOICES = { unit: ["token", "word", "sentence", "paragraph"], mark: ["fill", "underline"], shades: ["soft", "normal", "strong"] };
+  const store = { payload: null, trace: null, view, hover: null, pin: null, cards: null };
 
   const emit = (name, detail) => window.dispatchEvent(new CustomEvent(`dkv:${name}`, { detail }));
   const on = (name, listener) => window.addEventListener(`dkv:${name}`, (event) => listener(event.detail));
 
-  // Only one value changes at a time, and only a change is told.
-  const setLayer = (layer) => { if (layer !== store.layer) { store.layer = layer; emit("layer", layer); } };
-  const setRun = (run) => { if (run !== store.run && store.trace?.runs[run]) { store.run = run; emit("method", run); } };
-  const setHover = (hover) => {
+  const within = (value, count) => (Number.isInteger(value) && value >= 0 && value < count ? value : null);
+  const heads = () => Math.max(0, ...store.trace.runs.map((run) => run.heads));
+
+  // Change what is looked at; values that do not exist here are left out. Only a change is told.
+  function setView(changes) {
+    if (!store.trace) return;
+    const { runs, layers } = store.trace;
+    const next = { ...view, ...changes };
+    next.layer = within(next.layer, layers);
+    next.head = within(next.head, heads());
+    next.run = within(next.run, runs.length) ?? view.run;
+    next.against = within(next.against, runs.length);
+    if (next.against === next.run) next.against = null;
+    for (const [key, choices] of Object.entries(CHOICES)) if (!choices.includes(next[key])) next[key] = view[key];
+    const changed = Object.keys(view).filter((key) => next[key] !== view[key]);
+    if (!changed.length) return;
+    Object.assign(view, next);
+    emit("view", new Set(changed));
+  }
+
+  const setLayer = (layer) => setView({ layer });
+  const setRun = (run) => setView({ run });
+  // A view takes back only what it pointed at itself: the pointer may have reached the next one already.
+  const setHover = (hover, source = null) => {
     const before = store.hover;
-    if (before?.source === hover?.source && before?.layer === hover?.layer && before?.position === hover?.position) return;
+    if (!hover && source && before?.source !== source) return;
+    if (["source", "layer", "position", "last"].every((key) => before?.[key] === hover?.[key])) return;
     store.hover = hover;
     emit("hover", hover);
   };
+  const setPin = (pin) => { store.pin = pin; emit("pin", pin); };
 
   function setTrace(payload) {
+    store.payload = payload;
     store.trace = payload ? decode(payload) : null;
-    store.layer = null;
     store.hover = null;
     const runs = store.trace ? store.trace.runs : [];
-    store.run = Math.max(0, runs.findLastIndex((run) => run.method !== "FullKV"));
+    Object.assign(view, { layer: null, head: null, against: null, run: Math.max(0, runs.findLastIndex((run) => run.method !== "FullKV")) });
     emit("trace", store.trace);
+    setPin(null);
   }
 
   // The record with its token offsets unpacked (they travel as deltas: see encode_offsets in view_model.py) and its bits counted.
@@ -38,18 +64,67 @@
     for (let i = 0; i + 1 < length; i += 1) ends[i] = starts[i + 1];
     for (const [index, end] of exceptions) ends[index] = end;
     const layers = record.model.num_layers;
-    const runs = record.runs.map((run, i) => ({ ...run, ...looks[i], heads: run.retained.heads, kept: DynamicKV.keptHeads(run, layers, length) }));
+    const runs = record.runs.map((run, i) => counted({ ...run, ...looks[i] }, layers, length));
     return { ...rest, record, layers, prompt: { ...record.prompt, starts, ends }, runs };
   }
 
+  const counted = (run, layers, length) => {
+    const bytes = DynamicKV.bytesOf(run, layers, length);
+    return { ...run, heads: run.retained.heads, bytes, kept: DynamicKV.keptHeads(bytes, run.retained.heads, layers, length) };
+  };
+
+  // Show a choice that was not answered with beside the runs, or take it away. It is drawn like a run and saved with none.
+  function setPredicted(run, select = true) {
+    const { trace } = store;
+    if (!trace) return;
+    const had = trace.runs.at(-1)?.predicted;
+    if (!run && !had) return;
+    if (had) trace.runs.pop();
+    if (run) trace.runs.push(counted(run, trace.layers, trace.prompt.length));
+    const last = trace.runs.length - 1;
+    if (run && select) view.run = last;
+    if (view.run > last) view.run = Math.max(0, trace.runs.findLastIndex((item) => item.method !== "FullKV"));
+    if (view.against > last || view.against === view.run) view.against = null;
+    emit("runs");
+  }
+
   // The run file, exactly as the engine would write it, gzipped here: nothing is sent or kept anywhere.
-  async function saveRun() {
-    if (!store.trace) return;
-    const { record, prompt, name } = store.trace;
+  async function wholeRecord() {
+    const { record, prompt } = store.trace;
     const offsets = Array.from(prompt.starts, (start, i) => [start, prompt.ends[i]]);
-    const text = JSON.stringify({ ...record, prompt: { ...record.prompt, text_utf16_offsets: offsets } });
-    const zipped = new Blob([text]).stream().pipeThrough(new CompressionStream("gzip"));
-    saveBlob(await new Response(zipped).blob(), name);
+    const runs = await Promise.all(record.runs.map(async (run, i) => ({
+      ...run,
+      retained: { ...run.retained, bits: run.retained.bits || DynamicKV.allOnes(record.model.num_layers * run.retained.heads * prompt.length) },
+      scores: store.trace.runs[i].scored ? await scoresOf(i) : null,
+    })));
+    return { ...record, prompt: { ...record.prompt, text_utf16_offsets: offsets }, runs };
+  }
+
+  // Letters become dots, unit by unit, and spaces stay, so that offsets still fit; token numbers would give the words away.
+  const dotted = (text) => text.replace(/\S/g, (character) => "·".repeat(character.length));
+  function withoutText(record) {
+    const runs = record.runs.map((run) => ({
+      ...run,
+      answer: dotted(run.answer), pieces: run.pieces.map(dotted), token_ids: run.token_ids.map(() => 0),
+      agreement: run.agreement && { ...run.agreement, divergence: null },
+    }));
+    return { ...record, prompt: { ...record.prompt, text: dotted(record.prompt.text), question: dotted(record.prompt.question) }, runs };
+  }
+
+  async function saveRun(text = true) {
+    if (!store.trace) return;
+    const whole = await wholeRecord();
+    const zipped = new Blob([JSON.stringify(text ? whole : withoutText(whole))]).stream().pipeThrough(new CompressionStream("gzip"));
+    const { name } = store.trace;
+    saveBlob(await new Response(zipped).blob(), text ? name : name.replace(".json.gz", "_no-text.json.gz"));
+  }
+
+  // Base64 of a run's scores: fetched once, when somebody asks. Null where none were recorded.
+  async function scoresOf(index) {
+    const run = store.trace.runs[index];
+    if (!run.scored) return null;
+    run.scores ??= store.server?.scores ? { bytes: (await store.server.scores({ key: store.trace.key, run: index }))?.bytes } : null;
+    return run.scores?.bytes ? run.scores : null;
   }
 
   function saveBlob(blob, name) {
@@ -72,6 +147,7 @@
   const cssColor = (name) => getComputedStyle(document.body).getPropertyValue(name).trim();
   const reducedMotion = () => window.matchMedia("(prefers-reduced-motion: reduce)").matches;
   const plain = (number) => number.toLocaleString("en-GB");
+  const counting = (number, noun) => `${plain(number)} ${noun}${number === 1 ? "" : "s"}`;
   const parse = (value) => { try { return value ? JSON.parse(value) : null; } catch { return null; } };
 
   // Build an element from a tag, properties and children: strings become text nodes.
@@ -98,15 +174,17 @@
     };
   }
 
-  // Called by every gr.HTML component when Gradio has put its static template on the page.
-  function mount(name, element, props, watch) {
-    const update = views[name](element, props);
+  // Called by every gr.HTML component when Gradio has put its static template on the page; `link` has its server's functions
+  // and its events.
+  function mount(name, element, props, watch, link = {}) {
+    store.server = { ...store.server, ...Object.fromEntries(["scores", "predict"].filter((key) => link.server?.[key]).map((key) => [key, link.server[key]])) };
+    const update = views[name](element, props, link);
     const show = () => update(parse(props.value));
     watch("value", show);
     show();
   }
 
-  const register = (name, view) => { views[name] = view; };
+  const register = (name, view_) => { views[name] = view_; };
 
   document.addEventListener("keydown", (event) => {
     if (event.altKey || event.ctrlKey || event.metaKey || !store.trace) return;
@@ -115,21 +193,31 @@
     const last = store.trace.layers - 1;
     const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
     if (step && !onSlider) {
-      const layer = store.layer === null ? (step > 0 ? 0 : last) : store.layer + step;
+      const layer = view.layer === null ? (step > 0 ? 0 : last) : view.layer + step;
       setLayer(layer < 0 || layer > last ? null : layer);
       event.preventDefault();
     } else if (event.key === "[" || event.key === "]") {
       const runs = store.trace.runs.length;
-      setRun((store.run + (event.key === "]" ? 1 : runs - 1)) % runs);
+      setRun((view.run + (event.key === "]" ? 1 : runs - 1)) % runs);
+    } else if (event.key === "/") {
+      document.querySelector('.dkv-document [data-role="find"]')?.focus();
+      event.preventDefault();
     } else if (event.key === "Escape") {
       setHover(null);
+      setPin(null);
     }
   });
 
-  if (document.body) watchTheme(); else document.addEventListener("DOMContentLoaded", watchTheme);
+  // ?embed=1 leaves out everything but the run; ?big=1 is for a lecture hall.
+  function dress() {
+    const wanted = new URLSearchParams(window.location.search);
+    for (const name of ["embed", "big"]) document.body.classList.toggle(`dkv-${name}`, wanted.get(name) === "1");
+    watchTheme();
+  }
+  if (document.body) dress(); else document.addEventListener("DOMContentLoaded", dress);
 
   window.DynamicKV = {
-    store, emit, on, setLayer, setRun, setHover, setTrace, register, mount,
-    saveRun, saveBlob, make, framed, plain, dark, cssColor, reducedMotion,
+    store, emit, on, setView, setLayer, setRun, setHover, setPin, setTrace, setPredicted, register, mount,
+    saveRun, saveBlob, wholeRecord, scoresOf, make, framed, plain, counting, dark, cssColor, reducedMotion,
   };
 })();

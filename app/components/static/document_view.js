@@ -1,140 +1,60 @@
-// The document view: the prompt as it was, with kept tokens marked by the CSS Custom Highlight API.
-// The text is one text node per paragraph; a layer change only rebuilds ranges. Browsers without the API get merged spans.
+// The document view: the prompt as it was, with kept tokens marked, and what one can ask of it.
 (() => {
   "use strict";
   const { DynamicKV } = window;
-  const { store, on, make, plain, framed } = DynamicKV;
-  const LEVEL_NAMES = [1, 2, 3, 4, 5].map((level) => `dkv-kept-${level}`);
-  const native = () => Boolean(window.CSS?.highlights && window.Highlight && window.StaticRange);
+  const { store, on, make, plain, counting, framed, setView } = DynamicKV;
+  const { view } = store;
+  const KEPT = [1, 2, 3, 4, 5].map((shade) => `dkv-kept-${shade}`);
+  const DIFFERS = ["dkv-both", "dkv-only-a", "dkv-only-b"];
+  // Which of the five shades each level gets: a choice of contrast, told by the legend.
+  const SHADES = { soft: [1, 1, 2, 2, 3], normal: [1, 2, 3, 4, 5], strong: [2, 3, 4, 5, 5] };
+  const GAP = 12; // tokens in a row that nothing keeps
 
   DynamicKV.register("document", (element) => {
     const find = (role) => element.querySelector(`[data-role="${role}"]`);
     const slider = find("slider");
     const tip = element.querySelector(".dkv-tip");
-    const tabs = element.querySelector(".dkv-tabs");
     const scroll = element.querySelector(".dkv-scroll");
     const folds = { before: find("before"), after: find("after") };
     const boxes = [folds.before.querySelector(".dkv-text"), find("text"), folds.after.querySelector(".dkv-text")];
-    let nodes = []; // {node, start, end} in UTF-16 units of the whole prompt, ascending
-    let places = new Map(); // the same, by node
+    const text = DynamicKV.textLayer(boxes);
+    const minimap = DynamicKV.minimap(text, scroll, find("minimap"));
+    let units = {}; // first tokens of words, sentences and paragraphs, found when asked for
+    let hits = [];
+    let hit = -1;
+    let gap = -1;
 
-    const run = () => store.trace.runs[store.run];
-    const previewed = () => (store.hover && store.hover.source !== "document" && store.hover.layer !== undefined ? store.hover.layer : store.layer);
-
-    // ---- text -------------------------------------------------------------------------------------------------
-    function fill() {
-      nodes = [];
-      const { text, document_utf16_span } = store.trace.prompt;
-      const sections = [[0, document_utf16_span[0]], document_utf16_span, [document_utf16_span[1], text.length]];
-      sections.forEach(([start, end], index) => fillSection(boxes[index], text, start, end));
-      places = new Map(nodes.map((entry) => [entry.node, entry]));
-    }
-
-    function fillSection(box, text, start, end) {
-      box.replaceChildren();
-      let from = start;
-      while (from < end) {
-        const newline = text.indexOf("\n", from);
-        const to = newline < 0 || newline + 1 > end ? end : newline + 1;
-        const node = document.createTextNode(text.slice(from, to));
-        box.append(node);
-        nodes.push({ node, start: from, end: to });
-        from = to;
-      }
-    }
-
-    function nodeAt(unit) {
-      let low = 0;
-      let high = nodes.length - 1;
-      while (low < high) {
-        const middle = (low + high + 1) >> 1;
-        if (nodes[middle].start <= unit) low = middle; else high = middle - 1;
-      }
-      return low;
-    }
-
-    // Static ranges over [start, end) units; one per paragraph touched.
-    function ranges(start, end, out) {
-      for (let i = nodeAt(start); i < nodes.length && nodes[i].start < end; i += 1) {
-        const { node, start: base, end: stop } = nodes[i];
-        const from = Math.max(start, base) - base;
-        const to = Math.min(end, stop) - base;
-        if (to > from) out.push(new StaticRange({ startContainer: node, startOffset: from, endContainer: node, endOffset: to }));
-      }
-    }
-
-    // Runs of tokens that share a level become one range.
-    function merged(levels, use) {
-      const { starts, ends } = store.trace.prompt;
-      let first = 0;
-      for (let i = 1; i <= levels.length; i += 1) {
-        if (i < levels.length && levels[i] === levels[first]) continue;
-        if (levels[first]) use(levels[first], starts[first], ends[i - 1]);
-        first = i;
-      }
-    }
+    const run = () => store.trace.runs[view.run];
+    const other = () => (view.against === null ? null : store.trace.runs[view.against]);
+    const previewed = () => (store.hover && store.hover.source !== "document" && store.hover.layer !== undefined ? store.hover.layer : view.layer);
+    const unitsNow = () => (view.unit === "token" ? null : (units[view.unit] ??= DynamicKV.unitsOf(store.trace.prompt, view.unit)));
 
     // ---- marks ------------------------------------------------------------------------------------------------
     function paint() {
       if (!store.trace?.runs.length) return;
       const layer = previewed();
-      const { length } = store.trace.prompt;
-      const levels = DynamicKV.levels(run(), layer, store.trace.layers, length);
-      if (native()) paintHighlights(levels); else paintSpans(levels);
+      const { layers, prompt: { length } } = store.trace;
+      const shades = SHADES[view.shades];
+      if (other()) {
+        const marks = DynamicKV.difference(run(), other(), layer, view.head, layers, length);
+        text.paint(marks.map((mark) => (mark ? KEPT.length + mark : 0)), [...KEPT, ...DIFFERS]);
+      } else {
+        const levels = DynamicKV.levels(run(), layer, view.head, layers, length, unitsNow());
+        text.paint(levels.map((level) => (level ? shades[level - 1] : 0)), [...KEPT, ...DIFFERS]);
+      }
+      element.classList.toggle("dkv-underlined", view.mark === "underline");
       describe(layer);
     }
 
-    function paintHighlights(levels) {
-      const buckets = LEVEL_NAMES.map(() => []);
-      merged(levels, (level, start, end) => ranges(start, end, buckets[level - 1]));
-      LEVEL_NAMES.forEach((name, i) => setHighlight(name, buckets[i], 1));
-    }
-
-    function setHighlight(name, found, priority) {
-      const highlight = new Highlight();
-      for (const range of found) highlight.add(range);
-      highlight.priority = priority;
-      CSS.highlights.set(name, highlight);
-    }
-
-    function paintSpans(levels) {
-      fill();
-      const { text } = store.trace.prompt;
-      const marks = [];
-      merged(levels, (level, start, end) => marks.push([start, end, level]));
-      let next = 0;
-      for (const { node, start, end } of nodes) {
-        const parts = [];
-        let at = start;
-        while (next < marks.length && marks[next][0] < end) {
-          const [from, to, level] = marks[next];
-          const left = Math.max(from, start);
-          const right = Math.min(to, end);
-          parts.push(text.slice(at, left), make("span", { className: `dkv-span-${level}` }, text.slice(left, right)));
-          at = right;
-          if (to > end) break;
-          next += 1;
-        }
-        if (parts.length) node.replaceWith(...parts, text.slice(at, end));
-      }
-    }
-
     function markWindow() {
-      if (!native()) return;
-      const { length, starts, ends } = store.trace.prompt;
-      const out = [];
-      const window_ = run().window;
-      if (window_) ranges(starts[length - window_], ends[length - 1], out);
-      setHighlight("dkv-window", out, 2);
+      const { length } = store.trace.prompt;
+      if (run()?.window) text.markTokens("dkv-window", length - run().window, length - 1, 2); else text.clear("dkv-window");
     }
 
     function markHover() {
-      if (!native()) return;
-      const out = [];
-      const { starts, ends } = store.trace.prompt;
-      const hover = store.hover;
-      if (hover?.position !== undefined) ranges(starts[hover.position], ends[hover.last ?? hover.position], out);
-      setHighlight("dkv-hover", out, 3);
+      const { hover } = store;
+      if (hover?.position === undefined) text.clear("dkv-hover");
+      else text.markTokens("dkv-hover", hover.position, hover.last ?? hover.position, 4);
     }
 
     // ---- words ------------------------------------------------------------------------------------------------
@@ -150,104 +70,100 @@
       find("where").textContent = all
         ? `all ${layers} layers`
         : `layer ${layer}: ${plain(current.budgets[layer])} of ${plain(prompt.length)} kept`;
-      const names = DynamicKV.levelNames(current, layer, layers);
-      find("legend").replaceChildren(
-        make("span", { className: "dkv-legend-name" }, all ? "kept in … layers" : `kept by … of ${current.heads} heads`),
-        make("span", { className: "dkv-swatch dkv-level-0" }, "0"),
-        ...names.flatMap((name, i) => (name === null ? [] : [make("span", { className: `dkv-swatch dkv-level-${i + 1}` }, name)])),
-        ...(current.window ? [make("span", { className: "dkv-swatch dkv-level-window" }, `window (last ${current.window})`)] : []),
-      );
+      find("legend").replaceChildren(...(other() ? differenceLegend(all) : levelLegend(layer)));
       fold(folds.before, 0, prompt.document_span[0], "template before the document", layer);
       fold(folds.after, prompt.document_span[1], prompt.length, "question and template after the document", layer);
+    }
+
+    const swatch = (name, words) => make("span", { className: `dkv-swatch dkv-level-${name}` }, words);
+
+    function levelLegend(layer) {
+      const current = run();
+      const names = DynamicKV.levelNames(current, layer, view.head, store.trace.layers, view.unit !== "token");
+      const shades = SHADES[view.shades];
+      const by = view.head === null ? "" : ` by head ${view.head}`;
+      const what = view.unit !== "token" ? `of the ${view.unit} is kept${by}` : layer === null ? `kept${by} in … layers` : view.head === null ? `kept by … of ${current.heads} heads` : `head ${view.head}`;
+      return [
+        make("span", { className: "dkv-legend-name" }, what),
+        swatch(0, view.head !== null && layer !== null ? "dropped" : "0"),
+        ...names.flatMap((name, i) => (name === null ? [] : [swatch(shades[i], name)])),
+        ...(current.window ? [swatch("window", `window (last ${current.window})`)] : []),
+      ];
+    }
+
+    // The observation window votes and is always kept: with a chat template a small one covers little of the question.
+    function windowWords(size) {
+      const { prompt } = store.trace;
+      if (!size) return "";
+      if (!prompt.question_aware) return ` · the voting window is the document's last ${size}`;
+      const [first, last] = prompt.question_span;
+      const asked = Math.max(0, Math.min(last, prompt.length) - Math.max(first, prompt.length - size));
+      return ` · the voting window is the last ${size}: ${asked} of the question, ${size - asked} of the template`;
+    }
+
+    function differenceLegend(all) {
+      const margin = DynamicKV.margin(store.trace.layers);
+      const [a, b] = [run().label, other().label];
+      return all
+        ? [swatch("only-a", `${a} keeps it in ${margin + 1} layers more, at least`), swatch("only-b", `${b} does`), swatch("both", "about as many"), swatch(0, "neither")]
+        : [swatch("only-a", `only ${a}`), swatch("only-b", `only ${b}`), swatch("both", "both"), swatch(0, "neither")];
     }
 
     function fold(box, from, to, name, layer) {
       const total = to - from;
       box.hidden = total <= 0;
-      const { length } = store.trace.prompt;
-      const counts = layer === null ? DynamicKV.keptLayers(run(), store.trace.layers, length) : run().kept.subarray(layer * length, (layer + 1) * length);
+      const { counts } = DynamicKV.countsAt(run(), layer, view.head, store.trace.layers, store.trace.prompt.length);
       const where = layer === null ? "in a layer or more" : `at layer ${layer}`;
       let kept = 0;
       for (let i = from; i < to; i += 1) kept += counts[i] > 0 ? 1 : 0;
       const seen = name.startsWith("question") ? (store.trace.prompt.question_aware ? " · the scorer saw the question" : " · the scorer did not see the question") : "";
-      box.querySelector("summary").textContent = `${plain(total)} ${total === 1 ? "token" : "tokens"}: ${name} · ${plain(kept)} kept ${where}${seen}`;
+      box.querySelector("summary").textContent = `${counting(total, "token")}: ${name} · ${plain(kept)} kept ${where}${seen}${name.startsWith("question") ? windowWords(run().window) : ""}`;
     }
 
     function fillTabs() {
-      tabs.replaceChildren(...store.trace.runs.map((item, index) => {
-        const button = make("button", { type: "button", data: { method: item.method } },
-          make("span", { className: "dkv-glyph", ariaHidden: "true" }, item.glyph), item.method);
-        button.setAttribute("aria-pressed", String(index === store.run));
+      find("tabs").replaceChildren(...store.trace.runs.map((item, index) => {
+        const button = make("button", { type: "button", data: { method: item.look } },
+          make("span", { className: "dkv-glyph", ariaHidden: "true" }, item.glyph), item.label);
+        button.setAttribute("aria-pressed", String(index === view.run));
         button.addEventListener("click", () => DynamicKV.setRun(index));
         return button;
       }));
     }
 
+    const option = (value, label, chosen) => make("option", { value: String(value), selected: chosen }, label);
+    function fillChoices() {
+      const { runs } = store.trace;
+      const heads = Math.max(0, ...runs.map((item) => item.heads));
+      find("head").replaceChildren(option("", "all", view.head === null), ...Array.from({ length: heads }, (_, head) => option(head, String(head), head === view.head)));
+      find("against").replaceChildren(option("", "nothing", view.against === null),
+        ...runs.flatMap((item, index) => (index === view.run ? [] : [option(index, item.label, index === view.against)])));
+      for (const key of ["unit", "mark", "shades"]) find(key).value = view[key];
+      find("unit").disabled = view.against !== null;
+    }
+
     // ---- pointing ---------------------------------------------------------------------------------------------
-    // Where a text node begins in the prompt; spans of the fallback are found by measuring their section.
-    function unitOf(node) {
-      const entry = places.get(node);
-      if (entry) return entry.start;
-      const index = node?.nodeType === Node.TEXT_NODE ? boxes.findIndex((box) => box.contains(node)) : -1;
-      if (index < 0) return -1;
-      const range = document.createRange();
-      range.setStart(boxes[index], 0);
-      range.setEnd(node, 0);
-      const { document_utf16_span } = store.trace.prompt;
-      return [0, ...document_utf16_span][index] + range.toString().length;
-    }
-
-    function unitAt(x, y) {
-      let node; let offset;
-      if (document.caretPositionFromPoint) {
-        const caret = document.caretPositionFromPoint(x, y);
-        if (!caret) return -1;
-        ({ offsetNode: node, offset } = caret);
-      } else if (document.caretRangeFromPoint) {
-        const caret = document.caretRangeFromPoint(x, y);
-        if (!caret) return -1;
-        ({ startContainer: node, startOffset: offset } = caret);
-      }
-      const start = unitOf(node);
-      if (start < 0) return -1;
-      // The caret sits between characters: take the character whose box holds the pointer.
-      for (const at of [offset - 1, offset]) {
-        if (at < 0 || at >= node.length) continue;
-        const range = document.createRange();
-        range.setStart(node, at);
-        range.setEnd(node, at + 1);
-        const holds = [...range.getClientRects()].some((box) => x >= box.left && x <= box.right && y >= box.top && y <= box.bottom);
-        if (holds) return start + at;
-      }
-      return -1;
-    }
-
     const point = framed((x, y) => {
-      if (!store.trace) return;
-      const unit = unitAt(x, y);
-      const { starts, ends } = store.trace.prompt;
-      let position = unit < 0 ? -1 : DynamicKV.tokenAt(starts, unit);
-      if (position >= 0 && ends[position] <= unit) position = -1;
-      if (position < 0) { DynamicKV.setHover(null); return; }
-      let last = position;
-      while (position > 0 && ends[position - 1] > unit) position -= 1; // tokens that share this character
-      DynamicKV.setHover({ source: "document", position, last });
-      showTip(x, y, position, last);
+      if (!store.trace?.runs.length) return;
+      const found = text.tokensAt(x, y);
+      DynamicKV.setHover(found && { source: "document", ...found }, "document");
+      if (found) showTip(x, y, found.position, found.last);
     });
+
+    const visible = (part) => part.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/ /g, "·");
 
     function showTip(x, y, position, last) {
       const { prompt, layers } = store.trace;
       const current = run();
-      const shown = prompt.text.slice(prompt.starts[position], prompt.ends[last]).replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/ /g, "·");
-      const kept = DynamicKV.keptLayers(current, layers, prompt.length)[position];
-      tip.querySelector('[data-role="token"]').textContent = shown;
+      const kept = DynamicKV.keptLayers(current, layers, prompt.length, view.head)[position];
+      tip.querySelector('[data-role="token"]').textContent = visible(prompt.text.slice(prompt.starts[position], prompt.ends[last]));
       const place = last > position ? `${last - position + 1} tokens, positions ${position}–${last}` : `position ${plain(position)} of ${plain(prompt.length)}`;
-      tip.querySelector('[data-role="facts"]').textContent = `${place} · ${current.method} keeps it in ${kept} of ${layers} layers`;
+      tip.querySelector('[data-role="facts"]').textContent = `${place} · ${current.label} keeps it in ${kept} of ${layers} layers · click: why`;
       const cells = tip.querySelector('[data-role="cells"]');
       if (cells.children.length !== layers) cells.replaceChildren(...Array.from({ length: layers }, () => make("i")));
+      const seen = DynamicKV.seen(current, view.head, layers, prompt.length);
       for (let layer = 0; layer < layers; layer += 1) {
-        cells.children[layer].style.setProperty("--share", current.kept[layer * prompt.length + position] / current.heads);
-        cells.children[layer].classList.toggle("dkv-on", layer === store.layer);
+        cells.children[layer].style.setProperty("--share", seen.kept[layer * prompt.length + position] / seen.heads);
+        cells.children[layer].classList.toggle("dkv-on", layer === view.layer);
       }
       tip.hidden = false;
       const box = element.getBoundingClientRect();
@@ -257,8 +173,16 @@
     }
 
     scroll.addEventListener("pointermove", (event) => point(event.clientX, event.clientY));
-    scroll.addEventListener("click", (event) => point(event.clientX, event.clientY));
     scroll.addEventListener("pointerleave", () => point(-1, -1));
+    // A click asks why one token was kept; a selection asks in which layers the passage survived.
+    scroll.addEventListener("click", (event) => {
+      if (!store.trace?.runs.length || event.target.closest("summary")) return;
+      const passage = text.selected();
+      const found = passage || text.tokensAt(event.clientX, event.clientY);
+      if (found) DynamicKV.setPin({ first: found.first ?? found.position, last: found.last });
+      point(event.clientX, event.clientY);
+    });
+    on("pin", (pin) => { if (!store.trace) return; if (pin) text.markTokens("dkv-pin", pin.first, pin.last, 3); else text.clear("dkv-pin"); });
     // What is copied is the text itself, byte for byte.
     scroll.addEventListener("copy", (event) => {
       const selection = document.getSelection();
@@ -266,29 +190,107 @@
       event.clipboardData.setData("text/plain", selection.getRangeAt(0).toString());
       event.preventDefault();
     });
+
+    // ---- controls ---------------------------------------------------------------------------------------------
     slider.addEventListener("input", () => DynamicKV.setLayer(Number(slider.value)));
-    find("all").addEventListener("click", () => DynamicKV.setLayer(store.layer === null ? Number(slider.value) : null));
+    find("all").addEventListener("click", () => DynamicKV.setLayer(view.layer === null ? Number(slider.value) : null));
     const move = (step) => {
       const last = store.trace ? store.trace.layers - 1 : 0;
-      DynamicKV.setLayer(store.layer === null ? Number(slider.value) : Math.min(last, Math.max(0, store.layer + step)));
+      DynamicKV.setLayer(view.layer === null ? Number(slider.value) : Math.min(last, Math.max(0, view.layer + step)));
     };
     find("previous").addEventListener("click", () => move(-1));
     find("next").addEventListener("click", () => move(1));
+    for (const key of ["head", "against"]) find(key).addEventListener("change", (event) => setView({ [key]: event.target.value === "" ? null : Number(event.target.value) }));
+    for (const key of ["unit", "mark", "shades"]) find(key).addEventListener("change", (event) => setView({ [key]: event.target.value }));
 
+    function reveal(position) {
+      const line = text.lineOf(position, true);
+      scroll.scrollTop += line.top - scroll.getBoundingClientRect().top - scroll.clientHeight / 3;
+    }
+
+    // ---- find -------------------------------------------------------------------------------------------------
+    function search() {
+      const wanted = find("find").value;
+      hits = [];
+      hit = -1;
+      if (wanted && store.trace) {
+        const pattern = new RegExp(wanted.replace(/[.*+?^${}()|[\]\\]/g, "\\$&"), "giu");
+        for (const match of store.trace.prompt.text.matchAll(pattern)) hits.push([match.index, match.index + match[0].length]);
+      }
+      text.markUnits("dkv-find", hits, 3);
+      if (hits.length) go(0); else sayFound();
+    }
+
+    const sayFound = () => { find("found").textContent = !find("find").value ? "" : hits.length ? `${hit + 1} of ${hits.length}` : "not in the text"; };
+    function go(next) {
+      if (!hits.length) return;
+      hit = (next + hits.length) % hits.length;
+      reveal(Math.max(0, DynamicKV.tokenAt(store.trace.prompt.starts, hits[hit][0])));
+      text.markUnits("dkv-found", [hits[hit]], 5);
+      sayFound();
+    }
+    find("find").addEventListener("input", () => { text.clear("dkv-found"); search(); });
+    find("find").addEventListener("keydown", (event) => {
+      if (event.key === "Enter") go(hit + (event.shiftKey ? -1 : 1));
+      else if (event.key === "Escape") { event.target.value = ""; text.clear("dkv-found"); search(); scroll.focus(); }
+    });
+
+    // ---- gaps: stretches of the document that this run drops, at this layer or at all ------------------------------
+    function gaps() {
+      const { layers, prompt } = store.trace;
+      const { counts } = DynamicKV.countsAt(run(), view.layer, view.head, layers, prompt.length);
+      const found = [];
+      let first = prompt.document_span[0];
+      for (let i = first; i <= prompt.document_span[1]; i += 1) {
+        if (i < prompt.document_span[1] && !counts[i]) continue;
+        if (i - first >= GAP) found.push([first, i - 1]);
+        first = i + 1;
+      }
+      return found;
+    }
+    function goToGap(step) {
+      if (!store.trace?.runs.length) return;
+      const found = gaps();
+      if (!found.length) { find("gap").textContent = `none of ${GAP} tokens`; gap = -1; return; }
+      gap = gap < 0 ? (step > 0 ? 0 : found.length - 1) : (gap + step + found.length) % found.length;
+      const [first, last] = found[gap];
+      reveal(first);
+      text.markTokens("dkv-found", first, last, 5);
+      find("gap").textContent = `${gap + 1} of ${found.length}: ${counting(last - first + 1, "token")}`;
+    }
+    find("gap-on").addEventListener("click", () => goToGap(1));
+    find("gap-back").addEventListener("click", () => goToGap(-1));
+
+    // ---- listening --------------------------------------------------------------------------------------------
     const show = (trace) => {
       element.classList.toggle("dkv-empty", !trace);
       if (!trace) return;
       slider.value = "0";
-      fill();
+      units = {};
+      gap = -1;
+      find("find").value = "";
+      for (const role of ["found", "gap"]) find(role).textContent = "";
+      for (const name of ["dkv-find", "dkv-found", "dkv-hover", "dkv-pin"]) text.clear(name);
+      text.fill(trace.prompt);
       scroll.scrollTop = 0;
       for (const box of Object.values(folds)) box.open = false;
+      redraw();
+    };
+    function redraw() {
+      if (!store.trace) return;
       fillTabs();
+      fillChoices();
       markWindow();
       paint();
-    };
+      minimap.draw();
+    }
     on("trace", show);
-    on("layer", paint);
-    on("method", () => { fillTabs(); markWindow(); paint(); });
+    on("runs", redraw);
+    on("view", (changed) => {
+      gap = -1;
+      find("gap").textContent = "";
+      if (changed.size === 1 && changed.has("layer")) paint(); else redraw();
+    });
     let preview = null;
     on("hover", () => {
       if (!store.trace) return;
@@ -296,17 +298,11 @@
       markHover();
       if (previewed() !== preview) { preview = previewed(); paint(); }
     });
-    // "dkv:reveal" scrolls to a position: the layer map sends it.
-    on("reveal", (position) => {
-      const { starts } = store.trace.prompt;
-      const { node, start } = nodes[nodeAt(starts[position])];
-      const fold_ = node.parentElement.closest("details");
-      if (fold_) fold_.open = true;
-      const range = document.createRange();
-      range.setStart(node, starts[position] - start);
-      const line = range.getBoundingClientRect();
-      scroll.scrollTop += line.top - scroll.getBoundingClientRect().top - scroll.clientHeight / 3;
-    });
+    on("theme", minimap.draw);
+    // "dkv:reveal" scrolls to a position: the layer map and the evidence send it.
+    on("reveal", reveal);
+    for (const box of Object.values(folds)) box.addEventListener("toggle", minimap.draw);
+    new ResizeObserver(minimap.draw).observe(scroll);
     if (store.trace) show(store.trace);
     return () => {};
   });

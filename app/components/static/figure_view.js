@@ -30,7 +30,9 @@
     let timer = null;
     let wide = false;
     let painted = false;
-    let drawn = 0;
+    let drawn = 0; // drawings begun, and the last one that is done
+    let settled = 0;
+    let draft = null; // {budgets, editable, drag}: outlined bars, predicted or being drawn
 
     const figure = () => store.trace?.figures[key];
     const isFilm = () => figure()?.steps.length > 1;
@@ -40,7 +42,7 @@
     function themed(data) {
       const dark = DynamicKV.dark() ? 1 : 0;
       return data.map((trace) => {
-        const run = store.trace.runs.find((item) => item.method === trace.meta);
+        const run = store.trace.runs.find((item) => item.look === trace.meta);
         if (!run) return trace;
         const color = run.color[dark];
         const marker = { ...trace.marker, color };
@@ -60,6 +62,14 @@
       };
     }
 
+    // Budgets that were not run: an outline over all lanes of a layer.
+    const outline = () => ({
+      type: "bar", orientation: "h", name: "predicted", hoverinfo: "none", width: 0.96, offset: -0.48, base: 0,
+      y: draft.budgets.map((_, layer) => layer), x: draft.budgets,
+      marker: { color: "rgba(0,0,0,0)", line: { width: draft.editable ? 2 : 1.5, color: DynamicKV.cssColor(draft.editable ? "--dkv-draw" : "--dkv-predicted") } },
+    });
+    const outlined = () => Boolean(draft && figure()?.layerAxis === "y");
+
     const limit = () => (wide && figure().wideLimit ? figure().wideLimit : isFilm() ? current().limit : null);
 
     const config = () => ({
@@ -75,13 +85,93 @@
       const spec = figure();
       let data = themed(spec.data);
       if (isFilm()) data = data.map((trace, i) => ({ ...trace, x: current().x[i], base: current().base[i] }));
+      if (outlined()) data = [...data, outline()];
       const layout = themedLayout(spec.layout);
-      if (limit()) layout.xaxis = { ...layout.xaxis, range: [0, limit()] };
+      if (outlined() && limit() && !dragging) roof = Math.max(limit(), 1.08 * Math.max(...draft.budgets));
+      if (outlined() && limit()) layout.xaxis = { ...layout.xaxis, range: [0, Math.max(roof, limit())] };
+      else if (limit()) layout.xaxis = { ...layout.xaxis, range: [0, limit()] };
       plot.style.height = `${spec.height}px`;
       await Plotly.react(plot, data, layout, config());
+      // On a page with a <base>, Plotly points its patterns at the address of that moment, and ours changes with the view.
+      if (plot._context._baseUrl) {
+        plot._context._baseUrl = "";
+        await Plotly.redraw(plot);
+      }
+      settled = ticket;
       bind();
       drawMarks();
     };
+
+    // ---- files ------------------------------------------------------------------------------------------------
+    const fileName = (ending) => {
+      const layer = store.view.layer === null ? "" : `_layer${store.view.layer}`;
+      return store.trace.name.replace(/_\d{4}-\d\d-\d\d\.json\.gz$/, "").replace(/\.json\.gz$/, "") + `_${key}${layer}.${ending}`;
+    };
+
+    // White paper, a legend and a caption, whatever the page's theme.
+    async function saveImage(format) {
+      const Plotly = await loadPlotly();
+      const ink = { color: "#1b1f24" };
+      const axis = (spec) => ({ ...spec, gridcolor: "#dfe3e8", linecolor: "#5b6470", tickfont: ink, title: { ...spec?.title, font: ink } });
+      const { data, layout } = plot;
+      // One entry per run: the window's part has the method's colour too.
+      const named = data.map((trace) => {
+        const run = store.trace.runs.find((item) => item.look === trace.meta);
+        const color = run?.color[0];
+        return { ...trace, showlegend: !/, window$/.test(trace.name ?? ""), ...(color ? { marker: { ...trace.marker, color } } : {}), ...(color && trace.line ? { line: { ...trace.line, color } } : {}) };
+      });
+      const { record } = store.trace;
+      const caption = `${record.model.name}, ${DynamicKV.counting(record.prompt.length, "token")}: ${titles.find((item) => item.key === key).title}`;
+      const url = await Plotly.toImage({
+        data: named,
+        layout: { ...layout, paper_bgcolor: "#ffffff", plot_bgcolor: "#ffffff", font: { ...layout.font, ...ink }, showlegend: true, legend: { orientation: "h", y: 1.02, yanchor: "bottom" },
+          title: { text: caption, font: { size: 15, ...ink } }, margin: { l: 60, r: 20, t: 90, b: 50 }, xaxis: axis(layout.xaxis), yaxis: axis(layout.yaxis) },
+      }, { format, width: 900, height: figure().height + 90, scale: format === "png" ? 2 : 1 });
+      const body = format === "svg" ? decodeURIComponent(url.slice(url.indexOf(",") + 1)) : Uint8Array.from(atob(url.slice(url.indexOf(",") + 1)), (char) => char.charCodeAt(0));
+      DynamicKV.saveBlob(new Blob([body], { type: format === "svg" ? "image/svg+xml" : "image/png" }), fileName(format));
+    }
+
+    // Every trace's points: x, y and the name; bars that stand on others are given with what is below them.
+    function saveTable() {
+      const quoted = (text) => `"${String(text).replace(/"/g, '""')}"`;
+      const { runs, layers, record } = store.trace;
+      const rows = figure().layerAxis
+        ? [["layer", ...runs.map((run) => quoted(run.label))], ...Array.from({ length: layers }, (_, layer) => [layer, ...runs.map((run) => run.budgets[layer])])]
+        : [["position_percent", ...plot.data.map((trace) => quoted(trace.name))], ...plot.data[0].x.map((x, i) => [x, ...plot.data.map((trace) => trace.y[i])])];
+      const note = `# ${record.model.name}, ${record.created}: ${figure().layerAxis ? "prompt tokens kept per layer and head, window included" : "per cent kept, over layers and heads"}`;
+      DynamicKV.saveBlob(new Blob([`${note}\n${rows.map((row) => row.join(",")).join("\n")}\n`], { type: "text/csv" }), fileName("csv"));
+    }
+
+    find("save").addEventListener("change", (event) => {
+      const format = event.target.value;
+      event.target.value = "";
+      if (!store.trace || !plot.data) return;
+      if (format === "csv") saveTable(); else if (format) saveImage(format);
+    });
+
+    let roof = 0;
+    let dragging = false;
+    // Drag a bar: the pointer's height is the layer, its place along the axis the tokens.
+    const drag = framed((x, y, layer) => {
+      const { xaxis, yaxis } = plot._fullLayout;
+      const box = plot.getBoundingClientRect();
+      const at = layer ?? Math.round(yaxis.p2d(y - box.top - yaxis._offset));
+      draft?.drag(at, xaxis.p2d(x - box.left - xaxis._offset));
+    });
+    let held = null;
+    plot.addEventListener("pointerdown", (event) => {
+      if (!outlined() || !draft.editable) return;
+      const { yaxis } = plot._fullLayout;
+      held = Math.round(yaxis.p2d(event.clientY - plot.getBoundingClientRect().top - yaxis._offset));
+      if (held < 0 || held >= draft.budgets.length) { held = null; return; }
+      dragging = true;
+      DynamicKV.setLayer(held);
+      drag(event.clientX, event.clientY, held);
+      event.preventDefault();
+      event.stopPropagation();
+    }, true);
+    window.addEventListener("pointermove", (event) => { if (held !== null) drag(event.clientX, event.clientY, held); });
+    window.addEventListener("pointerup", () => { if (held !== null) { held = null; dragging = false; draw(); } });
 
     let bound = false;
     function bind() {
@@ -90,12 +180,22 @@
       plot.on("plotly_hover", (event) => {
         const axis = figure()?.layerAxis;
         if (axis) DynamicKV.setHover({ source: "figure", layer: event.points[0][axis] });
+        else if (figure()?.positionAxis) DynamicKV.setHover({ source: "figure", ...stretch(event.points[0]) });
       });
-      plot.on("plotly_unhover", () => DynamicKV.setHover(null));
+      plot.on("plotly_unhover", () => DynamicKV.setHover(null, "figure"));
       plot.on("plotly_click", (event) => {
         const axis = figure()?.layerAxis;
-        if (axis) DynamicKV.setLayer(event.points[0][axis]);
+        if (axis && !draft?.editable) DynamicKV.setLayer(event.points[0][axis]);
+        else if (figure()?.positionAxis) DynamicKV.emit("reveal", stretch(event.points[0]).position);
       });
+    }
+
+    // The tokens of the document that one point of a line stands for.
+    function stretch(point) {
+      const [first, end] = store.trace.prompt.document_span;
+      const parts = point.data.x.length;
+      const at = (part) => first + Math.round(((end - first) * part) / parts);
+      return { position: at(point.pointIndex), last: Math.max(at(point.pointIndex), at(point.pointIndex + 1) - 1) };
     }
 
     // Marks beside the layer axis: the chosen layer, and the layers that keep the token under the pointer.
@@ -106,7 +206,7 @@
       if (marks.hidden) return;
       const { layers } = store.trace;
       const { length } = store.trace.prompt;
-      const run = store.trace.runs[store.run];
+      const run = store.trace.runs[store.view.run];
       const position = store.hover?.position;
       if (marks.children.length !== layers) marks.replaceChildren(...Array.from({ length: layers }, () => make("i")));
       const height = Math.abs(axis.l2p(1) - axis.l2p(0));
@@ -114,7 +214,7 @@
         const mark = marks.children[layer];
         mark.style.top = `${axis._offset + axis.l2p(layer) - height / 2}px`;
         mark.style.height = `${height}px`;
-        mark.classList.toggle("dkv-on", layer === store.layer || layer === store.hover?.layer);
+        mark.classList.toggle("dkv-on", layer === store.view.layer || layer === store.hover?.layer);
         mark.classList.toggle("dkv-keeps", position !== undefined && run.kept[layer * length + position] > 0);
       }
     }
@@ -152,18 +252,26 @@
       }, FRAME_MS);
     }
 
+    function open(next) {
+      if (key === next || !titles.some((item) => item.key === next)) return;
+      key = next;
+      window.Plotly?.purge(plot);
+      bound = false;
+      show();
+    }
+
     function showTabs() {
       element.querySelector(".dkv-figure-tabs").replaceChildren(...titles.map((item) => {
         const button = make("button", { type: "button" }, item.title);
         button.setAttribute("aria-pressed", String(item.key === key));
-        button.addEventListener("click", () => { if (key !== item.key) { key = item.key; window.Plotly?.purge(plot); bound = false; show(); } });
+        button.addEventListener("click", () => open(item.key));
         return button;
       }));
     }
 
     function showKeys() {
-      find("keys").replaceChildren(...store.trace.runs.map((run) => make("span", { data: { method: run.method } },
-        make("span", { className: "dkv-glyph", ariaHidden: "true" }, run.glyph), run.method)),
+      find("keys").replaceChildren(...store.trace.runs.map((run) => make("span", { data: { method: run.look } },
+        make("span", { className: "dkv-glyph", ariaHidden: "true" }, run.predicted ? "▭" : run.glyph), run.label)),
       ...(figure()?.layerAxis && store.trace.runs.some((run) => run.window) ? [make("span", { className: "dkv-key-window" }, "observation window")] : []));
     }
 
@@ -186,17 +294,27 @@
     });
     find("back").addEventListener("click", () => { stop(); setStep(Math.max(0, Number(slider.value) - 1)); });
     find("forward").addEventListener("click", () => { stop(); setStep(Math.min(Number(slider.max), Number(slider.value) + 1)); });
-    slider.addEventListener("input", () => { stop(); showStep(); framedDraw(); });
+    slider.addEventListener("input", () => { stop(); showStep(); framedDraft(); });
     find("wide").addEventListener("click", (event) => {
       wide = !wide;
       event.currentTarget.setAttribute("aria-pressed", String(wide));
       draw();
     });
     const framedDraw = framed(draw);
+    // Only the outline moves while a slider is dragged and the axis has room for it.
+    const framedDraft = framed(() => {
+      const last = (plot.data?.length ?? 0) - 1;
+      const shown = plot.data?.[last]?.name === "predicted";
+      if (!outlined() || !shown || Math.max(...draft.budgets) > plot.layout.xaxis.range[1] || drawn !== settled) { draw(); return; }
+      const { marker, x } = outline();
+      window.Plotly.restyle(plot, { x: [x], "marker.line.color": marker.line.color, "marker.line.width": marker.line.width }, [last]);
+    });
     on("trace", (trace) => { if (trace) show(); });
     on("theme", draw);
     const framedMarks = framed(drawMarks);
-    for (const name of ["layer", "hover", "method"]) on(name, framedMarks);
+    for (const name of ["view", "hover"]) on(name, framedMarks);
+    on("runs", () => { if (store.trace) showKeys(); });
+    on("draft", (next) => { draft = next; plot.classList.toggle("dkv-editable", Boolean(next?.editable)); framedDraft(); });
     // The chart library is large: it waits until the rest of the page is painted and quiet.
     const idle = window.requestIdleCallback || ((action) => setTimeout(action, 200));
     idle(() => { painted = true; draw(); }, { timeout: 1000 });

@@ -36,10 +36,11 @@
       if (!store.trace?.runs.length || !canvas.clientWidth) return;
       const { layers } = store.trace;
       const { length } = store.trace.prompt;
-      const run = store.trace.runs[store.run];
+      const run = store.trace.runs[store.view.run];
+      const { kept, heads } = DynamicKV.seen(run, store.view.head, layers, length);
       const columns = Math.max(1, Math.min(length, Math.round(canvas.clientWidth)));
-      const bins = DynamicKV.binned(run.kept, layers, length, columns);
-      const palette = Array.from({ length: run.heads + 1 }, (_, i) => color(i / run.heads));
+      const bins = DynamicKV.binned(kept, layers, length, columns);
+      const palette = Array.from({ length: heads + 1 }, (_, i) => color(i / heads));
       canvas.width = columns;
       canvas.height = layers;
       canvas.style.height = `${layers * ROW}px`;
@@ -48,7 +49,7 @@
       bins.forEach((value, i) => image.data.set([...palette[value], 255], i * 4));
       context.putImageData(image, 0, 0);
       find("last").textContent = String(layers - 1);
-      find("note").textContent = `${run.method} · bright: kept by more heads · one column holds ${length > columns ? `up to ${Math.ceil(length / columns)} tokens` : "one token"}`;
+      find("note").textContent = `${run.label} · bright: kept${store.view.head === null ? " by more heads" : ` by head ${store.view.head}`} · one column holds ${length > columns ? `up to ${Math.ceil(length / columns)} tokens` : "one token"}`;
       point();
     };
 
@@ -58,9 +59,10 @@
       const { layers } = store.trace;
       const { length } = store.trace.prompt;
       const position = store.hover?.position;
-      const layer = store.hover?.layer ?? store.layer;
+      const layer = store.hover?.layer ?? store.view.layer;
       cursor.hidden = position === undefined;
-      if (position !== undefined) cursor.style.left = `${canvas.offsetLeft + ((position + 0.5) / length) * canvas.clientWidth}px`;
+      const last = store.hover?.last ?? position;
+      if (position !== undefined) Object.assign(cursor.style, { left: `${canvas.offsetLeft + (position / length) * canvas.clientWidth}px`, width: `${Math.max(1, ((last + 1 - position) / length) * canvas.clientWidth)}px` });
       row.hidden = layer === null || layer === undefined;
       if (!row.hidden) Object.assign(row.style, { top: `${canvas.offsetTop + layer * ROW}px`, height: `${ROW}px`, left: `${canvas.offsetLeft}px`, width: `${canvas.clientWidth}px` });
       if (layers) where(position, layer);
@@ -80,20 +82,22 @@
       const clamp = (value, top) => Math.min(top - 1, Math.max(0, Math.floor(value)));
       return { layer: clamp(((event.clientY - box.top) / box.height) * layers, layers), position: clamp(((event.clientX - box.left) / box.width) * length, length) };
     };
-    const hover = framed((event) => store.trace && DynamicKV.setHover({ source: "map", ...at(event) }));
-    canvas.addEventListener("pointermove", hover);
-    canvas.addEventListener("pointerleave", () => requestAnimationFrame(() => DynamicKV.setHover(null)));
+    const hover = framed((place) => DynamicKV.setHover({ source: "map", ...place }));
+    canvas.addEventListener("pointermove", (event) => store.trace && hover(at(event)));
+    canvas.addEventListener("pointerleave", () => requestAnimationFrame(() => DynamicKV.setHover(null, "map")));
     canvas.addEventListener("click", (event) => {
       if (!store.trace) return;
       const { layer, position } = at(event);
+      hover({ layer, position }); // the page may have scrolled under a pointer at rest
       DynamicKV.setLayer(layer);
       DynamicKV.emit("reveal", position);
     });
     const framedDraw = framed(draw);
     on("trace", framedDraw);
-    on("method", framedDraw);
+    on("runs", framedDraw);
+    on("view", (changed) => { if (changed.has("run") || changed.has("head")) framedDraw(); });
     on("hover", framed(point));
-    on("layer", framed(point));
+    on("view", framed(point));
     new ResizeObserver(framedDraw).observe(canvas.parentElement);
     return () => {};
   });

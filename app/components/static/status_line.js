@@ -12,6 +12,8 @@
 
   DynamicKV.register("status", (element) => (payload) => {
     const box = element.querySelector(".dkv-status");
+    // Stop answers on a way of its own and may come in after the run's last word.
+    if (payload?.stopping && box.dataset.state !== "running") return;
     box.dataset.state = payload?.state ?? "idle";
     box.querySelector('[data-role="message"]').textContent = payload?.message ?? "";
     box.querySelector('[data-role="detail"]').textContent = payload?.detail ?? "";

@@ -1,0 +1,63 @@
+// Links: what is looked at stands in the address, for built-in examples only. Reload and a shared link show the same again.
+(() => {
+  "use strict";
+  const { DynamicKV } = window;
+  const { store, on, setView } = DynamicKV;
+  const OURS = ["ex", "m", "layer", "head", "by", "mark", "shades"];
+  const given = new URLSearchParams(window.location.search);
+  let restored = false;
+
+  const slug = (label) => label.toLowerCase().replace(/[^a-z0-9]+/g, "-");
+  const whole = (text) => (/^\d{1,4}$/.test(text ?? "") ? Number(text) : null);
+
+  // "m" is the shown method, and after a comma the one it is compared with.
+  function restore() {
+    const runs = store.trace.runs.map((run) => slug(run.label));
+    const [run, against] = (given.get("m") ?? "").split(",").map((name) => runs.indexOf(name));
+    const wanted = { layer: whole(given.get("layer")), head: whole(given.get("head")), unit: given.get("by"), mark: given.get("mark"), shades: given.get("shades") };
+    if (run >= 0) wanted.run = run;
+    if (against >= 0) wanted.against = against;
+    setView(wanted);
+  }
+
+  function write() {
+    const { trace, view } = store;
+    if (!trace || !restored) return;
+    const address = new URL(window.location.href);
+    for (const name of OURS) address.searchParams.delete(name);
+    if (trace.example && !trace.runs[view.run]?.predicted) {
+      const set = (name, value) => { if (value !== null && value !== undefined) address.searchParams.set(name, value); };
+      set("ex", trace.example);
+      const names = [view.run, view.against].filter((run) => run !== null && trace.runs[run]).map((run) => slug(trace.runs[run].label));
+      set("m", names.join(","));
+      set("layer", view.layer);
+      set("head", view.head);
+      if (view.unit !== "token") set("by", view.unit);
+      if (view.mark !== "fill") set("mark", view.mark);
+      if (view.shades !== "normal") set("shades", view.shades);
+    }
+    const next = address.href.replace(/%2C/g, ",");
+    if (next !== window.location.href) window.history.replaceState(window.history.state, "", next);
+  }
+
+  // The first record may be the page's own and the wanted one still on its way.
+  let first = null;
+  on("trace", (trace) => {
+    if (!trace) return;
+    first ??= trace.example;
+    const wanted = given.get("ex");
+    if (!restored && (!wanted || wanted === trace.example || trace.example !== first)) {
+      if (!wanted || wanted === trace.example) restore();
+      restored = true;
+    }
+    write();
+  });
+  on("view", DynamicKV.framed(write));
+
+  DynamicKV.copyLink = async () => {
+    if (!store.trace?.example) return "Only built-in examples have a link: save this run as a file.";
+    write();
+    await navigator.clipboard.writeText(window.location.href);
+    return "Link copied.";
+  };
+})();

@@ -1,0 +1,223 @@
+// What if: other settings on the prompt that was read. The server chooses again without the model; what it would keep is shown at
+// once as "predicted, not run", and answered with on request. Drawn budgets keep their total whatever is dragged.
+(() => {
+  "use strict";
+  const { DynamicKV } = window;
+  const { store, on, make, plain } = DynamicKV;
+  const STEP = 8; // tokens per press of + or -
+  const CONTROLS = {
+    capacity: { label: "Capacity", min: 16, max: 2048, step: 8 },
+    window_size: { label: "Window", min: 1, max: 64, step: 1 },
+    kernel_size: { label: "Kernel", min: 1, max: 31, step: 2 },
+    pooling: { label: "Pooling", options: ["max", "avg"] },
+    granularity: { label: "One choice per", options: ["kv_head", "query_head"] },
+    r_max: { label: "r_max", min: 1, max: 30, step: 0.5 },
+    update_interval: { label: "Update interval", min: 1, max: 16, step: 1 },
+  };
+  const SHAPES = {
+    uniform: () => 1,
+    pyramid: (layer, layers) => 1.75 - (1.5 * layer) / Math.max(1, layers - 1),
+    rising: (layer, layers) => 0.25 + (1.5 * layer) / Math.max(1, layers - 1),
+  };
+
+  // Whole numbers in [least, most] that follow the weights and add up to the total (as near as the bounds allow).
+  DynamicKV.share = (weights, total, least, most) => {
+    const out = weights.map(() => least);
+    let rest = Math.min(total, most * weights.length) - least * weights.length;
+    while (rest > 0) {
+      const open = out.flatMap((value, i) => (value < most ? [i] : []));
+      const sum = open.reduce((all, i) => all + weights[i], 0);
+      const gain = open.map((i) => Math.min(most - out[i], Math.floor(sum > 0 ? (rest * weights[i]) / sum : rest / open.length)));
+      if (!gain.some(Boolean)) { open.sort((a, b) => weights[b] - weights[a]).slice(0, rest).forEach((i) => { out[i] += 1; }); break; }
+      open.forEach((i, k) => { out[i] += gain[k]; rest -= gain[k]; });
+    }
+    return out;
+  };
+
+  DynamicKV.register("whatif", (element, props, link) => {
+    const find = (role) => element.querySelector(`[data-role="${role}"]`);
+    let form = null; // {methods: {name: [setting]}, defaults}
+    let method = null;
+    let settings = {};
+    let drawn = null; // budgets per layer while drawing
+    let busy = false;
+    let again = false;
+    let error = "";
+
+    const key = () => store.trace?.key;
+    const ready = () => Boolean(store.trace?.ready && store.server?.predict);
+    const predicted = () => (store.trace?.runs.at(-1)?.predicted ? store.trace.runs.at(-1) : null);
+    const asked = () => {
+      const taken = drawn ? ["window_size", "kernel_size", "pooling", "granularity"] : form.methods[method];
+      const wanted = Object.fromEntries(taken.filter((name) => settings[name] !== undefined).map((name) => [name, settings[name]]));
+      return drawn ? { key: key(), budgets: drawn, settings: wanted } : { key: key(), method, settings: wanted };
+    };
+
+    // One question at a time; while it is answered only the latest next one waits.
+    async function predict() {
+      if (!ready() || !form) return;
+      if (busy) { again = true; return; }
+      busy = true;
+      const { trace } = store;
+      const reply = await store.server.predict(asked()).catch(() => null);
+      busy = false;
+      if (trace === store.trace) {
+        error = reply ? reply.error ?? "" : "The server did not answer: try again.";
+        if (reply?.run) {
+          DynamicKV.setPredicted({ ...reply.run, label: drawn ? "Your own" : `${method}, what if` });
+          tellDraft();
+        }
+        say();
+      }
+      if (again) { again = false; predict(); }
+    }
+
+    function tellDraft() {
+      const budgets = drawn ?? predicted()?.budgets ?? null;
+      DynamicKV.emit("draft", budgets && { budgets, editable: Boolean(drawn), drag });
+    }
+
+    // ---- drawing ----------------------------------------------------------------------------------------------
+    const least = () => Number(settings.window_size ?? 8);
+    const most = () => store.trace.prompt.length;
+    const total = () => Math.max(settings.capacity, least() + 1) * store.trace.layers;
+    function startFrom(name) {
+      const { layers } = store.trace;
+      const shown = store.trace.runs[store.view.run];
+      const shape = SHAPES[name] ?? ((layer) => Math.max(0, shown.budgets[layer] - least()));
+      drawn = DynamicKV.share(Array.from({ length: layers }, (_, layer) => shape(layer, layers)), total(), least(), most());
+      changed();
+    }
+    // One layer gets what it is given; the others share the rest as they did before.
+    function drag(layer, tokens) {
+      if (!drawn || !(layer in drawn)) return;
+      const others = drawn.length - 1;
+      const roof = Math.min(most(), total() - least() * others);
+      const value = Math.round(Math.min(roof, Math.max(least(), total() - most() * others, tokens)));
+      const weights = drawn.filter((_, i) => i !== layer).map((budget) => Math.max(0.5, budget - least()));
+      const rest = DynamicKV.share(weights, total() - value, least(), most());
+      rest.splice(layer, 0, value);
+      drawn = rest;
+      changed();
+    }
+    function nudge(step) {
+      if (!drawn) return;
+      const layer = store.view.layer ?? 0;
+      if (store.view.layer === null) DynamicKV.setLayer(0);
+      drag(layer, drawn[layer] + step);
+    }
+
+    function changed() {
+      tellDraft();
+      say();
+      predict();
+    }
+
+    // ---- controls ---------------------------------------------------------------------------------------------
+    function control(name) {
+      const { label, options, ...range } = CONTROLS[name];
+      const value = settings[name];
+      if (options) {
+        const select = make("select", { data: { setting: name } }, ...options.map((item) => make("option", { value: item, selected: item === value }, item.replace("_", " "))));
+        return make("label", {}, label, select);
+      }
+      const limit = name === "capacity" ? Math.max(range.min, Math.min(range.max, store.trace?.prompt.length ?? range.max)) : range.max;
+      const input = make("input", { type: "range", ...range, max: String(limit), data: { setting: name } });
+      input.value = String(value);
+      input.setAttribute("aria-label", label);
+      return make("label", {}, make("span", {}, `${label} `, make("b", {}, String(value))), input);
+    }
+
+    function build() {
+      if (!form || !store.trace) return;
+      const names = Object.keys(form.methods);
+      const picker = make("select", { data: { setting: "method" } }, ...names.map((name) => make("option", { value: name, selected: name === method }, name)));
+      const shown = drawn ? ["capacity", "window_size", "kernel_size", "pooling", "granularity"] : form.methods[method].filter((name) => name in CONTROLS);
+      find("sliders").replaceChildren(...(drawn ? [] : [make("label", {}, "Method", picker)]), ...shown.map(control));
+      for (const node of element.querySelectorAll("[data-setting], [data-start], [data-role=draw]")) node.disabled = !ready();
+    }
+
+    function say() {
+      const run = predicted();
+      const on_ = ready();
+      element.querySelector(".dkv-what-if").hidden = !store.trace?.runs.length || !store.server?.predict;
+      find("read").hidden = on_ || !store.trace?.key;
+      find("read").textContent = `Read the prompt (about ${Math.max(1, Math.round(store.trace?.record.prefill_seconds ?? 1))} s)`;
+      find("answer").hidden = !run;
+      find("back").hidden = !run && !drawn;
+      find("sliders").hidden = !on_;
+      // Budgets are given for the layers that are compressed: with sliding-window layers between them there is nothing to draw.
+      element.querySelector(".dkv-draw").hidden = !on_ || Boolean(store.trace.record.model.sliding_layers?.length);
+      find("chip").textContent = run ? "predicted, not run" : "";
+      find("chip").dataset.tone = "loud";
+      find("drawing").hidden = !drawn;
+      find("draw").setAttribute("aria-pressed", String(Boolean(drawn)));
+      if (drawn) {
+        const layer = store.view.layer;
+        find("total").textContent = `${plain(drawn.reduce((a, b) => a + b, 0))} of ${plain(total())} tokens${layer === null ? "" : ` · layer ${layer}: ${plain(drawn[layer])}`}`;
+      }
+      find("words").textContent = error || (run ? `${run.words}, chosen in ${Math.max(1, Math.round(1000 * run.seconds))} ms without the model. ${windowWords()}`
+        : on_ ? `Move anything: the views show at once what would be kept. ${windowWords()}`
+          : "This run was not made here just now: its prompt must be read once before other settings can be tried.");
+      find("words").classList.toggle("dkv-wrong", Boolean(error));
+      if (drawn && !error) find("words").textContent = `Drag the outlined bars in the chart: the total stays. ${find("words").textContent}`;
+    }
+
+    // What the observation window covers: with a chat model and a small window mostly the template's end.
+    function windowWords() {
+      const { prompt } = store.trace;
+      const size = Math.min(settings.window_size ?? 0, prompt.length);
+      if (!size || !form.methods[method].includes("window_size")) return "";
+      const end = prompt.question_aware ? prompt.length : prompt.document_span[1];
+      const [first, last] = prompt.question_span;
+      const inQuestion = prompt.question_aware ? Math.max(0, Math.min(last, end) - Math.max(first, end - size)) : 0;
+      return prompt.question_aware
+        ? `The window's ${size} voting tokens: ${inQuestion} of the question, ${size - inQuestion} of the template and what else is around it.`
+        : `The window's ${size} voting tokens are the document's last.`;
+    }
+
+    find("sliders").addEventListener("input", (event) => {
+      const name = event.target.dataset.setting;
+      if (name === "method") { method = event.target.value; build(); changed(); return; }
+      settings[name] = CONTROLS[name].options ? event.target.value : Number(event.target.value);
+      const shown = event.target.parentElement.querySelector("b");
+      if (shown) shown.textContent = String(settings[name]);
+      if (drawn) drawn = DynamicKV.share(drawn.map((budget) => Math.max(0.5, budget - least())), total(), least(), most());
+      changed();
+    });
+    find("draw").addEventListener("click", () => { if (drawn) takeBack(); else { startFrom("shown"); build(); say(); document.querySelector(".dkv-figures")?.scrollIntoView({ block: "nearest", behavior: DynamicKV.reducedMotion() ? "auto" : "smooth" }); } });
+    for (const button of element.querySelectorAll("[data-start]")) button.addEventListener("click", () => startFrom(button.dataset.start));
+    find("less").addEventListener("click", () => nudge(-STEP));
+    find("more").addEventListener("click", () => nudge(STEP));
+    find("answer").addEventListener("click", () => link.trigger("answer", asked()));
+    find("read").addEventListener("click", () => link.trigger("read", { key: key() }));
+    function takeBack() {
+      drawn = null;
+      error = "";
+      DynamicKV.setPredicted(null);
+      adopt();
+      tellDraft();
+    }
+    find("back").addEventListener("click", takeBack);
+
+    // Begin with the settings of the run on screen.
+    function adopt() {
+      drawn = null;
+      error = "";
+      if (!form || !store.trace) { say(); return; }
+      const run = store.trace.runs.findLast((item) => item.method in form.methods && !item.predicted);
+      method = run?.method ?? Object.keys(form.methods).at(-1);
+      const known = Object.fromEntries(Object.entries(run?.parameters ?? {}).filter(([name]) => name in CONTROLS));
+      settings = { capacity: 128, window_size: 8, kernel_size: 7, pooling: "max", granularity: "kv_head", r_max: 10, update_interval: 4, ...form.defaults, ...known };
+      build();
+      say();
+    }
+    on("trace", () => { adopt(); tellDraft(); });
+    on("view", () => { if (store.trace) say(); });
+    return (payload) => {
+      if (payload?.methods) form = payload;
+      if (payload?.key && store.trace) Object.assign(store.trace, { key: payload.key, ready: true });
+      if (store.trace && !predicted()) adopt();
+    };
+  });
+})();

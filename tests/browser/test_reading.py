@@ -1,0 +1,390 @@
+"""Reading one run closely: units, heads, differences, search, gaps, evidence, links, files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import BrowserContext, Page, expect
+
+from app.examples import Example
+from app.view_model import document_of
+from dynamickv.trace import Trace
+from tests.browser.conftest import HOSTILE, open_page, pick
+from tests.browser.test_recorded import highlights, point_at_text
+
+pytestmark = pytest.mark.browser
+MARKED = """(names) => { let units = 0;
+for (const [name, h] of CSS.highlights) if (names.includes(name))
+  for (const range of h) units += range.endOffset - range.startOffset;
+return units; }"""
+KEPT = [f"dkv-kept-{shade}" for shade in range(1, 6)]
+DIFFERENCE = ["dkv-both", "dkv-only-a", "dkv-only-b"]
+
+
+def record(recorded: dict[str, Example], name: str) -> Trace:
+    trace = recorded[name].trace
+    assert trace is not None
+    return trace
+
+
+def units_of(trace: Trace, chosen: Any) -> int:
+    """UTF-16 units of the tokens that a mask chooses."""
+    offsets = trace.prompt.text_utf16_offsets
+    return sum(end - start for (start, end), yes in zip(offsets, chosen, strict=True) if yes)
+
+
+def choose(page: Page, role: str, label: str) -> None:
+    page.locator(f".dkv-document [data-role={role}]").select_option(label=label)
+
+
+def test_one_head_shows_exactly_what_it_keeps(
+    page: Page, page_url: str, recorded: dict[str, Example]
+) -> None:
+    trace = record(recorded, "ordinary")
+    open_page(page, page_url)
+    page.evaluate("window.DynamicKV.setLayer(12)")
+    choose(page, "head", "2")
+    kept = trace.run("DynamicKV").retained.unpack(30, trace.prompt.length)[12, 2]
+    assert page.evaluate(MARKED, KEPT) == units_of(trace, kept)
+    expect(page.locator(".dkv-legend")).to_contain_text("head 2")
+
+
+def test_the_difference_of_two_methods_is_exact_at_a_layer(
+    page: Page, page_url: str, recorded: dict[str, Example]
+) -> None:
+    trace = record(recorded, "three")
+    open_page(page, page_url)
+    pick(page, "Three")
+    expect(page.locator(".dkv-card")).to_have_count(3)
+    page.evaluate("window.DynamicKV.setLayer(7)")
+    choose(page, "against", "SnapKV")
+    first, second = (
+        trace.run(name).retained.unpack(30, trace.prompt.length)[7].any(axis=0)
+        for name in ("DynamicKV", "SnapKV")
+    )
+    shown = [page.evaluate(MARKED, [name]) for name in DIFFERENCE]
+    assert shown == [
+        units_of(trace, mask) for mask in (first & second, first & ~second, second & ~first)
+    ]
+    assert shown[1] > 0
+    assert page.evaluate(MARKED, KEPT) == 0
+    expect(page.locator(".dkv-legend")).to_contain_text("only SnapKV")
+
+
+def test_words_sentences_and_paragraphs_are_marked_whole(page: Page, page_url: str) -> None:
+    open_page(page, page_url)
+    page.evaluate("window.DynamicKV.setLayer(12)")
+    sizes = []
+    for unit in ("token", "word", "sentence", "paragraph"):
+        choose(page, "unit", unit)
+        sizes.append(page.evaluate(MARKED, KEPT))
+    assert sizes == sorted(sizes)
+    assert sizes[0] < sizes[2]
+    expect(page.locator(".dkv-legend")).to_contain_text("of the paragraph is kept")
+
+
+def test_underline_and_shades_change_the_look_and_the_legend(page: Page, page_url: str) -> None:
+    open_page(page, page_url)
+    choose(page, "mark", "underline")
+    expect(page.locator(".dkv-document-view, #dkv-document-view").first).to_be_visible()
+    assert page.locator(".dkv-underlined").count() == 1
+    choose(page, "shades", "soft")
+    assert page.locator(".dkv-legend .dkv-level-5").count() == 0
+    assert highlights(page)["dkv-kept-5"] == 0
+
+
+def test_find_counts_jumps_and_takes_any_text_literally(page: Page, page_url: str) -> None:
+    open_page(page, page_url)
+    page.locator(".dkv-scroll").focus()
+    page.keyboard.press("/")
+    box = page.locator(".dkv-document [data-role=find]")
+    expect(box).to_be_focused()
+    box.fill("BRIDGE")
+    found = page.locator(".dkv-document [data-role=found]")
+    expect(found).to_contain_text("1 of ")
+    box.press("Enter")
+    expect(found).to_contain_text("2 of ")
+    box.fill("([a-z]+")
+    expect(found).to_have_text("not in the text")
+    box.press("Escape")
+    expect(box).to_have_value("")
+    assert highlights(page)["dkv-find"] == 0
+
+
+def test_gaps_are_stretches_that_nothing_keeps(
+    page: Page, page_url: str, recorded: dict[str, Example]
+) -> None:
+    trace = record(recorded, "ordinary")
+    open_page(page, page_url)
+    page.evaluate("window.DynamicKV.setLayer(29)")
+    page.get_by_label("Next gap").click()
+    label = page.locator(".dkv-document [data-role=gap]")
+    expect(label).to_contain_text("1 of ")
+    first, last = trace.prompt.document_span
+    kept = trace.run("DynamicKV").retained.unpack(30, trace.prompt.length)[29].any(axis=0)
+    runs = "".join(" x"[int(k)] for k in kept[first:last]).split("x")
+    expected = [len(run) for run in runs if len(run) >= 12]
+    expect(label).to_have_text(f"1 of {len(expected)}: {expected[0]} tokens")
+    page.get_by_label("Previous gap").click()
+    expect(label).to_contain_text(f"{len(expected)} of {len(expected)}")
+
+
+def test_the_minimap_scrolls_the_text(page: Page, page_url: str) -> None:
+    open_page(page, page_url)
+    strip = page.locator(".dkv-minimap")
+    strip.scroll_into_view_if_needed()
+    inked = "[...document.querySelector('.dkv-minimap canvas').getContext('2d')" + (
+        ".getImageData(0, 0, 30, 200).data].filter((v, i) => i % 4 === 3 && v > 0).length"
+    )
+    page.wait_for_function(f"{inked} > 50")
+    box = strip.bounding_box()
+    assert box is not None
+    page.mouse.click(box["x"] + 10, box["y"] + box["height"] - 5)
+    page.wait_for_function("document.querySelector('.dkv-scroll').scrollTop > 300")
+
+
+def test_a_click_says_why_layer_by_layer(
+    page: Page, page_url: str, recorded: dict[str, Example]
+) -> None:
+    trace = record(recorded, "scored")
+    run = trace.run("DynamicKV")
+    assert run.scores is not None
+    open_page(page, page_url)
+    pick(page, "Scored")
+    page.wait_for_function("window.DynamicKV.store.trace.runs[1].scored")
+    page.evaluate("window.DynamicKV.setPin({first: 100, last: 100})")
+    rows = page.locator(".dkv-evidence .dkv-reason")
+    expect(rows).to_have_count(3)
+    scores = run.scores.unpack(30, trace.prompt.length).astype(int)
+    prefix = trace.prompt.length - 16
+    ranks = [int((row[:prefix] > row[100]).sum()) + 1 for row in scores]
+    shown = [
+        [int(text) for text in rows.nth(i).locator("[data-layer]").all_inner_texts()]
+        for i in range(3)
+    ]
+    assert shown == [scores[:, 100].tolist(), ranks, [kept - 16 for kept in run.budgets]]
+    heads = run.retained.unpack(30, trace.prompt.length)[:, :, 100].sum(axis=1)
+    cells = page.locator(".dkv-evidence tr[data-method=DynamicKV] [data-layer]")
+    assert [int(text) for text in cells.all_inner_texts()] == heads.tolist()
+    cells.nth(4).click()
+    expect(page.locator(".dkv-controls [data-role=where]").first).to_contain_text("layer 4")
+    page.locator(".dkv-scroll").focus()
+    page.keyboard.press("Escape")
+    expect(rows).to_have_count(0)
+
+
+def test_a_click_in_the_text_pins_and_a_selection_shows_survival(
+    page: Page, page_url: str, recorded: dict[str, Example]
+) -> None:
+    open_page(page, page_url)
+    point_at_text(page, 40, 12)
+    page.mouse.down()
+    page.mouse.up()
+    expect(page.locator(".dkv-evidence .dkv-note")).to_contain_text("heads that keep it")
+    point_at_text(page, 10, 12)
+    page.mouse.down()
+    box = page.locator(".dkv-text[data-role=text]").bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + 180, box["y"] + 34, steps=4)
+    page.mouse.up()
+    expect(page.locator(".dkv-evidence .dkv-note")).to_contain_text("per cent of it kept")
+    pin = page.evaluate("window.DynamicKV.store.pin")
+    kept = record(recorded, "ordinary").run("DynamicKV").retained.unpack(30, 878)
+    part = kept[:, :, pin["first"] : pin["last"] + 1]
+    row = page.locator(".dkv-evidence tr[data-method=DynamicKV]")
+    expect(row).to_contain_text(f"{int(part.any(axis=(1, 2)).sum())} of 30 layers")
+    expect(row).to_contain_text("differs at 2")
+    expect(page.locator(".dkv-evidence tr[data-method=FullKV]")).to_contain_text("the reference")
+
+
+def test_pointing_at_one_view_marks_the_others(page: Page, page_url: str) -> None:
+    open_page(page, page_url)
+    point_at_text(page)
+    expect(page.locator(".dkv-map-cursor")).to_be_visible()
+    page.wait_for_function("document.querySelectorAll('.dkv-marks .dkv-keeps').length > 0")
+    canvas = page.locator(".dkv-map canvas")
+    canvas.scroll_into_view_if_needed()
+    canvas.hover(position={"x": 300, "y": 63})
+    expect(page.locator(".dkv-marks i.dkv-on")).to_have_count(1)
+    assert highlights(page)["dkv-hover"] == 1
+    bar = page.locator(".js-plotly-plot .bars path").nth(100)
+    bar.scroll_into_view_if_needed()
+    bar.hover(force=True)
+    expect(page.locator(".dkv-map-row")).to_be_visible()
+    expect(page.locator(".dkv-document [data-role=where]")).to_contain_text("layer ")
+    page.get_by_role("button", name="Along the document").click()
+    point = page.locator(".js-plotly-plot .scatterlayer .points path").nth(3)
+    point.hover(force=True)
+    page.wait_for_function("CSS.highlights.get('dkv-hover').size > 0")
+
+
+def test_the_address_keeps_what_is_looked_at(page: Page, page_url: str) -> None:
+    open_page(page, page_url)
+    pick(page, "Three")
+    expect(page.locator(".dkv-card")).to_have_count(3)
+    page.evaluate("window.DynamicKV.setLayer(17)")
+    choose(page, "against", "SnapKV")
+    choose(page, "head", "1")
+    page.wait_for_url("**/?ex=three&m=dynamickv,snapkv&layer=17&head=1")
+    page.reload()
+    where = page.locator(".dkv-document [data-role=where]")
+    expect(where).to_contain_text("layer 17")
+    expect(page.locator(".dkv-card")).to_have_count(3)
+    expect(page.locator(".dkv-document [data-role=head]")).to_have_value("1")
+    expect(page.locator(".dkv-legend")).to_contain_text("only SnapKV")
+    expect(page.locator("#dkv-example input")).to_have_value("Three")
+    page.locator("[data-role=link]").click()
+    expect(page.locator("[data-role=link]")).to_have_text("Link copied.")
+    assert page.evaluate("navigator.clipboard.readText()") == page.url
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "?ex=%3Cscript%3E&m=%22onload&layer=-1&head=9999&by=constructor&mark=__proto__",
+        "?ex=ordinary&m=nobody,fullkv&layer=99999&shades=%00",
+        "?layer=1e9&ex=",
+    ],
+)
+def test_a_hostile_address_changes_nothing(page: Page, page_url: str, query: str) -> None:
+    open_page(page, page_url, query)
+    expect(page.locator(".dkv-document [data-role=where]")).to_have_text("all 30 layers")
+    expect(page.locator(".dkv-document [data-role=unit]")).to_have_value("token")
+
+
+@pytest.mark.parametrize(("query", "hidden"), [("?embed=1", True), ("?big=1", False)])
+def test_embedded_and_big(page: Page, page_url: str, query: str, hidden: bool) -> None:
+    open_page(page, page_url, query)
+    assert page.locator("#dkv-inputs").is_hidden() is hidden
+    assert page.locator("#dkv-model").is_hidden() is hidden
+    height = page.locator(".dkv-answer").first.evaluate("n => n.getBoundingClientRect().height")
+    assert height == pytest.approx(114 if hidden else 1.3 * 114, abs=2)
+    assert page.evaluate("document.documentElement.scrollWidth - window.innerWidth") <= 0
+
+
+def test_a_text_of_ones_own_is_no_example(page: Page, page_url: str) -> None:
+    open_page(page, page_url)
+    expect(page.locator("#dkv-example input")).not_to_have_value("")
+    page.locator("#dkv-document textarea").fill("A text of my own.")
+    expect(page.locator("#dkv-example input")).to_have_value("")
+
+
+def test_an_example_ticks_the_methods_it_shows(page: Page, page_url: str) -> None:
+    open_page(page, page_url)
+    pick(page, "Three")
+    expect(page.get_by_label("SnapKV", exact=True).first).to_be_checked()
+    pick(page, "Ordinary")
+    expect(page.get_by_label("SnapKV", exact=True).first).not_to_be_checked()
+
+
+def test_an_error_is_said_once(page: Page, page_url: str) -> None:
+    open_page(page, page_url)
+    page.locator("#dkv-question textarea").fill(" ")
+    page.locator("#dkv-run").click()
+    expect(page.get_by_text("The question is empty")).to_have_count(1)
+    expect(page.locator(".toast-body")).to_have_count(0)
+
+
+def download(page: Page, selector: str, folder: Path) -> Path:
+    with page.expect_download() as waiting:
+        page.locator(selector).click()
+    path = folder / waiting.value.suggested_filename
+    waiting.value.save_as(path)
+    return path
+
+
+def test_a_run_saved_without_its_text_keeps_every_number(
+    page: Page, page_url: str, recorded: dict[str, Example], tmp_path: Path
+) -> None:
+    trace = record(recorded, "ordinary")
+    open_page(page, page_url)
+    page.get_by_role("tab", name="Runs & API").click()
+    bare = Trace.load(download(page, "#dkv-save-bare", tmp_path))
+    text = json.dumps(bare.to_dict(), ensure_ascii=False)
+    assert "river" not in text
+    assert "northern" not in text
+    assert bare.prompt.text_utf16_offsets == trace.prompt.text_utf16_offsets
+    assert [run.retained for run in bare.runs] == [run.retained for run in trace.runs]
+    assert [run.kv_bytes for run in bare.runs] == [run.kv_bytes for run in trace.runs]
+
+
+@pytest.mark.parametrize("name", ["ordinary", "hostile", "scored"])
+def test_one_html_file_shows_the_run_offline(
+    page: Page,
+    page_url: str,
+    recorded: dict[str, Example],
+    tmp_path: Path,
+    context_offline: BrowserContext,
+    name: str,
+) -> None:
+    open_page(page, page_url)
+    if name != "ordinary":
+        pick(page, name.capitalize())
+        page.wait_for_url(f"**ex={name}**")
+    page.get_by_role("tab", name="Runs & API").click()
+    file = download(page, "#dkv-save-page", tmp_path)
+    assert file.suffix == ".html"
+    assert file.stat().st_size < 8 * 2**20
+    offline = context_offline.new_page()
+    problems: list[str] = []
+    offline.on("pageerror", lambda error: problems.append(str(error)))
+    offline.on("request", lambda r: problems.append(r.url) if "file:" not in r.url else None)
+    offline.goto(file.as_uri())
+    expect(offline.locator(".dkv-card")).to_have_count(2)
+    expect(offline.locator(".js-plotly-plot .bars path").first).to_be_attached()
+    shown = offline.evaluate("document.querySelector('.dkv-text[data-role=text]').textContent")
+    assert shown == document_of(record(recorded, name).prompt)
+    assert offline.evaluate("window.pwned") is None
+    offline.evaluate("window.DynamicKV.setLayer(3)")
+    expect(offline.locator(".dkv-document [data-role=where]")).to_contain_text("layer 3")
+    offline.evaluate("window.DynamicKV.setPin({first: 50, last: 50})")
+    expect(offline.locator(".dkv-evidence tbody tr")).to_have_count(5 if name == "scored" else 2)
+    assert [p for p in problems if "blob:" not in p] == []
+
+
+def test_a_run_file_fills_the_form(
+    page: Page, page_url: str, recorded: dict[str, Example], tmp_path: Path
+) -> None:
+    trace = record(recorded, "hostile")
+    trace.save(tmp_path / "run.json.gz")
+    open_page(page, page_url)
+    page.get_by_role("tab", name="Runs & API").click()
+    page.locator("input[type=file][accept*='.json']").first.set_input_files(
+        tmp_path / "run.json.gz"
+    )
+    expect(page.locator("#dkv-open-note")).to_contain_text("Opened.")
+    page.get_by_role("tab", name="Explore").click()
+    assert page.locator("#dkv-document textarea").input_value() == HOSTILE
+    expect(page.locator("#dkv-capacity input[type=number]")).to_have_value("40")
+    expect(page.locator("#dkv-example input")).to_have_value("")
+
+
+BROKEN: dict[str, bytes] = {
+    "nothing": b"",
+    "truncated": b"\x1f\x8b\x08\0\0\0\0\0",
+    "a list": b"[]",
+    "deep": b"[" * 100_000,
+    "script": b"<script>window.pwned = 1</script>",
+    "bomb": __import__("gzip").compress(b"0" * (65 * 2**20)),
+}
+
+
+@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN)
+def test_a_broken_run_file_is_one_sentence_and_loses_nothing(
+    page: Page, page_url: str, content: bytes
+) -> None:
+    open_page(page, page_url)
+    page.get_by_role("tab", name="Runs & API").click()
+    page.locator("input[type=file][accept*='.json']").first.set_input_files(
+        {"name": "run.json.gz", "mimeType": "application/gzip", "buffer": content}
+    )
+    note = page.locator("#dkv-open-note")
+    expect(note).to_contain_text("Not opened.")
+    assert len(note.inner_text()) < 300
+    assert page.evaluate("window.pwned") is None
+    page.get_by_role("tab", name="Explore").click()
+    expect(page.locator("[data-role=source]")).to_contain_text("recorded on 23 November 2026")
+    expect(page.locator("#dkv-example input")).not_to_have_value("")

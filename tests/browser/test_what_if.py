@@ -1,0 +1,196 @@
+"""What-if on the page, with a tiny model: read, predict, draw, answer."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Page, expect
+
+from app.model_host import ModelHost
+from tests.browser.conftest import open_page, serve
+from tests.engine.tiny import DOCUMENT, QUESTION, tiny_llm
+
+pytestmark = pytest.mark.browser
+PREDICTED = "window.DynamicKV.store.trace.runs.at(-1)"
+
+
+@pytest.fixture(scope="module")
+def tiny_url(recorded: dict) -> Iterator[str]:  # type: ignore[type-arg]
+    """A page whose model is tiny and answers nonsense at once."""
+    llm = tiny_llm()
+    yield from serve(ModelHost("tiny", loader=lambda name: llm), {"ordinary": recorded["ordinary"]})
+
+
+def run(page: Page, url: str) -> None:
+    """A comparison of 64 tokens per layer."""
+    open_page(page, url)
+    page.locator("#dkv-document textarea").fill(DOCUMENT)
+    page.locator("#dkv-question textarea").fill(QUESTION)
+    page.locator("#dkv-advanced > button").click()
+    page.get_by_label("Model", exact=True).click()
+    page.get_by_role("option", name="tiny").click()
+    length = page.get_by_label("number input for Longest answer, in tokens")
+    length.fill("6")
+    length.blur()
+    capacity = page.locator("#dkv-capacity input[type=number]")
+    capacity.fill("64")
+    capacity.blur()
+    page.locator("#dkv-run").click()
+    expect(page.locator("#dkv-status")).to_contain_text("Done.", timeout=60_000)
+    expect(page.locator(".dkv-what-if [data-role=words]")).to_contain_text("Move anything")
+
+
+def test_a_slider_predicts_and_the_answer_keeps_exactly_that(page: Page, tiny_url: str) -> None:
+    run(page, tiny_url)
+    page.locator("[data-setting=capacity]").fill("40")
+    expect(page.locator(".dkv-what-if .dkv-chip")).to_have_text("predicted, not run")
+    page.wait_for_function(f"{PREDICTED}.predicted && {PREDICTED}.parameters.capacity === 40")
+    expect(page.locator(".dkv-document .dkv-tabs [aria-pressed=true]")).to_contain_text("what if")
+    assert page.evaluate("document.querySelector('.dkv-plot').data.at(-1).name") == "predicted"
+    predicted = page.evaluate(f"{PREDICTED}.retained.bits")
+    page.get_by_role("button", name="Answer with this").click()
+    card = page.locator(".dkv-card").nth(2)
+    expect(card.locator("h3")).to_have_text("DynamicKV, capacity 40")
+    expect(page.locator("#dkv-status")).to_contain_text("Done.")
+    page.wait_for_function(f"{PREDICTED} && !{PREDICTED}.predicted")
+    assert page.evaluate(f"{PREDICTED}.retained.bits") == predicted
+    expect(page.locator(".dkv-parting").first).to_contain_text("with the full cache")
+    expect(page.locator(".dkv-what-if .dkv-chip")).to_have_text("")
+
+
+SLIDE = """async () => {
+  const slider = document.querySelector('[data-setting=capacity]');
+  const times = [];
+  for (const capacity of [24, 32, 40, 48, 56, 48, 40, 32, 24]) {
+    const painted = new Promise((done) => addEventListener('dkv:runs',
+      () => requestAnimationFrame(() => requestAnimationFrame(done)), { once: true }));
+    const start = performance.now();
+    slider.value = capacity;
+    slider.dispatchEvent(new Event('input', { bubbles: true }));
+    await painted;
+    times.push(performance.now() - start);
+  }
+  return times.sort((a, b) => a - b)[2]; // the server shares its machine with other tests
+}"""
+
+
+def test_a_slider_is_answered_at_once(page: Page, tiny_url: str) -> None:
+    run(page, tiny_url)
+    assert page.evaluate(SLIDE) < 2 * 100
+
+
+def test_take_back_leaves_the_run_as_it_was(page: Page, tiny_url: str) -> None:
+    run(page, tiny_url)
+    page.locator("[data-setting=window_size]").fill("20")
+    expect(page.get_by_role("button", name="Take back")).to_be_visible()
+    page.wait_for_function(f"{PREDICTED}.predicted")
+    page.get_by_role("button", name="Take back").click()
+    expect(page.locator(".dkv-document .dkv-tabs button")).to_have_count(2)
+    expect(page.locator(".dkv-what-if .dkv-chip")).to_have_text("")
+
+
+def test_a_setting_that_cannot_be_says_so_in_one_sentence(page: Page, tiny_url: str) -> None:
+    run(page, tiny_url)
+    page.locator("[data-setting=method]").select_option("H2O")
+    expect(page.locator(".dkv-wrong")).to_contain_text("tick H2O and press Run once")
+
+
+def test_dragging_a_bar_keeps_the_total(page: Page, tiny_url: str) -> None:
+    run(page, tiny_url)
+    page.get_by_role("button", name="Draw your own budgets").click()
+    page.get_by_role("button", name="pyramid").click()
+    sums = "document.querySelector('.dkv-plot').data.at(-1).x"
+    page.wait_for_function(f"{PREDICTED}.predicted && {PREDICTED}.method === 'Manual'")
+    assert page.evaluate(f"{sums}.reduce((a, b) => a + b, 0)") == 64 * 6
+    before = page.evaluate(f"{PREDICTED}.budgets")
+    assert before == sorted(before, reverse=True)
+    plot = page.locator(".dkv-plot")
+    plot.scroll_into_view_if_needed()
+    box = plot.bounding_box()
+    assert box is not None
+    place = page.evaluate(
+        """() => { const { xaxis, yaxis } = document.querySelector('.dkv-plot')._fullLayout;
+        return [xaxis._offset + xaxis.d2p(20), xaxis._offset + xaxis.d2p(100),
+                yaxis._offset + yaxis.d2p(5)]; }"""
+    )
+    page.mouse.move(box["x"] + place[0], box["y"] + place[2])
+    page.mouse.down()
+    page.mouse.move(box["x"] + place[1], box["y"] + place[2], steps=5)
+    page.mouse.up()
+    page.wait_for_function(f"Math.abs({PREDICTED}.budgets[5] - 100) < 4")
+    drawn = page.evaluate(f"{PREDICTED}.budgets")
+    assert sum(drawn) == 64 * 6
+    page.get_by_label("More tokens for the chosen layer").click()
+    page.wait_for_function(f"{PREDICTED}.budgets[5] === {drawn[5] + 8}")
+    page.get_by_role("button", name="Answer with this").click()
+    expect(page.locator(".dkv-card[data-method=Manual]")).to_be_visible()
+    expect(page.locator("#dkv-status")).to_contain_text("Done.")
+    page.wait_for_function(f"!{PREDICTED}.predicted")
+    made = page.evaluate(f"{PREDICTED}.budgets")
+    assert sum(made) == 64 * 6
+    assert made[5] == drawn[5] + 8
+
+
+@pytest.mark.parametrize(
+    ("weights", "total", "least", "most"),
+    [
+        ([1, 1, 1], 100, 8, 500),
+        ([5, 0, 0], 100, 8, 60),
+        ([0, 0, 0], 31, 8, 500),
+        ([1, 2, 3, 4], 4000, 8, 900),
+        ([1, 1], 7, 8, 10),
+    ],
+)
+def test_shares_add_up_within_their_bounds(
+    page: Page, page_url: str, weights: list[int], total: int, least: int, most: int
+) -> None:
+    open_page(page, page_url)
+    shared = page.evaluate(
+        "([w, t, l, m]) => window.DynamicKV.share(w, t, l, m)", [weights, total, least, most]
+    )
+    size = len(weights)
+    assert sum(shared) == min(max(total, least * size), most * size)
+    assert min(shared) >= least
+    assert max(shared) <= most
+    heaviest = weights.index(max(weights))
+    assert shared[heaviest] == max(shared)
+
+
+def test_the_client_and_curl_snippets_run(
+    page: Page, tiny_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(page, tiny_url)
+    page.get_by_role("tab", name="Runs & API").click()
+    texts = {}
+    for name in ("client", "curl"):
+        shown = page.locator(f"#dkv-{name} .cm-content")
+        expect(shown).to_contain_text("Who keeps the light?")
+        texts[name] = "\n".join(shown.locator(".cm-line").all_inner_texts())
+    (tmp_path / "document.txt").write_text(DOCUMENT, encoding="utf-8")
+    for name, command in (("client", [sys.executable, "-c"]), ("curl", ["bash", "-c"])):
+        done = subprocess.run(
+            [*command, texts[name]], cwd=tmp_path, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        assert "DynamicKV" in done.stdout
+
+
+def test_two_visitors_share_nothing(page: Page, tiny_url: str) -> None:
+    run(page, tiny_url)
+    first = page.evaluate("window.DynamicKV.store.trace.key")
+    other = page.context.new_page()
+    run(other, tiny_url)
+    second = other.evaluate("window.DynamicKV.store.trace.key")
+    assert first != second
+    assert min(len(first), len(second)) >= 32
+    page.locator("[data-setting=capacity]").fill("24")
+    page.wait_for_function(f"{PREDICTED}.predicted")
+    assert other.evaluate(f"{PREDICTED}.predicted") is None
+    reply = other.evaluate(
+        "window.DynamicKV.store.server.predict({ key: 'x'.repeat(32), method: 'SnapKV' })"
+    )
+    assert "no longer holds this run" in reply["error"]
