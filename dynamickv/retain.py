@@ -23,8 +23,7 @@ def retain(
 
     Args:
         queries: per layer, (1, num_query_heads, n, head_dim); the last `window_size` positions are
-            enough for
-            window-scored methods.
+            enough for window-scored methods.
         keys: per layer, (1, num_kv_heads, n, head_dim).
         scaling: factor on query-key products; head_dim ** -0.5 by default.
 
@@ -59,6 +58,11 @@ def retain(
 
 
 def _check_layer(layer: int, query: Tensor, key: Tensor, expected: torch.Size) -> None:
+    if not (isinstance(query, Tensor) and isinstance(key, Tensor)):
+        raise ValueError(
+            f"layer {layer}: queries are {type(query).__name__}, keys {type(key).__name__}; "
+            "give torch tensors"
+        )
     where = f"layer {layer}: queries {tuple(query.shape)}, keys {tuple(key.shape)}"
     if query.dim() != 4 or key.dim() != 4 or query.shape[0] != 1 or key.shape[0] != 1:
         raise ValueError(f"{where}; expected (1, heads, n, head_dim) each")

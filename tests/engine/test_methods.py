@@ -344,6 +344,7 @@ def test_h2o_without_the_attention_of_all_queries_says_what_to_do() -> None:
         ([q[:, :, -9:] for q in QUERIES], [*KEYS[:-1], KEYS[-1][:, :, :-1]]),
         ([*QUERIES[:-1], QUERIES[-1] * float("nan")], KEYS),
         (QUERIES, [KEYS[0] / 0, *KEYS[1:]]),
+        ([q.numpy() for q in QUERIES], KEYS),
     ],
     ids=[
         "no-layers",
@@ -357,6 +358,7 @@ def test_h2o_without_the_attention_of_all_queries_says_what_to_do() -> None:
         "unequal-layers",
         "nan",
         "infinity",
+        "arrays",
     ],
 )
 @every_method
