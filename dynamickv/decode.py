@@ -7,15 +7,19 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from dynamickv.cache import KVCache
+from dynamickv.cache import BatchedCache, KVCache
 from dynamickv.cuda_graph import LEAST_STEPS, DecodeGraph, graphable
+from dynamickv.decode_step import step_rows, steppable
 from dynamickv.models import LoadedModel
 from dynamickv.observe import observed
 
+Feed = Callable[[Sequence[KVCache], Sequence[int], Sequence[int]], Tensor]
+"""(caches, one token for each, their true positions) -> next-token logits, (caches, vocabulary)."""
 Advance = Callable[[int], tuple[int, float, float]]
 """Feeds a token; (the most likely token after it, its log probability, seconds it took)."""
 
@@ -75,10 +79,11 @@ def _stepper(llm: LoadedModel, cache: KVCache, position: int, steps: int) -> Adv
     if steps >= LEAST_STEPS and cache.plain and graphable(llm):
         step = DecodeGraph(llm, cache, position, steps).advance
     else:
+        feed = feeder(llm, cache.plain)
         positions = itertools.count(position)
 
         def step(token_id: int) -> tuple[int, float]:
-            return choose(extend(llm, cache, [token_id], next(positions)))
+            return choose(feed([cache], [token_id], [next(positions)])[0])
 
     def advance(token_id: int) -> tuple[int, float, float]:
         start = time.perf_counter()
@@ -102,18 +107,49 @@ def extend(llm: LoadedModel, cache: KVCache, token_ids: Sequence[int], position:
     Layers may hold different numbers of positions: each attends to what it holds and, causally, to
     the new tokens.
     """
+    return _forward(llm, cache, [list(token_ids)], [position])[0]
+
+
+def feeder(llm: LoadedModel, plain: bool) -> Feed:
+    """The fastest way to feed single tokens without a graph.
+
+    Args:
+        plain: whether all caches will be.
+    """
+    if plain and llm.device.type == "cpu" and llm.attention == "sdpa" and steppable(llm):
+        return partial(step_rows, llm)
+    return partial(_feed, llm)
+
+
+@torch.inference_mode()
+def _feed(
+    llm: LoadedModel, caches: Sequence[KVCache], token_ids: Sequence[int], positions: Sequence[int]
+) -> Tensor:
+    cache = caches[0] if len(caches) == 1 else BatchedCache(caches)
+    return _forward(llm, cache, [[token_id] for token_id in token_ids], positions)
+
+
+def _forward(
+    llm: LoadedModel,
+    cache: KVCache | BatchedCache,
+    token_ids: list[list[int]],
+    positions: Sequence[int],
+) -> Tensor:
+    """The model's own forward pass of as many tokens in each row; logits after the last ones,
+    (rows, vocabulary)."""
     device = llm.device
+    first = torch.tensor(positions, device=device)[:, None]
     with observed(llm.model):
         output = llm.model(
-            torch.tensor([list(token_ids)], device=device),
+            torch.tensor(token_ids, device=device),
             # The pruned cache is shorter than the text it stands for: its length is not the
             # next position.
-            position_ids=torch.arange(position, position + len(token_ids), device=device)[None],
+            position_ids=first + torch.arange(len(token_ids[0]), device=device),
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
         )
-    logits: Tensor = output.logits[0, -1]
+    logits: Tensor = output.logits[:, -1]
     return logits
 
 

@@ -1,20 +1,23 @@
 """One token's way through a decoder of the Llama kind, as a fixed sequence of operations.
 
-A captured CUDA graph wants the same work on the same memory for every token, which a model's own
-forward pass does not do. Takes the model classes in FAMILIES (see `steppable`), from the model's
-own weights; every other model decodes by its own forward pass. The operations are `PlainOps`, or
-the Triton kernels that compute the same. Knows no graphs and no prompts.
+A model's own forward pass does much besides: it cannot be captured as a CUDA graph, and on a CPU it
+multiplies matrices in a layout that suits prompts. Takes the model classes in FAMILIES (see
+`steppable`), from the model's own weights; every other model decodes by its own forward pass. The
+operations are `CpuOps` for any number of caches on a CPU; for the graph `PlainOps`, or the Triton
+kernels that compute the same. Knows no graphs and no prompts.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynamickv.cache import KVCache
+from dynamickv.cache import KVCache, KVLayer
 from dynamickv.models import LoadedModel
 
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -23,9 +26,11 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings that do not look at the sequence's length."""
 
 Rotation = tuple[Tensor, Tensor]
-"""Cosines and sines of the token's position, (head_dim,) each."""
+"""Cosines and sines of the token's position, (head_dim,) each; (rows, 1, head_dim) for rows."""
 HeadNorms = tuple[Tensor, Tensor, float]
 """Weights that normalise every query and every key, (head_dim,) each, and their epsilon."""
+Store = TypeVar("Store")
+"""What holds one layer's keys and values."""
 
 
 class Slots(NamedTuple):
@@ -36,9 +41,34 @@ class Slots(NamedTuple):
     slot: Tensor
 
 
-class PlainOps:
-    """What a step is made of, in torch operations on any device: vectors of one token, without a
-    batch dimension, rounded where transformers' models round them."""
+class Ops(ABC, Generic[Store]):
+    """What a step is made of, rounded where transformers' models round. Hidden states are one
+    token's vector, (size,), or one row for each of several caches, (rows, size)."""
+
+    @abstractmethod
+    def linear(self, x: Tensor, linear: nn.Linear) -> Tensor:
+        """One projection."""
+
+    @abstractmethod
+    def place(
+        self,
+        qkv: Tensor,
+        rotation: Rotation,
+        norms: HeadNorms | None,
+        store: Store,
+        query_heads: int,
+    ) -> Tensor:
+        """Normalise and rotate queries and keys; write key and value where they are held.
+
+        Where more heads are held than the model has KV heads, each is written repeatedly.
+
+        Returns:
+            the queries, (..., query_heads, head_dim).
+        """
+
+    @abstractmethod
+    def attend(self, query: Tensor, store: Store, scaling: float) -> Tensor:
+        """Attention over what is held, the token itself included, (..., query_heads * head_dim)."""
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """RMS norm over the last dimension."""
@@ -47,81 +77,183 @@ class PlainOps:
         return weight * wide.to(x.dtype)
 
     def project(self, x: Tensor, *linears: nn.Linear, residual: Tensor | None = None) -> Tensor:
-        """Up to three projections of one vector, concatenated, added to a residual."""
-        joined = torch.cat([_project(x, linear) for linear in linears])
+        """Up to three projections of one input, concatenated, added to a residual."""
+        joined = torch.cat([self.linear(x, linear) for linear in linears], dim=-1)
         return joined if residual is None else residual + joined
 
     def gate(self, x: Tensor, gate: nn.Linear, up: nn.Linear) -> Tensor:
         """silu(gate(x)) * up(x), of projections without bias."""
-        return F.silu(_project(x, gate)) * _project(x, up)
+        return F.silu(self.linear(x, gate)) * self.linear(x, up)
+
+    def split(
+        self, qkv: Tensor, rotation: Rotation, norms: HeadNorms | None, query_heads: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys, normalised and rotated, and values, (..., heads, head_dim) each."""
+        heads = qkv.view(*qkv.shape[:-1], -1, rotation[0].shape[-1])
+        kv_heads = (heads.shape[-2] - query_heads) // 2
+        query, key, value = torch.split(heads, [query_heads, kv_heads, kv_heads], dim=-2)
+        if norms is not None:
+            query = self.norm(query, norms[0], norms[2])
+            key = self.norm(key, norms[1], norms[2])
+        return _rotate(query, rotation), _rotate(key, rotation), value
+
+
+class PlainOps(Ops[Slots]):
+    """Torch operations on vectors of one token, on any device, the same for every token."""
+
+    def linear(self, x: Tensor, linear: nn.Linear) -> Tensor:
+        """One projection."""
+        # As a matrix of one row: the kernel, hence the rounding, of the model's own projection.
+        return F.linear(x[None], linear.weight, linear.bias)[0]
 
     def place(
         self,
         qkv: Tensor,
         rotation: Rotation,
         norms: HeadNorms | None,
-        slots: Slots,
+        store: Slots,
         query_heads: int,
     ) -> Tensor:
-        """Normalise and rotate queries and keys; write key and value into their slot.
+        """Write into the token's slot."""
+        query, key, value = self.split(qkv, rotation, norms, query_heads)
+        repeat = store.keys.shape[0] // key.shape[0]
+        for buffer, new in ((store.keys, key), (store.values, value)):
+            buffer.index_copy_(1, store.slot, new.repeat_interleave(repeat, dim=0).unsqueeze(1))
+        return query
 
-        Where the buffers hold more heads than the model has KV heads, each is written repeatedly.
-
-        Returns:
-            the queries, (query_heads, head_dim).
-        """
-        stored, _, dim = slots.keys.shape
-        heads = qkv.view(-1, dim)
-        kv_heads = (heads.shape[0] - query_heads) // 2
-        query, key, value = torch.split(heads, [query_heads, kv_heads, kv_heads])
-        if norms is not None:
-            query = self.norm(query, norms[0], norms[2])
-            key = self.norm(key, norms[1], norms[2])
-        repeat = stored // kv_heads
-        for buffer, new in ((slots.keys, _rotate(key, rotation)), (slots.values, value)):
-            buffer.index_copy_(1, slots.slot, new.repeat_interleave(repeat, dim=0).unsqueeze(1))
-        return _rotate(query, rotation)
-
-    def attend(self, query: Tensor, slots: Slots, scaling: float) -> Tensor:
-        """Attention over the slots up to the token's own, (query_heads * head_dim,)."""
-        heads, room, dim = slots.keys.shape
-        visible = torch.arange(room, device=query.device) <= slots.slot
+    def attend(self, query: Tensor, store: Slots, scaling: float) -> Tensor:
+        """Attention over the slots up to the token's own."""
+        heads, room, dim = store.keys.shape
+        visible = torch.arange(room, device=query.device) <= store.slot
         output = F.scaled_dot_product_attention(
             query.view(1, heads, -1, dim),
-            slots.keys[None],
-            slots.values[None],
+            store.keys[None],
+            store.values[None],
             attn_mask=visible[None, None, None],
             scale=scaling,
         )
         return output.reshape(-1)
 
 
-def _project(x: Tensor, linear: nn.Linear) -> Tensor:
-    # As a matrix of one row: the kernel, hence the rounding, of the model's own projection.
-    return F.linear(x[None], linear.weight, linear.bias)[0]
+class CpuOps(Ops[Sequence[KVLayer]]):
+    """Torch operations on a row for each of several caches, and on the rows of padding behind them,
+    which no cache sees."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        # A step is bound by reading weights. As the left factor of a product with few columns, but
+        # two at least, MKL reads float32 weights with all cores; for F.linear's product with few
+        # rows it uses one.
+        self._weights_left = (
+            dtype == torch.float32 and torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+        )
+        self.least_rows = 2 if self._weights_left else 1
+
+    def linear(self, x: Tensor, linear: nn.Linear) -> Tensor:
+        """One projection."""
+        if not self._weights_left:
+            return F.linear(x, linear.weight, linear.bias)
+        # The next product is several times slower unless its input's rows are contiguous.
+        out = torch.mm(linear.weight, x.t()).t().contiguous()
+        return out if linear.bias is None else out + linear.bias
+
+    def place(
+        self,
+        qkv: Tensor,
+        rotation: Rotation,
+        norms: HeadNorms | None,
+        store: Sequence[KVLayer],
+        query_heads: int,
+    ) -> Tensor:
+        """Append each row to its own cache."""
+        query, key, value = self.split(qkv, rotation, norms, query_heads)
+        keys, values = key.unsqueeze(2), value.unsqueeze(2)
+        for row, layer in enumerate(store):
+            layer.update(keys[row : row + 1], values[row : row + 1])
+        return query
+
+    def attend(self, query: Tensor, store: Sequence[KVLayer], scaling: float) -> Tensor:
+        """Each row attends to its own cache."""
+        rows, _, dim = query.shape
+        output = query.new_zeros(rows, query.shape[1] * dim)
+        for row, layer in enumerate(store):
+            keys, values = layer.held()
+            # The queries of one head's group as rows: no head is repeated.
+            grouped = query[row].view(1, keys.shape[1], -1, dim)
+            attended = F.scaled_dot_product_attention(grouped, keys, values, scale=scaling)
+            output[row] = attended.reshape(-1)
+        return output
 
 
 def _rotate(states: Tensor, rotation: Rotation) -> Tensor:
-    """Rotary position embedding, (heads, head_dim)."""
+    """Rotary position embedding, (..., heads, head_dim)."""
     cos, sin = rotation
     half = states.shape[-1] // 2
     turned = torch.cat([-states[..., half:], states[..., :half]], dim=-1)
     return states * cos + turned * sin
 
 
+def _next_logits(
+    llm: LoadedModel, ops: Ops[Store], x: Tensor, rotation: Rotation, stores: Sequence[Store]
+) -> Tensor:
+    """From embedded tokens, (..., size), through every layer to logits, (..., vocabulary)."""
+    model: Any = llm.model
+    query_heads = llm.geometry.num_query_heads
+    for layer, store in zip(model.model.layers, stores, strict=True):
+        attention, mlp = layer.self_attn, layer.mlp
+        normal = _norm(ops, x, layer.input_layernorm)
+        qkv = ops.project(normal, attention.q_proj, attention.k_proj, attention.v_proj)
+        query = ops.place(qkv, rotation, _head_norms(attention), store, query_heads)
+        context = ops.attend(query, store, attention.scaling)
+        x = ops.project(context, attention.o_proj, residual=x)
+        normal = _norm(ops, x, layer.post_attention_layernorm)
+        x = ops.project(ops.gate(normal, mlp.gate_proj, mlp.up_proj), mlp.down_proj, residual=x)
+    return ops.project(_norm(ops, x, model.model.norm), model.lm_head)
+
+
+def _norm(ops: Ops[Store], x: Tensor, norm: Any) -> Tensor:
+    return ops.norm(x, norm.weight, norm.variance_epsilon)
+
+
+def _head_norms(attention: Any) -> HeadNorms | None:
+    """Qwen3 normalises queries and keys head by head."""
+    if not hasattr(attention, "q_norm"):
+        return None
+    return attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.variance_epsilon
+
+
+@torch.inference_mode()
+def step_rows(
+    llm: LoadedModel, caches: Sequence[KVCache], token_ids: Sequence[int], positions: Sequence[int]
+) -> Tensor:
+    """Feed one token to each of several caches, on the CPU; what a step changes is in the caches.
+
+    Args:
+        caches: `plain`, of a model that is `steppable`; each grows by its token.
+        positions: true positions of the tokens.
+
+    Returns:
+        next-token logits, (caches, vocabulary).
+    """
+    decoder: Any = llm.model.model
+    ops = CpuOps(decoder.embed_tokens.weight.dtype)
+    padding = [0] * (ops.least_rows - len(caches))
+    x = decoder.embed_tokens(torch.tensor([*token_ids, *padding]))
+    rotation = decoder.rotary_emb(x, torch.tensor([*positions, *padding])[:, None])
+    layers = list(zip(*(cache.whole_layers() for cache in caches), strict=True))
+    return _next_logits(llm, ops, x, rotation, layers)[: len(caches)].contiguous()
+
+
 class DecodeStep:
     """One greedy token: token id in, next token id and its log-probability out.
 
-    All that changes from step to step lives on the device: `token`, `position`, `slots`. Calling it
-    enqueues the same work every time.
+    For capture: all that changes from step to step lives on the device: `token`, `position`,
+    `slots`. Calling it enqueues the same work every time.
     """
 
     def __init__(
         self, llm: LoadedModel, cache: KVCache, position: int, room: int, ops: PlainOps
     ) -> None:
-        self._model: Any = llm.model
-        self._ops = ops
-        self._query_heads = llm.geometry.num_query_heads
+        self._llm, self._ops = llm, ops
         device = llm.device
         layers = cache.whole_layers()
         self._first_slots = torch.tensor([layer.length for layer in layers], device=device)
@@ -145,20 +277,11 @@ class DecodeStep:
 
     def __call__(self) -> Tensor:
         """Feed `token`, write `chosen`, move `position` and `slots` on; the logits."""
-        decoder, ops = self._model.model, self._ops
+        decoder: Any = self._llm.model.model
         x = decoder.embed_tokens(self.token)[0]
         cos, sin = decoder.rotary_emb(x, self.position)
         rotation = cos.view(-1), sin.view(-1)
-        for layer, slots in zip(decoder.layers, self._layers, strict=True):
-            attention, mlp = layer.self_attn, layer.mlp
-            normal = self._norm(x, layer.input_layernorm)
-            qkv = ops.project(normal, attention.q_proj, attention.k_proj, attention.v_proj)
-            query = ops.place(qkv, rotation, _head_norms(attention), slots, self._query_heads)
-            context = ops.attend(query, slots, attention.scaling)
-            x = ops.project(context, attention.o_proj, residual=x)
-            normal = self._norm(x, layer.post_attention_layernorm)
-            x = ops.project(ops.gate(normal, mlp.gate_proj, mlp.up_proj), mlp.down_proj, residual=x)
-        logits = ops.project(self._norm(x, decoder.norm), self._model.lm_head)
+        logits = _next_logits(self._llm, self._ops, x, rotation, self._layers)
         token_id = logits.argmax()
         wide = logits.float()
         self.chosen[0] = token_id
@@ -167,21 +290,11 @@ class DecodeStep:
         self.slots += 1
         return logits
 
-    def _norm(self, x: Tensor, norm: Any) -> Tensor:
-        return self._ops.norm(x, norm.weight, norm.variance_epsilon)
-
-
-def _head_norms(attention: Any) -> HeadNorms | None:
-    """Qwen3 normalises queries and keys head by head."""
-    if not hasattr(attention, "q_norm"):
-        return None
-    return attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.variance_epsilon
-
 
 def steppable(llm: LoadedModel) -> bool:
     """Whether `DecodeStep` computes what this model does: a class in FAMILIES, full attention in
-    every layer, rotary embeddings in ROPE_TYPES, a SiLU MLP without biases, unpacked weights on one
-    device."""
+    every layer, rotary embeddings in ROPE_TYPES, a SiLU MLP without biases, unpacked weights on the
+    device they work on."""
     model: Any = llm.model
     if type(model).__name__ not in FAMILIES:
         return False
@@ -193,9 +306,8 @@ def steppable(llm: LoadedModel) -> bool:
     if model.model.rotary_emb.rope_type not in ROPE_TYPES:
         return False
     linears = [module for module in model.modules() if "Linear" in type(module).__name__]
-    devices = {parameter.device for parameter in model.parameters()}
     return (
-        len(devices) == 1
+        all(parameter.device == llm.device for parameter in model.parameters())
         and all(type(linear) is nn.Linear for linear in linears)
         and all(layer.mlp.gate_proj.bias is None for layer in model.model.layers)
         and all(layer.mlp.down_proj.bias is None for layer in model.model.layers)

@@ -311,11 +311,11 @@ class TritonOps(PlainOps):
         qkv: Tensor,
         rotation: Rotation,
         norms: HeadNorms | None,
-        slots: Slots,
+        store: Slots,
         query_heads: int,
     ) -> Tensor:
         """A program per head."""
-        stored, _, dim = slots.keys.shape
+        stored, _, dim = store.keys.shape
         kv_heads = (qkv.shape[0] // dim - query_heads) // 2
         query = torch.empty(query_heads, dim, dtype=qkv.dtype, device=qkv.device)
         query_norm, key_norm, eps = norms or (qkv, qkv, 0.0)
@@ -325,8 +325,8 @@ class TritonOps(PlainOps):
             query_norm,
             key_norm,
             query,
-            *slots,
-            slots.keys.stride(0),
+            *store,
+            store.keys.stride(0),
             eps,
             HAS_NORM=norms is not None,
             QUERY_HEADS=query_heads,
@@ -338,9 +338,9 @@ class TritonOps(PlainOps):
         )
         return query
 
-    def attend(self, query: Tensor, slots: Slots, scaling: float) -> Tensor:
+    def attend(self, query: Tensor, store: Slots, scaling: float) -> Tensor:
         """Programs that share a head's keys, then one that joins their sums."""
-        heads, room, dim = slots.keys.shape
+        heads, room, dim = store.keys.shape
         query_heads = query.shape[0]
         group = query_heads // heads
         chunk = triton.cdiv(triton.cdiv(room, SPLITS), KEYS) * KEYS
@@ -351,9 +351,9 @@ class TritonOps(PlainOps):
         sizes = {"DIM": dim, "BLOCK": max(16, triton.next_power_of_2(dim)), "num_warps": 4}
         _attend[(heads, splits)](
             query,
-            *slots,
+            *store,
             *parts,
-            slots.keys.stride(0),
+            store.keys.stride(0),
             scaling * LOG2E,
             chunk,
             GROUP=group,

@@ -9,19 +9,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-import torch
-
-from dynamickv.cache import BatchedCache, KVCache
-from dynamickv.decode import choose
+from dynamickv.cache import KVCache
+from dynamickv.decode import choose, feeder
 from dynamickv.models import LoadedModel
-from dynamickv.observe import observed
 
 
 class Together:
     """Runs that advance in step. Each announces its token; the first to need an answer runs all."""
 
     def __init__(self, llm: LoadedModel) -> None:
-        self._llm = llm
+        self._feed = feeder(llm, plain=True)
         self._members: list[Member] = []
 
     @property
@@ -30,26 +27,21 @@ class Together:
         return len(self._members)
 
     def join(self, cache: KVCache, position: int) -> Member:
-        """Take in a run whose next token goes to `position`."""
+        """Take in a run whose next token goes to `position`; its cache is `plain`."""
         member = Member(self._run, cache, position)
         self._members.append(member)
         return member
 
-    @torch.inference_mode()
     def _run(self) -> None:
         """Feed every announced token."""
         waiting = [member for member in self._members if member.token_id is not None]
         start = time.perf_counter()
-        device = self._llm.device
-        with observed(self._llm.model):
-            output = self._llm.model(
-                torch.tensor([[member.token_id] for member in waiting], device=device),
-                position_ids=torch.tensor([[member.position] for member in waiting], device=device),
-                past_key_values=BatchedCache([m.cache for m in waiting if m.cache is not None]),
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        chosen = [choose(logits) for logits in output.logits[:, -1]]
+        logits = self._feed(
+            [member.cache for member in waiting if member.cache is not None],
+            [member.token_id for member in waiting if member.token_id is not None],
+            [member.position for member in waiting],
+        )
+        chosen = [choose(row) for row in logits]
         seconds = time.perf_counter() - start
         for member, (token_id, logprob) in zip(waiting, chosen, strict=True):
             member.arrived = (token_id, logprob, seconds)

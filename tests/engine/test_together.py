@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import pytest
+import torch
 
 import dynamickv as dkv
+from dynamickv.cache import KVCache, prune
+from dynamickv.decode import extend, feeder
+from dynamickv.decode_step import step_rows
 from tests.engine.tiny import COMPRESSING, DOCUMENT, FAMILIES, QUESTION, tiny_llm
 
 
@@ -54,3 +61,87 @@ def test_answers_that_end_early_leave_the_others_running(llm: dkv.LoadedModel) -
     for run, whole in zip(after.runs, before.runs, strict=True):
         assert run.token_ids == whole.token_ids[: len(run.token_ids)]
         assert run.finish_reason == ("stop" if early in whole.token_ids else "length")
+
+
+# The step for several caches on the CPU against the model's own forward pass.
+
+STEPPED = [name for name in FAMILIES if name != "gemma3"]
+ROWS: list[dkv.CompressionMethod] = [
+    dkv.DynamicKV(capacity=24),
+    dkv.FullKV(),
+    dkv.SnapKV(capacity=40, granularity="query_head"),
+]
+
+
+def takes_the_step(llm: dkv.LoadedModel, plain: bool = True) -> bool:
+    feed = feeder(llm, plain)
+    assert isinstance(feed, partial)
+    return bool(feed.func is step_rows)
+
+
+def caches_of(prefill: dkv.Prefill, methods: list[dkv.CompressionMethod]) -> list[KVCache]:
+    return [prune(prefill, method.select(prefill.layers), room=2) for method in methods]
+
+
+@pytest.mark.parametrize("family", STEPPED)
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_a_step_for_several_caches_computes_what_the_model_does(family: str, rows: int) -> None:
+    """Past the room that was reserved, at positions of their own, while one leaves midway; the
+    model's own pass then continues from what the steps left."""
+    llm = tiny_llm(family)
+    assert takes_the_step(llm)
+    prefill = dkv.prefill(llm, DOCUMENT, QUESTION)
+    stepped, expected = (caches_of(prefill, ROWS[:rows]) for _ in range(2))
+    tokens = [40, 301, 7]
+    positions = [prefill.length, prefill.length + 5, prefill.length + 9]
+    for step in range(4):
+        active = rows if step < 3 else max(1, rows - 1)
+        now = [position + step for position in positions[:active]]
+        logits = step_rows(llm, stepped[:active], tokens[:active], now)
+        for row, cache in enumerate(expected[:active]):
+            own = extend(llm, cache, [tokens[row]], now[row])
+            torch.testing.assert_close(logits[row], own, rtol=0, atol=1e-4)
+        tokens = [int(row.argmax()) for row in logits] + tokens[active:]
+        assert [cache.nbytes for cache in stepped] == [cache.nbytes for cache in expected]
+    for one, other in zip(stepped, expected, strict=True):
+        for mine, own in zip(one.whole_layers(), other.whole_layers(), strict=True):
+            assert (mine.length, mine.seen) == (own.length, own.seen)
+            for held, same in zip(mine.held(), own.held(), strict=True):
+                torch.testing.assert_close(held, same, rtol=0, atol=1e-4)
+        after = [extend(llm, cache, [11, 12], prefill.length + 20) for cache in (one, other)]
+        torch.testing.assert_close(*after, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_step_rounds_half_precision_where_the_model_does(dtype: torch.dtype, rows: int) -> None:
+    llm = tiny_llm()
+    llm.model.to(dtype)
+    prefill = dkv.prefill(llm, DOCUMENT, QUESTION)
+    stepped, expected = (caches_of(prefill, ROWS[:rows]) for _ in range(2))
+    logits = step_rows(llm, stepped, [40] * rows, [prefill.length] * rows)
+    assert logits.dtype == dtype
+    own = torch.stack([extend(llm, cache, [40], prefill.length) for cache in expected])
+    assert (logits - own).float().norm() < 4 * torch.finfo(dtype).eps * own.float().norm()
+
+
+def offloaded() -> dkv.LoadedModel:
+    llm = tiny_llm()
+    model: Any = llm.model
+    model.model.layers[3].mlp.down_proj.to("meta")
+    return llm
+
+
+@pytest.mark.parametrize(
+    ("make", "plain"),
+    [
+        (partial(tiny_llm, "gemma3"), True),
+        (partial(tiny_llm, "llama", "eager"), True),
+        (partial(tiny_llm, hidden_act="gelu"), True),
+        (offloaded, True),
+        (tiny_llm, False),
+    ],
+    ids=["sliding layers", "eager attention", "gelu", "offloaded", "heads of unequal length"],
+)
+def test_what_the_step_does_not_compute_is_left_to_the_model(make: Any, plain: bool) -> None:
+    assert not takes_the_step(make(), plain)
