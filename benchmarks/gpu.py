@@ -122,6 +122,16 @@ class Bench:
     rows: list[Row] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
+    built: tuple[str, dkv.LoadedModel] | None = None
+    """The large model that is on the device: at most one fits."""
+
+    def model(self, name: str) -> dkv.LoadedModel:
+        """A model of that geometry, built unless it is the one that is there."""
+        if self.built is None or self.built[0] != name:
+            self.built = None
+            free()
+            self.built = name, build(self, name)
+        return self.built[1]
 
     @property
     def device(self) -> torch.device:
@@ -1021,17 +1031,20 @@ def tune(bench: Bench) -> None:
         del graph
 
 
-def with_llama(section: Callable[..., None], *names: str) -> Callable[[Bench], None]:
-    """A section that runs on one model after the other, or on Llama-3-8B."""
+def with_models(section: Callable[..., None], *names: str) -> Callable[[Bench], None]:
+    """A section that runs on one model after the other."""
 
     def run(bench: Bench) -> None:
-        for name in names or ("Llama-3-8B",):
-            llm = build(bench, name)
-            section(bench, name, llm) if names else section(bench, llm)
-            del llm
+        for name in names:
+            section(bench, name, bench.model(name))
             free()
 
     return run
+
+
+def with_llama(section: Callable[..., None]) -> Callable[[Bench], None]:
+    """A section that runs on Llama-3-8B and does not say so in its rows."""
+    return with_models(lambda bench, name, llm: section(bench, llm), "Llama-3-8B")
 
 
 def decode_long(bench: Bench, name: str, llm: dkv.LoadedModel) -> None:
@@ -1053,13 +1066,13 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     "smollm2": smollm2,
     "backends": backends,
     "tune": tune,
-    "overhead": with_llama(overhead, "Llama-3-8B"),
-    "decode32k": with_llama(decode_long, "Llama-3-8B"),
+    "overhead": with_models(overhead, "Llama-3-8B"),
+    "decode32k": with_models(decode_long, "Llama-3-8B"),
     "reselect": with_llama(reselect),
-    "decode128k": with_llama(decode_longest, "Llama-3-8B"),
+    "decode128k": with_models(decode_longest, "Llama-3-8B"),
     "serve": with_llama(serve_memory),
-    "others": with_llama(overhead_and_decode, "Mistral-7B-v0.2", "Qwen2-7B"),
     "largest": with_llama(largest),
+    "others": with_models(overhead_and_decode, "Mistral-7B-v0.2", "Qwen2-7B"),
 }
 
 
