@@ -34,7 +34,7 @@ from .inputs import (
     DEFAULT_METHODS,
     DEFAULT_NEW_TOKENS,
     MAX_NEW_TOKENS,
-    SETTINGS,
+    WHAT_IF_SETTINGS,
     form_defaults,
     method_settings,
     offered_methods,
@@ -347,7 +347,7 @@ def what_if_form() -> dict[str, Any]:
     """What the what-if panel offers: methods with the settings each takes, and their defaults."""
     return {
         "methods": {
-            name: [s for s in SETTINGS if s in taken]
+            name: [s for s in WHAT_IF_SETTINGS if s in taken]
             for name, taken in method_settings().items()
             if name != "FullKV"
         },

@@ -95,22 +95,42 @@ def run_names(runs: Sequence[Run]) -> list[tuple[str, str]]:
     names = []
     for run in runs:
         known = first.setdefault(run.method, run)
+        marked = marked_words(run)
         if known is run:
-            names.append((run.method, run.method))
+            names.append((run.method, ", ".join(filter(None, (run.method, marked)))))
         else:
-            names.append(("What if", f"{run.method}, {what_differs(run, known)}"))
+            differs = ", ".join(filter(None, (what_differs(run, known), marked))) or "again"
+            names.append(("What if", f"{run.method}, {differs}"))
     return names
+
+
+def marked_words(run: Run) -> str:
+    """What a person pinned and evicted: "12 tokens pinned, 1 evicted"."""
+    words: list[str] = []
+    for name in ("pinned", "evicted"):
+        size = marked_tokens(run, name)
+        if size:
+            words.append(f"{size:,} {name}" if words else f"{count(size, 'token')} {name}")
+    return ", ".join(words)
+
+
+def marked_tokens(run: Run, name: str) -> int:
+    """How many positions the spans of that name hold; a record may come from a stranger."""
+    spans = run.parameters.get(name)
+    pairs = spans if isinstance(spans, list) else []
+    return sum(
+        max(0, pair[1] - pair[0])
+        for pair in pairs
+        if isinstance(pair, list) and len(pair) == 2 and all(type(end) is int for end in pair)
+    )
 
 
 def what_differs(run: Run, other: Run) -> str:
     """The settings in which a run differs from another of its method: "capacity 64"."""
-    return (
-        ", ".join(
-            f"{name.replace('_', ' ')} {value}"
-            for name, value in run.parameters.items()
-            if value != other.parameters.get(name, value) and isinstance(value, (int, float, str))
-        )
-        or "again"
+    return ", ".join(
+        f"{name.replace('_', ' ')} {value}"
+        for name, value in run.parameters.items()
+        if value != other.parameters.get(name, value) and isinstance(value, (int, float, str))
     )
 
 

@@ -45,6 +45,8 @@ class CompressionMethod(ABC):
     name: ClassVar[str]
     needs_mass: ClassVar[bool] = False
     """Whether it reads the attention of all queries (LayerObservation.mass)."""
+    ignored: ClassVar[tuple[str, ...]] = ()
+    """Parameters that it has for its kind's sake and does not read."""
 
     @property
     def parameters(self) -> dict[str, Any]:

@@ -92,16 +92,19 @@
       const { pin, trace } = store;
       element.classList.toggle("dkv-empty", !trace);
       find("table").hidden = !pin || !trace?.runs.length;
+      find("marking").hidden = find("table").hidden || !store.server?.predict || !trace.key;
       find("title").textContent = "Evidence";
       find("note").textContent = hint;
       if (find("table").hidden) { find("table").replaceChildren(); return; }
       const { first, last } = pin;
       const one = first === last;
       const run = trace.runs[store.view.run];
+      const marked = ["pinned", "evicted"].find((kind) => DynamicKV.spansOf(run, kind).some(([from, end]) => first >= from && last < end));
       find("title").textContent = quoted(first, last);
       find("note").textContent = one
         ? `position ${plain(first)} · heads that keep it, per layer`
         : `${counting(last - first + 1, "token")}, positions ${plain(first)}–${plain(last)} · per cent of it kept, per layer`;
+      if (marked) find("note").textContent += ` · ${marked} by hand in ${run.label}`;
       const head = make("tr", {}, make("th", { scope: "col" }, ""),
         make("th", { scope: "col", className: "dkv-sum" }, "answer"), make("th", { scope: "col", className: "dkv-sum" }, "survives in"),
         ...Array.from({ length: trace.layers }, (_, layer) => make("th", { scope: "col", title: `layer ${layer}`, data: { layer } }, String(layer))));
@@ -134,6 +137,9 @@
       DynamicKV.setHover(layer === null ? null : { source: "evidence", layer, position: store.pin?.first, last: store.pin?.last }, "evidence");
     });
     find("table").addEventListener("pointerleave", () => DynamicKV.setHover(null, "evidence"));
+    for (const button of element.querySelectorAll("[data-mark]")) {
+      button.addEventListener("click", () => DynamicKV.emit("edit", { kind: button.dataset.mark, first: store.pin.first, end: store.pin.last + 1 }));
+    }
     on("pin", show);
     on("runs", show);
     on("view", (changed) => { if (changed.has("run")) show(); else mark(); });
