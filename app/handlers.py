@@ -12,6 +12,7 @@ import html
 import inspect
 import json
 import logging
+import re
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -39,10 +40,13 @@ RESTORE = {"restore": True}
 """Tells the answer cards to show their last finished comparison again."""
 MAX_WAITING = 256
 EXAMPLE_KEY = "example:"
+OWN_TEXT = "own"
+"""What the example picker holds while the document is nobody's example."""
 FORM_LENGTH = 14
 """Widgets that `Inputs.settings` lists."""
 CAPACITIES = (8, 2048)
 """Bounds of the capacity slider."""
+ORIGIN = re.compile(r"https?://[A-Za-z0-9.-]+(:\d{1,5})?|http://\[[0-9a-fA-F:]+\](:\d{1,5})?")
 SHOW_EVERY = 0.08
 """Seconds between two pictures of a run: faster than eyes follow, slower than the wire needs."""
 CHARACTERS_PER_TOKEN = 4.2
@@ -529,7 +533,7 @@ class Handlers:
             texts.append(vm.document_of(example.trace.prompt))
         # Browsers read every line end as "\n".
         same = any(text.splitlines() == str(document).splitlines() for text in texts)
-        return gr.skip() if same else None
+        return gr.skip() if same else OWN_TEXT
 
     def link(self, request: gr.Request) -> tuple[Any, ...]:
         """Show the example that the page's address names; outputs: example, then as `pick`."""
@@ -539,15 +543,20 @@ class Handlers:
             return (gr.skip(),) * (4 + FORM_LENGTH)
         return wanted, *self.pick(wanted)
 
-    def snippets(self, question: str, methods: list[str], *values: Any) -> list[str]:
+    def snippets(
+        self, request: gr.Request, question: str, methods: list[str], *values: Any
+    ) -> list[str]:
         """Code for the form's values; outputs: Python, gradio_client, curl, MCP."""
+        note = ""
         *_, aware, model = values
         question = (
             question if isinstance(question, str) and question.strip() else "What is it about?"
         )
         try:
             job, model = self._request(question, question, methods, *values)
-        except ValueError:  # the form says what is wrong when it is run
+        except ValueError as error:
+            sentence = " ".join(sentence_of(error).split())
+            note = f"# The form cannot be run as it is; these are the defaults. {sentence}\n"
             job = inputs.build_request(
                 question,
                 question,
@@ -561,9 +570,15 @@ class Handlers:
             inputs.DEFAULT_CAPACITY,
         )
         code = snippets(
-            self.url, model, question, job.methods, capacity, job.max_new_tokens, bool(aware)
+            seen_at(request) or self.url,
+            model,
+            question,
+            job.methods,
+            capacity,
+            job.max_new_tokens,
+            bool(aware),
         )
-        return [code[name] for name in ("python", "client", "curl", "mcp")]
+        return [*(note + code[name] for name in ("python", "client", "curl")), code["mcp"]]
 
     def shown_example(self, example: Example) -> tuple[dict[str, Any], dict[str, Any]]:
         """Cards and store of an example's recorded run."""
@@ -628,7 +643,7 @@ class Handlers:
             "note": f"{methods} on {trace.prompt.length:,} tokens: see Explore.",
         }
         shown = self._shown(trace, "file", self.shelf.put(trace, "file"))
-        return *shown, note, *self.form_values(trace), None
+        return *shown, note, *self.form_values(trace), OWN_TEXT
 
     @staticmethod
     def lock_reference(methods: list[str]) -> list[str]:
@@ -783,6 +798,12 @@ def page_error(error: object) -> gr.Error:
 def said_error(error: object) -> gr.Error:
     """An error that the status line says already: it ends the event and shows no toast."""
     return gr.Error(html.escape(sentence_of(error)), print_exception=False, visible=False)
+
+
+def seen_at(request: gr.Request | None) -> str:
+    """The address under which a browser shows the page; empty where it does not say."""
+    origin = str(request.headers.get("origin", "")) if request and request.request else ""
+    return origin if ORIGIN.fullmatch(origin) else ""
 
 
 def session(request: gr.Request | None) -> str:

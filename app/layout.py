@@ -28,7 +28,7 @@ from .components import (
 )
 from .components.look import build_theme
 from .examples import Example, load_examples
-from .handlers import CAPACITIES, Handlers
+from .handlers import CAPACITIES, OWN_TEXT, Handlers
 from .inputs import (
     DEFAULT_CAPACITY,
     DEFAULT_METHODS,
@@ -39,6 +39,7 @@ from .inputs import (
     method_settings,
     offered_methods,
 )
+from .method_cards import method_cards
 from .model_host import ModelHost
 from .views import VIEWS, plotly_source
 
@@ -157,7 +158,7 @@ def build_inputs(
     """The column on the left: what to read, what to ask, how to compress, and the button."""
     with gr.Column(scale=3, min_width=320, elem_id="dkv-inputs"):
         example = gr.Dropdown(
-            [(e.label, e.id) for e in examples.values()],
+            [*((e.label, e.id) for e in examples.values()), ("Your own text", OWN_TEXT)],
             value=first.id if first else None,
             label="Example",
             elem_id="dkv-example",
@@ -388,6 +389,8 @@ def build_runs(handlers: Handlers, inputs: Inputs, outputs: Outputs, tab: gr.Tab
                 "server. Links lead to built-in examples only: *Copy link* on Explore keeps what "
                 "you look at. `?embed=1` shows the run alone, `?big=1` is for a lecture hall."
             )
+            with gr.Accordion("The methods, and where they depart", open=False):
+                gr.Markdown(method_cards(), elem_id="dkv-method-cards")
         with gr.Column(scale=3, min_width=300):
             gr.Markdown(
                 "### The same comparison from code\nWith the values of the form. Save your "

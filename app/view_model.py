@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from dynamickv.trace import Prompt, Run, Trace
+from dynamickv.trace import ModelInfo, Prompt, Run, Trace
 
 from .theme import method_style
 
@@ -195,9 +195,12 @@ def window_tokens(run: Run, prompt: Prompt) -> int:
     return min(int(run.parameters["window_size"]), prompt.length)
 
 
-def compressed_layers(run: Run, prompt: Prompt) -> int:
-    """How many layers hold fewer tokens than the prompt has."""
-    return sum(kept < prompt.length for kept in run.budgets)
+def compressed_layers(run: Run, prompt: Prompt, model: ModelInfo) -> int:
+    """How many layers a method cut; sliding-window layers are nobody's to cut."""
+    sliding = set(model.sliding_layers)
+    return sum(
+        kept < prompt.length for layer, kept in enumerate(run.budgets) if layer not in sliding
+    )
 
 
 def cards_payload(trace: Trace, source: str) -> dict[str, Any]:
@@ -215,7 +218,9 @@ def cards_payload(trace: Trace, source: str) -> dict[str, Any]:
 def fits_notice(trace: Trace) -> str:
     """One loud sentence when no method had anything to remove."""
     compressing = [run for run in trace.runs if run.method != "FullKV"]
-    if not compressing or any(compressed_layers(run, trace.prompt) for run in compressing):
+    if not compressing or any(
+        compressed_layers(run, trace.prompt, trace.model) for run in compressing
+    ):
         return ""
     capacity = min(int(run.parameters.get("capacity", trace.prompt.length)) for run in compressing)
     return (
@@ -225,9 +230,10 @@ def fits_notice(trace: Trace) -> str:
     )
 
 
-def compressed_words(layers: int, total: int) -> str:
+def compressed_words(layers: int, total: int, sliding: int = 0) -> str:
     """The receipt that compression happened."""
-    return f"compressed at {layers} of {total} layers"
+    also = f", {sliding} slide" if sliding else ""
+    return f"compressed at {layers} of {total - sliding} layers{also}"
 
 
 def cards(trace: Trace) -> list[dict[str, Any]]:
@@ -284,12 +290,12 @@ def token_words(piece: str, token_id: int) -> str:
 
 def card(run: Run, trace: Trace) -> dict[str, Any]:
     """One finished answer with its receipts."""
-    layers = compressed_layers(run, trace.prompt)
-    total = trace.model.num_layers
+    layers = compressed_layers(run, trace.prompt, trace.model)
+    total, sliding = trace.model.num_layers, len(trace.model.sliding_layers)
     if run.method == "FullKV":
         chip, tone = "keeps everything", "plain"
     elif layers:
-        chip, tone = compressed_words(layers, total), "good"
+        chip, tone = compressed_words(layers, total, sliding), "good"
     else:
         chip, tone = "nothing to compress: the prompt fits", "loud"
     split = run.agreement.first_divergence if run.agreement and run.method != "FullKV" else None

@@ -138,7 +138,7 @@ def test_a_second_run_of_a_method_says_what_differs(trace: Trace) -> None:
     marked = replace(run, parameters=run.parameters | {"pinned": [[3, 15]], "evicted": [[0, 1]]})
     assert vm.run_names([run, marked])[1] == ("What if", "DynamicKV, 12 tokens pinned, 1 evicted")
     assert vm.run_names([marked])[0] == ("DynamicKV", "DynamicKV, 12 tokens pinned, 1 evicted")
-    assert vm.run_names([run, run])[1] == ("What if", "DynamicKV, again")
+    assert vm.run_names([run, replace(run)])[1] == ("What if", "DynamicKV, again")
 
 
 @pytest.mark.parametrize("spans", [7, "x", None, [3], [[1, 2, 3]], [["a", "b"]], {}, [[9, 2]]])

@@ -71,7 +71,53 @@ def test_the_difference_of_two_methods_is_exact_at_a_layer(
     ]
     assert shown[1] > 0
     assert page.evaluate(MARKED, KEPT) == 0
+    expect(page.locator("[data-role=versus]")).to_contain_text("answer the same, token by token")
     expect(page.locator(".dkv-legend")).to_contain_text("only SnapKV")
+
+
+PART = """() => {
+  const [, a, b] = window.DynamicKV.store.trace.runs;
+  b.token_ids = [...a.token_ids];
+  b.token_ids[2] += 1;
+  b.pieces = [...a.pieces];
+  b.pieces[2] = '<b>x</b>';
+  b.logprobs = a.logprobs.map(() => Math.log(0.625));
+  window.DynamicKV.setView({ run: 2, against: 1 });
+  return a.pieces[2]; }"""
+
+
+def test_two_compared_methods_say_where_their_answers_part(page: Page, page_url: str) -> None:
+    open_page(page, page_url)
+    pick(page, "Three")
+    expect(page.locator(".dkv-card")).to_have_count(3)
+    theirs = page.evaluate(PART)
+    box = page.locator("[data-role=versus] .dkv-parting")
+    expect(box).to_contain_text("DynamicKV and SnapKV part at token 3")
+    expect(box).to_contain_text("<b>x</b> (63 % with its own cache)")
+    expect(box.locator(".dkv-theirs")).to_have_text(theirs)
+    choose(page, "against", "FullKV")
+    expect(box).to_have_count(0)
+
+
+def test_the_chart_s_keys_switch_runs_off_and_the_others_take_their_room(
+    page: Page, page_url: str
+) -> None:
+    open_page(page, page_url)
+    pick(page, "Three")
+    expect(page.locator(".dkv-card")).to_have_count(3)
+    bars = """() => document.querySelector('.dkv-plot').data
+      .map((t) => [t.meta, t.visible !== false, t.width])"""
+    page.wait_for_function(f"({bars})().length === 6")
+    before = page.evaluate(bars)
+    key = page.locator(".dkv-keys button[data-method=FullKV]")
+    key.click()
+    expect(page.locator(".dkv-keys button[data-method=FullKV]")).to_have_attribute(
+        "aria-pressed", "false"
+    )
+    page.wait_for_function(f"({bars})().filter((t) => t[1]).length === 4")
+    after = page.evaluate(bars)
+    assert [shown for name, shown, _ in after if name == "FullKV"] == [False, False]
+    assert after[-1][2] == pytest.approx(1.5 * before[-1][2])
 
 
 def test_words_sentences_and_paragraphs_are_marked_whole(page: Page, page_url: str) -> None:
@@ -267,9 +313,9 @@ def test_embedded_and_big(page: Page, page_url: str, query: str, hidden: bool) -
 
 def test_a_text_of_ones_own_is_no_example(page: Page, page_url: str) -> None:
     open_page(page, page_url)
-    expect(page.locator("#dkv-example input")).not_to_have_value("")
+    expect(page.locator("#dkv-example input")).to_have_value("Ordinary")
     page.locator("#dkv-document textarea").fill("A text of my own.")
-    expect(page.locator("#dkv-example input")).to_have_value("")
+    expect(page.locator("#dkv-example input")).to_have_value("Your own text")
 
 
 def test_an_example_ticks_the_methods_it_shows(page: Page, page_url: str) -> None:
@@ -359,7 +405,10 @@ def test_a_run_file_fills_the_form(
     page.get_by_role("tab", name="Explore").click()
     assert page.locator("#dkv-document textarea").input_value() == HOSTILE
     expect(page.locator("#dkv-capacity input[type=number]")).to_have_value("40")
-    expect(page.locator("#dkv-example input")).to_have_value("")
+    expect(page.locator("#dkv-example input")).to_have_value("Your own text")
+    assert page.get_by_label("DynamicKV", exact=True).first.is_checked()
+    assert not page.get_by_label("SnapKV", exact=True).first.is_checked()
+    assert page.locator("#dkv-question textarea").input_value() == trace.prompt.question
 
 
 BROKEN: dict[str, bytes] = {
@@ -387,4 +436,4 @@ def test_a_broken_run_file_is_one_sentence_and_loses_nothing(
     assert page.evaluate("window.pwned") is None
     page.get_by_role("tab", name="Explore").click()
     expect(page.locator("[data-role=source]")).to_contain_text("recorded on 23 November 2026")
-    expect(page.locator("#dkv-example input")).not_to_have_value("")
+    expect(page.locator("#dkv-example input")).to_have_value("Ordinary")

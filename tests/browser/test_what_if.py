@@ -15,6 +15,7 @@ from tests.browser.conftest import open_page, serve
 from tests.engine.tiny import DOCUMENT, QUESTION, tiny_llm
 
 pytestmark = pytest.mark.browser
+LENGTH = "window.DynamicKV.store.trace.prompt.length"
 PREDICTED = "window.DynamicKV.store.trace.runs.at(-1)"
 
 
@@ -25,9 +26,12 @@ def tiny_url(recorded: dict) -> Iterator[str]:  # type: ignore[type-arg]
     yield from serve(ModelHost("tiny", loader=lambda name: llm), {"ordinary": recorded["ordinary"]})
 
 
-def run(page: Page, url: str) -> None:
+def run(page: Page, url: str, method: str = "DynamicKV") -> None:
     """A comparison of 64 tokens per layer."""
     open_page(page, url)
+    if method != "DynamicKV":
+        page.get_by_label("DynamicKV", exact=True).first.uncheck()
+        page.get_by_label(method, exact=True).first.check()
     page.locator("#dkv-document textarea").fill(DOCUMENT)
     page.locator("#dkv-question textarea").fill(QUESTION)
     page.locator("#dkv-advanced > button").click()
@@ -60,6 +64,52 @@ def test_a_slider_predicts_and_the_answer_keeps_exactly_that(page: Page, tiny_ur
     assert page.evaluate(f"{PREDICTED}.retained.bits") == predicted
     expect(page.locator(".dkv-parting").first).to_contain_text("with the full cache")
     expect(page.locator(".dkv-what-if .dkv-chip")).to_have_text("")
+
+
+def test_a_passage_is_dropped_and_pinned_by_hand_and_answered_with(
+    page: Page, tiny_url: str
+) -> None:
+    run(page, tiny_url)
+    page.evaluate("window.DynamicKV.setPin({first: 40, last: 45})")
+    page.get_by_role("button", name="Always keep").click()
+    page.wait_for_function(f"{PREDICTED}.predicted")
+    page.evaluate("window.DynamicKV.setPin({first: 43, last: 50})")
+    page.get_by_role("button", name="Always drop").click()
+    page.wait_for_function(f"{PREDICTED}.parameters.evicted")
+    assert page.evaluate(f"[{PREDICTED}.parameters.pinned, {PREDICTED}.parameters.evicted]") == [
+        [[40, 43]],
+        [[43, 51]],
+    ]
+    expect(page.locator(".dkv-marked-chip")).to_have_count(2)
+    counts = f"Array.from({PREDICTED}.kept.subarray(2 * {LENGTH} + 40, 2 * {LENGTH} + 51))"
+    kept = page.evaluate(counts)
+    assert min(kept[:3]) == 2
+    assert max(kept[3:]) == 0
+    expect(page.locator(".dkv-legend")).to_contain_text("pinned by hand")
+    assert page.evaluate("CSS.highlights.get('dkv-evicted').size") > 0
+    bits = page.evaluate(f"{PREDICTED}.retained.bits")
+    page.get_by_role("button", name="Answer with this").click()
+    label = "DynamicKV, 3 tokens pinned, 8 evicted"
+    expect(page.locator(".dkv-card h3").nth(2)).to_have_text(label)
+    page.wait_for_function(f"!{PREDICTED}.predicted && {PREDICTED}.parameters.pinned")
+    assert page.evaluate(f"{PREDICTED}.retained.bits") == bits
+    page.evaluate("window.DynamicKV.setPin({first: 44, last: 44})")
+    expect(page.locator(".dkv-evidence .dkv-note")).to_contain_text(f"evicted by hand in {label}")
+    page.get_by_label("No longer evicted").click()
+    page.wait_for_function(f"{PREDICTED}.predicted && !{PREDICTED}.parameters.evicted")
+    page.get_by_role("button", name="Take back").click()
+    expect(page.locator(".dkv-marked-chip")).to_have_count(0)
+
+
+def test_settings_that_a_method_ignores_are_not_offered_or_inherited(
+    page: Page, tiny_url: str
+) -> None:
+    run(page, tiny_url, "H2O")
+    expect(page.locator("[data-setting=method]")).to_have_value("H2O")
+    assert page.locator("[data-setting=kernel_size]").count() == 0
+    page.locator("[data-setting=method]").select_option("SnapKV")
+    page.wait_for_function(f"{PREDICTED}.predicted && {PREDICTED}.method === 'SnapKV'")
+    assert page.evaluate(f"{PREDICTED}.parameters.kernel_size") == 7
 
 
 SLIDE = """async () => {

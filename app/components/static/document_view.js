@@ -75,7 +75,8 @@
       slider.setAttribute("aria-valuetext", all ? "all layers" : `layer ${layer}`);
       find("where").textContent = all
         ? `all ${layers} layers`
-        : `layer ${layer}: ${plain(current.budgets[layer])} of ${plain(prompt.length)} kept`;
+        : store.trace.record.model.sliding_layers?.includes(layer) ? `layer ${layer} slides: last ${plain(current.budgets[layer])} held`
+          : `layer ${layer}: ${plain(current.budgets[layer])} of ${plain(prompt.length)} kept`;
       find("legend").replaceChildren(...(other() ? differenceLegend(all) : levelLegend(layer)));
       fold(folds.before, 0, prompt.document_span[0], "template before the document", layer);
       fold(folds.after, prompt.document_span[1], prompt.length, "question and template after the document", layer);
