@@ -389,13 +389,17 @@ def build_runs(handlers: Handlers, inputs: Inputs, outputs: Outputs, tab: gr.Tab
                 "server. Links lead to built-in examples only: *Copy link* on Explore keeps what "
                 "you look at. `?embed=1` shows the run alone, `?big=1` is for a lecture hall."
             )
-            with gr.Accordion("The methods, and where they depart", open=False):
+            with gr.Accordion(
+                "The methods, and where they depart from their authors' code",
+                open=False,
+                elem_id="dkv-method-accordion",
+            ):
                 gr.Markdown(method_cards(), elem_id="dkv-method-cards")
         with gr.Column(scale=3, min_width=300):
             gr.Markdown(
                 "### The same comparison from code\nWith the values of the form. Save your "
                 "document as `document.txt` beside it. The endpoints take the methods' own "
-                "defaults for advanced settings."
+                "defaults for advanced settings, and let the scores see the question."
             )
             boxes = [
                 gr.Code("", language=language, label=label, interactive=False, elem_id=f"dkv-{key}")

@@ -128,10 +128,16 @@ def marked_tokens(run: Run, name: str) -> int:
 def what_differs(run: Run, other: Run) -> str:
     """The settings in which a run differs from another of its method: "capacity 64"."""
     return ", ".join(
-        f"{name.replace('_', ' ')} {value}"
+        f"{name.replace('_', ' ')} {shortened(value)}"
         for name, value in run.parameters.items()
         if value != other.parameters.get(name, value) and isinstance(value, (int, float, str))
     )
+
+
+def shortened(value: object) -> str:
+    """A parameter's value as a word or two; a record from a stranger may hold a book."""
+    text = str(value)
+    return text if len(text) <= 24 else f"{text[:23]}\u2026"
 
 
 def run_file_name(trace: Trace) -> str:

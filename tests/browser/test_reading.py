@@ -311,6 +311,39 @@ def test_embedded_and_big(page: Page, page_url: str, query: str, hidden: bool) -
     assert page.evaluate("document.documentElement.scrollWidth - window.innerWidth") <= 0
 
 
+def test_going_back_restores_the_view(page: Page, page_url: str) -> None:
+    open_page(page, page_url)
+    page.evaluate("window.DynamicKV.setLayer(9)")
+    page.wait_for_url("**layer=9**")
+    page.goto(page_url + "?ex=three&layer=4")
+    where = page.locator(".dkv-document [data-role=where]")
+    expect(where).to_contain_text("layer 4")
+    page.go_back()
+    expect(where).to_contain_text("layer 9")
+
+
+def test_an_iframe_has_one_scrollbar(page: Page, page_url: str) -> None:
+    open_page(page, page_url)
+    page.set_viewport_size({"width": 900, "height": 800})
+    page.evaluate(
+        """(url) => { const frame = document.createElement('iframe');
+        Object.assign(frame, { src: url, width: 800, height: 700 });
+        frame.style.border = 0; document.body.replaceChildren(frame); }""",
+        page_url + "?embed=1",
+    )
+    frame = page.frames[-1]
+    frame.wait_for_selector(".dkv-card")
+    frame.wait_for_selector(".js-plotly-plot .bars path", state="attached")
+    tall = frame.evaluate(
+        """() => [...document.querySelectorAll('*')].filter((node) =>
+        /auto|scroll/.test(getComputedStyle(node).overflowY) && node.clientHeight > 300
+        && node.scrollHeight > node.clientHeight + 2
+        && !node.matches('html, body, .dkv-scroll')).length"""
+    )
+    assert tall == 0
+    assert frame.evaluate("document.documentElement.scrollWidth - window.innerWidth") <= 0
+
+
 def test_a_text_of_ones_own_is_no_example(page: Page, page_url: str) -> None:
     open_page(page, page_url)
     expect(page.locator("#dkv-example input")).to_have_value("Ordinary")
@@ -377,6 +410,9 @@ def test_one_html_file_shows_the_run_offline(
     offline = context_offline.new_page()
     problems: list[str] = []
     offline.on("pageerror", lambda error: problems.append(str(error)))
+    offline.on(
+        "console", lambda m: problems.append(m.text) if m.type in ("error", "warning") else None
+    )
     offline.on("request", lambda r: problems.append(r.url) if "file:" not in r.url else None)
     offline.goto(file.as_uri())
     expect(offline.locator(".dkv-card")).to_have_count(2)
@@ -409,6 +445,41 @@ def test_a_run_file_fills_the_form(
     assert page.get_by_label("DynamicKV", exact=True).first.is_checked()
     assert not page.get_by_label("SnapKV", exact=True).first.is_checked()
     assert page.locator("#dkv-question textarea").input_value() == trace.prompt.question
+
+
+EVIL = "<img src=x onerror=window.pwned=1>"
+
+
+def test_a_record_with_hostile_names_is_only_words(
+    page: Page, page_url: str, recorded: dict[str, Example], tmp_path: Path
+) -> None:
+    data = record(recorded, "three").to_dict()
+    data["model"]["name"] = f"../../{EVIL}${{window.pwned=2}}"
+    data["created"] = f"2026-11-23{EVIL}"
+    data["runs"][1]["method"] = EVIL
+    again = json.loads(json.dumps(data["runs"][2]))
+    again["parameters"] |= {"pooling": EVIL * 9, "pinned": [[0, 10**9], [3, 1], "x", [1, 4]]}
+    data["runs"].append(again)
+    (tmp_path / "run.json").write_text(json.dumps(data))
+    open_page(page, page_url)
+    page.get_by_role("tab", name="Runs & API").click()
+    page.locator("input[type=file][accept*='.json']").first.set_input_files(tmp_path / "run.json")
+    expect(page.locator("#dkv-open-note")).to_contain_text("Opened.")
+    page.get_by_role("tab", name="Explore").click()
+    expect(page.locator(".dkv-card h3").nth(1)).to_have_text(EVIL)
+    page.get_by_role("button", name="Along the document").click()
+    expect(page.locator(".js-plotly-plot .scatterlayer path").first).to_be_attached()
+    with page.expect_download() as waiting:
+        page.locator(".dkv-figures [data-role=save]").select_option("svg")
+    assert set(waiting.value.suggested_filename) <= set(
+        "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_."
+    )
+    waiting.value.save_as(tmp_path / "chart.svg")
+    assert "<img" not in (tmp_path / "chart.svg").read_text()
+    page.evaluate("window.DynamicKV.setPin({first: 2, last: 2})")
+    expect(page.locator(".dkv-evidence .dkv-note")).to_contain_text("pinned by hand")
+    assert page.locator(".dkv-panel img, .dkv-answers img").count() == 0
+    assert page.evaluate("window.pwned") is None
 
 
 BROKEN: dict[str, bytes] = {

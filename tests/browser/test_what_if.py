@@ -112,6 +112,24 @@ def test_settings_that_a_method_ignores_are_not_offered_or_inherited(
     assert page.evaluate(f"{PREDICTED}.parameters.kernel_size") == 7
 
 
+def test_on_a_phone_a_run_is_watched_and_nothing_moves(page: Page, tiny_url: str) -> None:
+    page.set_viewport_size({"width": 390, "height": 800})
+    run(page, tiny_url)
+    page.evaluate("window.scrollTo(0, 0)")
+    tops = """() => { document.body.style.setProperty('--dkv-action',
+        document.querySelector('#dkv-action').offsetHeight + 'px');
+      const top = () => document.querySelector('.dkv-answers').getBoundingClientRect().top;
+      const before = top();
+      document.body.classList.add('dkv-running');
+      const during = top();
+      document.body.classList.remove('dkv-running');
+      return during - before; }"""
+    assert abs(page.evaluate(tops)) < 24
+    page.locator("#dkv-run").click()
+    expect(page.locator("#dkv-status")).to_contain_text("Done.", timeout=60_000)
+    expect(page.locator(".dkv-answers h2")).to_be_in_viewport()
+
+
 SLIDE = """async () => {
   const slider = document.querySelector('[data-setting=capacity]');
   const times = [];

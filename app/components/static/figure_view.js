@@ -137,7 +137,8 @@
         return { ...trace, showlegend: !/, window$/.test(trace.name ?? ""), ...(color ? { marker: { ...trace.marker, color } } : {}), ...(color && trace.line ? { line: { ...trace.line, color } } : {}) };
       });
       const { record } = store.trace;
-      const caption = `${record.model.name}, ${DynamicKV.counting(record.prompt.length, "token")}: ${titles.find((item) => item.key === key).title}`;
+      const plainly = (words) => words.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;"); // Plotly reads some HTML
+      const caption = `${plainly(record.model.name)}, ${DynamicKV.counting(record.prompt.length, "token")}: ${titles.find((item) => item.key === key).title}`;
       const url = await Plotly.toImage({
         data: named,
         layout: { ...layout, paper_bgcolor: "#ffffff", plot_bgcolor: "#ffffff", font: { ...layout.font, ...ink }, showlegend: true, legend: { orientation: "h", y: 1.02, yanchor: "bottom" },
