@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -245,6 +248,36 @@ def test_the_client_and_curl_snippets_run(
         )
         assert done.returncode == 0, done.stderr
         assert "DynamicKV" in done.stdout
+
+
+def test_the_mcp_settings_lead_to_the_same_comparison(page: Page, tiny_url: str) -> None:
+    """Runs where gradio[mcp] is installed: without it the page has no MCP server."""
+    pytest.importorskip("mcp")
+    from mcp import ClientSession
+    from mcp.client.streamable_http import streamablehttp_client
+
+    run(page, tiny_url)
+    page.get_by_role("tab", name="Runs & API").click()
+    shown = page.locator("#dkv-mcp .cm-content")
+    expect(shown).to_contain_text("mcpServers")
+    settings = json.loads("\n".join(shown.locator(".cm-line").all_inner_texts()))
+    asked = {"document": DOCUMENT, "question": QUESTION, "capacity": 40, "max_new_tokens": 2}
+
+    async def call() -> str:
+        async with (
+            streamablehttp_client(settings["mcpServers"]["dynamickv"]["url"]) as (reads, writes, _),
+            ClientSession(reads, writes) as client,
+        ):
+            await client.initialize()
+            tools = {tool.name for tool in (await client.list_tools()).tools}
+            assert tools == {"compare", "tokenize", "methods", "models"}
+            reply = await client.call_tool("compare", {**asked, "model": "tiny"})
+            assert not reply.isError
+            return str(reply.content[0].text)
+
+    with ThreadPoolExecutor(1) as thread:  # Playwright has this thread's event loop
+        told = thread.submit(asyncio.run, call()).result()
+    assert "DynamicKV" in told
 
 
 def test_two_visitors_share_nothing(page: Page, tiny_url: str) -> None:
