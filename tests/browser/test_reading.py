@@ -212,6 +212,13 @@ def test_a_click_says_why_layer_by_layer(
         for i in range(3)
     ]
     assert shown == [scores[:, 100].tolist(), ranks, [kept - 16 for kept in run.budgets]]
+    # Scores have 256 steps: a token is within the cut for sure only with all that share its score.
+    lasts = [int((row[:prefix] >= row[100]).sum()) for row in scores]
+    cuts = [kept - 16 for kept in run.budgets]
+    sure = sum(last <= cut for last, cut in zip(lasts, cuts, strict=True))
+    tied = sum(r <= c for r, c in zip(ranks, cuts, strict=True)) - sure
+    assert rows.nth(1).locator(".dkv-in").count() == sure
+    assert rows.nth(1).locator(".dkv-tied").count() == tied
     heads = run.retained.unpack(30, trace.prompt.length)[:, :, 100].sum(axis=1)
     cells = page.locator(".dkv-evidence tr[data-method=DynamicKV] [data-layer]")
     assert [int(text) for text in cells.all_inner_texts()] == heads.tolist()
@@ -424,6 +431,8 @@ def test_one_html_file_shows_the_run_offline(
     expect(offline.locator(".dkv-document [data-role=where]")).to_contain_text("layer 3")
     offline.evaluate("window.DynamicKV.setPin({first: 50, last: 50})")
     expect(offline.locator(".dkv-evidence tbody tr")).to_have_count(5 if name == "scored" else 2)
+    # Nothing there that only a server could do.
+    expect(offline.get_by_role("button", name="Always keep")).to_be_hidden()
     assert [p for p in problems if "blob:" not in p] == []
 
 

@@ -73,6 +73,7 @@ def test_a_passage_is_dropped_and_pinned_by_hand_and_answered_with(
     page: Page, tiny_url: str
 ) -> None:
     run(page, tiny_url)
+    expect(page.get_by_role("button", name="Always keep")).to_be_hidden()
     page.evaluate("window.DynamicKV.setPin({first: 40, last: 45})")
     page.get_by_role("button", name="Always keep").click()
     page.wait_for_function(f"{PREDICTED}.predicted")
