@@ -589,7 +589,15 @@ class Handlers:
 
     def form_values(self, trace: dkv.Trace, max_new_tokens: int | None = None) -> list[Any]:
         """What the form must say to run a record again, in the order of `Inputs.settings`."""
-        taken = next((run for run in reversed(trace.runs) if "capacity" in run.parameters), None)
+        # Of a record from a stranger only parameters that its method takes reach the widgets.
+        taken = next(
+            (
+                run
+                for run in reversed(trace.runs)
+                if "capacity" in run.parameters and method_of(run)
+            ),
+            None,
+        )
         parameters = taken.parameters if taken else {}
         untouched = inputs.form_defaults()
         numbers = [parameters.get(name, untouched.get(name)) for name in inputs.SETTINGS]
@@ -736,12 +744,15 @@ def require_mass(method: dkv.CompressionMethod, prefill: dkv.Prefill) -> None:
 
 def is_run_of(run: dkv.Run, method: dkv.CompressionMethod) -> bool:
     """Whether a run was made by this very method; an older record may lack newer parameters."""
-    if run.method != method.name:
-        return False
+    return run.method == method.name and method_of(run) == method
+
+
+def method_of(run: dkv.Run) -> dkv.CompressionMethod | None:
+    """The method that a run's parameters describe, or None where they describe none."""
     try:
-        return dkv.METHODS[run.method](**run.parameters) == method
-    except (TypeError, ValueError):
-        return False
+        return dkv.METHODS[run.method](**run.parameters)
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def cancelled(trace: dkv.Trace) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -279,6 +280,20 @@ def test_the_form_s_values_reach_the_snippets(host: ModelHost) -> None:
         assert "Capacity must exceed window_size=8 tokens, got 4." in first
         assert second
     assert not python.startswith("#")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"pooling": "<img>"}, {"kernel_size": "7"}, {"window_size": 0}, {"r_max": None}, {"x": 1}],
+)
+def test_a_record_with_strange_parameters_leaves_the_form_its_own(
+    host: ModelHost, trace: Trace, changes: dict[str, Any]
+) -> None:
+    run = trace.run("DynamicKV")
+    strange = replace(trace, runs=[replace(run, parameters={**run.parameters, **changes})])
+    values = Handlers(host, {}).form_values(strange)
+    assert values[4:9] == [8, 7, "max", "kv_head", 10]
+    assert values[0] == vm.document_of(trace.prompt)
 
 
 class Seen:
