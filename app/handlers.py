@@ -506,6 +506,9 @@ class Handlers:
 
     def pick(self, example_id: str) -> tuple[Any, ...]:
         """Show an example; outputs: cards, store, status, then the form (`form_values`)."""
+        if example_id == OWN_TEXT:
+            note = {"state": "idle", "message": "Paste or upload your text.", "detail": ""}
+            return gr.skip(), gr.skip(), note, "", "", *[gr.skip()] * (FORM_LENGTH - 2)
         example = self.examples.get(example_id) if isinstance(example_id, str) else None
         if example is None:
             return (gr.skip(),) * (3 + FORM_LENGTH)

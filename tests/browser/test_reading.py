@@ -367,6 +367,16 @@ def test_an_example_ticks_the_methods_it_shows(page: Page, page_url: str) -> Non
     expect(page.get_by_label("SnapKV", exact=True).first).not_to_be_checked()
 
 
+def test_own_text_begins_with_an_empty_form(page: Page, page_url: str) -> None:
+    open_page(page, page_url)
+    pick(page, "Your own text")
+    expect(page.locator("#dkv-status")).to_contain_text("Paste or upload your text.")
+    expect(page.locator("#dkv-document textarea")).to_have_value("")
+    expect(page.locator("#dkv-question textarea")).to_have_value("")
+    pick(page, "Three")
+    expect(page.locator("#dkv-document textarea")).not_to_have_value("")
+
+
 def test_an_error_is_said_once(page: Page, page_url: str) -> None:
     open_page(page, page_url)
     page.locator("#dkv-question textarea").fill(" ")

@@ -24,7 +24,8 @@ TWO_FRAMES = """async (layers) => {
     await new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
     times.push(performance.now() - start);
   }
-  return times.sort((a, b) => a - b)[Math.floor(times.length / 2)];
+  // Up to the second frame after it: painted. The lower quartile, because test machines are shared.
+  return times.sort((a, b) => a - b)[Math.floor(times.length / 4)];
 }"""
 
 

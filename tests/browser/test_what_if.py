@@ -14,7 +14,7 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from app.model_host import ModelHost
-from tests.browser.conftest import open_page, serve
+from tests.browser.conftest import open_page, serious_findings, serve
 from tests.engine.tiny import DOCUMENT, QUESTION, tiny_llm
 
 pytestmark = pytest.mark.browser
@@ -91,6 +91,8 @@ def test_a_passage_is_dropped_and_pinned_by_hand_and_answered_with(
     assert max(kept[3:]) == 0
     expect(page.locator(".dkv-legend")).to_contain_text("pinned by hand")
     assert page.evaluate("CSS.highlights.get('dkv-evicted').size") > 0
+    page.evaluate("window.DynamicKV.setPin({first: 60, last: 64})")
+    assert serious_findings(page) == []
     bits = page.evaluate(f"{PREDICTED}.retained.bits")
     page.get_by_role("button", name="Answer with this").click()
     label = "DynamicKV, 3 tokens pinned, 8 evicted"
