@@ -32,7 +32,7 @@
         ...found.map((share, layer) => {
           const cell = make("td", { data: { layer } }, words[layer]);
           cell.style.setProperty("--share", share);
-          if (share > 0.55) cell.className = "dkv-deep";
+          if (share === 1) cell.className = "dkv-deep"; // words on lesser shades stay readable in ink
           cell.title = `layer ${layer}: ${one ? `${words[layer]} of ${run.heads} heads keep it` : `${Math.round(100 * share)} % of it is kept`}`;
           return cell;
         }));
