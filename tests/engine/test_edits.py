@@ -130,6 +130,7 @@ def test_pruning_while_reading_keeps_the_same(kind: Any, capacity: int) -> None:
     ids = torch.tensor([prefill.prompt.token_ids])
     with dkv.compress(llm.model, method) as cache, torch.no_grad():
         llm.model(ids, past_key_values=cache)
+    assert cache.nbytes == dkv.preview(method, prefill).kv_bytes
     for ours, theirs in zip(cache.retention().indices, expected.indices, strict=True):
         assert torch.equal(torch.as_tensor(ours), torch.as_tensor(theirs))
 
