@@ -12,6 +12,7 @@ import html
 import inspect
 import json
 import logging
+import re
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -39,10 +40,13 @@ RESTORE = {"restore": True}
 """Tells the answer cards to show their last finished comparison again."""
 MAX_WAITING = 256
 EXAMPLE_KEY = "example:"
+OWN_TEXT = "own"
+"""What the example picker holds while the document is nobody's example."""
 FORM_LENGTH = 14
 """Widgets that `Inputs.settings` lists."""
 CAPACITIES = (8, 2048)
 """Bounds of the capacity slider."""
+ORIGIN = re.compile(r"https?://[A-Za-z0-9.-]+(:\d{1,5})?|http://\[[0-9a-fA-F:]+\](:\d{1,5})?")
 SHOW_EVERY = 0.08
 """Seconds between two pictures of a run: faster than eyes follow, slower than the wire needs."""
 CHARACTERS_PER_TOKEN = 4.2
@@ -502,6 +506,9 @@ class Handlers:
 
     def pick(self, example_id: str) -> tuple[Any, ...]:
         """Show an example; outputs: cards, store, status, then the form (`form_values`)."""
+        if example_id == OWN_TEXT:
+            note = {"state": "idle", "message": "Paste or upload your text.", "detail": ""}
+            return gr.skip(), gr.skip(), note, "", "", *[gr.skip()] * (FORM_LENGTH - 2)
         example = self.examples.get(example_id) if isinstance(example_id, str) else None
         if example is None:
             return (gr.skip(),) * (3 + FORM_LENGTH)
@@ -529,7 +536,7 @@ class Handlers:
             texts.append(vm.document_of(example.trace.prompt))
         # Browsers read every line end as "\n".
         same = any(text.splitlines() == str(document).splitlines() for text in texts)
-        return gr.skip() if same else None
+        return gr.skip() if same else OWN_TEXT
 
     def link(self, request: gr.Request) -> tuple[Any, ...]:
         """Show the example that the page's address names; outputs: example, then as `pick`."""
@@ -539,15 +546,20 @@ class Handlers:
             return (gr.skip(),) * (4 + FORM_LENGTH)
         return wanted, *self.pick(wanted)
 
-    def snippets(self, question: str, methods: list[str], *values: Any) -> list[str]:
+    def snippets(
+        self, request: gr.Request, question: str, methods: list[str], *values: Any
+    ) -> list[str]:
         """Code for the form's values; outputs: Python, gradio_client, curl, MCP."""
+        note = ""
         *_, aware, model = values
         question = (
             question if isinstance(question, str) and question.strip() else "What is it about?"
         )
         try:
             job, model = self._request(question, question, methods, *values)
-        except ValueError:  # the form says what is wrong when it is run
+        except ValueError as error:
+            sentence = " ".join(sentence_of(error).split())
+            note = f"# The form cannot be run as it is; these are the defaults. {sentence}\n"
             job = inputs.build_request(
                 question,
                 question,
@@ -561,9 +573,15 @@ class Handlers:
             inputs.DEFAULT_CAPACITY,
         )
         code = snippets(
-            self.url, model, question, job.methods, capacity, job.max_new_tokens, bool(aware)
+            seen_at(request) or self.url,
+            model,
+            question,
+            job.methods,
+            capacity,
+            job.max_new_tokens,
+            bool(aware),
         )
-        return [code[name] for name in ("python", "client", "curl", "mcp")]
+        return [*(note + code[name] for name in ("python", "client", "curl")), code["mcp"]]
 
     def shown_example(self, example: Example) -> tuple[dict[str, Any], dict[str, Any]]:
         """Cards and store of an example's recorded run."""
@@ -574,7 +592,15 @@ class Handlers:
 
     def form_values(self, trace: dkv.Trace, max_new_tokens: int | None = None) -> list[Any]:
         """What the form must say to run a record again, in the order of `Inputs.settings`."""
-        taken = next((run for run in reversed(trace.runs) if "capacity" in run.parameters), None)
+        # Of a record from a stranger only parameters that its method takes reach the widgets.
+        taken = next(
+            (
+                run
+                for run in reversed(trace.runs)
+                if "capacity" in run.parameters and method_of(run)
+            ),
+            None,
+        )
         parameters = taken.parameters if taken else {}
         untouched = inputs.form_defaults()
         numbers = [parameters.get(name, untouched.get(name)) for name in inputs.SETTINGS]
@@ -628,7 +654,7 @@ class Handlers:
             "note": f"{methods} on {trace.prompt.length:,} tokens: see Explore.",
         }
         shown = self._shown(trace, "file", self.shelf.put(trace, "file"))
-        return *shown, note, *self.form_values(trace), None
+        return *shown, note, *self.form_values(trace), OWN_TEXT
 
     @staticmethod
     def lock_reference(methods: list[str]) -> list[str]:
@@ -721,12 +747,15 @@ def require_mass(method: dkv.CompressionMethod, prefill: dkv.Prefill) -> None:
 
 def is_run_of(run: dkv.Run, method: dkv.CompressionMethod) -> bool:
     """Whether a run was made by this very method; an older record may lack newer parameters."""
-    if run.method != method.name:
-        return False
+    return run.method == method.name and method_of(run) == method
+
+
+def method_of(run: dkv.Run) -> dkv.CompressionMethod | None:
+    """The method that a run's parameters describe, or None where they describe none."""
     try:
-        return dkv.METHODS[run.method](**run.parameters) == method
-    except (TypeError, ValueError):
-        return False
+        return dkv.METHODS[run.method](**run.parameters)
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def cancelled(trace: dkv.Trace) -> bool:
@@ -783,6 +812,12 @@ def page_error(error: object) -> gr.Error:
 def said_error(error: object) -> gr.Error:
     """An error that the status line says already: it ends the event and shows no toast."""
     return gr.Error(html.escape(sentence_of(error)), print_exception=False, visible=False)
+
+
+def seen_at(request: gr.Request | None) -> str:
+    """The address under which a browser shows the page; empty where it does not say."""
+    origin = str(request.headers.get("origin", "")) if request and request.request else ""
+    return origin if ORIGIN.fullmatch(origin) else ""
 
 
 def session(request: gr.Request | None) -> str:

@@ -78,8 +78,11 @@ def offered_methods() -> list[str]:
 
 
 def method_settings() -> dict[str, list[str]]:
-    """The names of every offered method's parameters."""
-    return {name: [field.name for field in fields(dkv.METHODS[name])] for name in offered_methods()}
+    """The names of every offered method's parameters, without those that it ignores."""
+    return {
+        name: [f.name for f in fields(dkv.METHODS[name]) if f.name not in dkv.METHODS[name].ignored]
+        for name in offered_methods()
+    }
 
 
 def build_methods(names: Any, settings: Mapping[str, Any]) -> list[dkv.CompressionMethod]:
@@ -129,11 +132,14 @@ SETTINGS = (
     "r_max",
     "update_interval",
 )
-"""What the form and the what-if panel can set."""
+"""What the form can set."""
+WHAT_IF_SETTINGS = (*SETTINGS, "head_budgets")
+"""What the what-if panel can set."""
 
 
 def build_what_if(asked: Any) -> dkv.CompressionMethod:
-    """The method a what-if asks for: {"method", "settings", "budgets"}, whatever a browser sent.
+    """The method a what-if asks for: {"method", "settings", "budgets", "pinned", "evicted"},
+    whatever a browser sent.
 
     `budgets`, one number per layer, makes it a `Manual` with the settings that it takes.
 
@@ -142,8 +148,8 @@ def build_what_if(asked: Any) -> dkv.CompressionMethod:
     """
     if not isinstance(asked, Mapping) or not isinstance(asked.get("settings", {}), Mapping):
         raise ValueError("A what-if needs a method and its settings.")
-    settings = {k: v for k, v in asked.get("settings", {}).items() if k in SETTINGS}
-    settings = whole_numbers(settings)
+    settings = {k: v for k, v in asked.get("settings", {}).items() if k in WHAT_IF_SETTINGS}
+    settings = whole_numbers(settings) | read_spans(asked)
     budgets = asked.get("budgets")
     if budgets is None:
         name = asked.get("method")
@@ -160,7 +166,35 @@ def build_what_if(asked: Any) -> dkv.CompressionMethod:
     return dkv.Manual(budgets=rows, **taken)
 
 
-MANUAL_SETTINGS = ("window_size", "kernel_size", "pooling", "granularity")
+MANUAL_SETTINGS = (
+    "window_size",
+    "kernel_size",
+    "pooling",
+    "granularity",
+    "head_budgets",
+    "pinned",
+    "evicted",
+)
+MAX_SPANS = 64
+
+
+def read_spans(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The spans of positions that a what-if pins and evicts, where there are any.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    found = {}
+    for name in ("pinned", "evicted"):
+        spans = asked.get(name) or []
+        if not isinstance(spans, list) or len(spans) > MAX_SPANS:
+            raise ValueError(f"{name} must be a list of at most {MAX_SPANS} passages.")
+        if not all(isinstance(span, list) and len(span) == 2 for span in spans):
+            raise ValueError(f"{name} must hold [first, last) pairs of positions.")
+        most = dkv.trace.MAX_POSITIONS
+        if spans:
+            found[name] = [[whole_number(name, end, 0, most) for end in span] for span in spans]
+    return found
 
 
 def whole_numbers(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,17 +28,18 @@ from .components import (
 )
 from .components.look import build_theme
 from .examples import Example, load_examples
-from .handlers import CAPACITIES, Handlers
+from .handlers import CAPACITIES, OWN_TEXT, Handlers
 from .inputs import (
     DEFAULT_CAPACITY,
     DEFAULT_METHODS,
     DEFAULT_NEW_TOKENS,
     MAX_NEW_TOKENS,
-    SETTINGS,
+    WHAT_IF_SETTINGS,
     form_defaults,
     method_settings,
     offered_methods,
 )
+from .method_cards import method_cards
 from .model_host import ModelHost
 from .views import VIEWS, plotly_source
 
@@ -157,7 +158,7 @@ def build_inputs(
     """The column on the left: what to read, what to ask, how to compress, and the button."""
     with gr.Column(scale=3, min_width=320, elem_id="dkv-inputs"):
         example = gr.Dropdown(
-            [(e.label, e.id) for e in examples.values()],
+            [*((e.label, e.id) for e in examples.values()), ("Your own text", OWN_TEXT)],
             value=first.id if first else None,
             label="Example",
             elem_id="dkv-example",
@@ -347,7 +348,7 @@ def what_if_form() -> dict[str, Any]:
     """What the what-if panel offers: methods with the settings each takes, and their defaults."""
     return {
         "methods": {
-            name: [s for s in SETTINGS if s in taken]
+            name: [s for s in WHAT_IF_SETTINGS if s in taken]
             for name, taken in method_settings().items()
             if name != "FullKV"
         },
@@ -388,11 +389,17 @@ def build_runs(handlers: Handlers, inputs: Inputs, outputs: Outputs, tab: gr.Tab
                 "server. Links lead to built-in examples only: *Copy link* on Explore keeps what "
                 "you look at. `?embed=1` shows the run alone, `?big=1` is for a lecture hall."
             )
+            with gr.Accordion(
+                "The methods, and where they depart from their authors' code",
+                open=False,
+                elem_id="dkv-method-accordion",
+            ):
+                gr.Markdown(method_cards(), elem_id="dkv-method-cards")
         with gr.Column(scale=3, min_width=300):
             gr.Markdown(
                 "### The same comparison from code\nWith the values of the form. Save your "
                 "document as `document.txt` beside it. The endpoints take the methods' own "
-                "defaults for advanced settings."
+                "defaults for advanced settings, and let the scores see the question."
             )
             boxes = [
                 gr.Code("", language=language, label=label, interactive=False, elem_id=f"dkv-{key}")

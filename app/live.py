@@ -133,9 +133,12 @@ class LiveRun:
         elif event.kept_fraction >= 1:
             card["chip"], card["tone"] = "nothing to compress: the prompt fits", "loud"
         else:
-            whole = max(self._full_budgets or event.budgets)
-            layers = sum(kept < whole for kept in event.budgets)
-            card["chip"], card["tone"] = vm.compressed_words(layers, self._num_layers), "good"
+            # A sliding-window layer holds the same with every method.
+            whole = self._full_budgets or [max(event.budgets)] * len(event.budgets)
+            layers = sum(k < full for k, full in zip(event.budgets, whole, strict=True))
+            sliding = sum(full < max(whole) for full in whole)
+            words = vm.compressed_words(layers, self._num_layers, sliding)
+            card["chip"], card["tone"] = words, "good"
         self._put(event.run, "Kept", vm.percent(event.kept_fraction), "of prompt")
         full = f"of {vm.mebibytes(self._prompt_bytes)}" if self._prompt_bytes else ""
         self._put(event.run, "KV cache", vm.mebibytes(event.kv_bytes), full)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from dynamickv.trace import Prompt, Run, Trace
+from dynamickv.trace import ModelInfo, Prompt, Run, Trace
 
 from .theme import method_style
 
@@ -95,23 +95,49 @@ def run_names(runs: Sequence[Run]) -> list[tuple[str, str]]:
     names = []
     for run in runs:
         known = first.setdefault(run.method, run)
+        marked = marked_words(run)
         if known is run:
-            names.append((run.method, run.method))
+            names.append((run.method, ", ".join(filter(None, (run.method, marked)))))
         else:
-            names.append(("What if", f"{run.method}, {what_differs(run, known)}"))
+            differs = ", ".join(filter(None, (what_differs(run, known), marked))) or "again"
+            names.append(("What if", f"{run.method}, {differs}"))
     return names
+
+
+def marked_words(run: Run) -> str:
+    """What a person pinned and evicted: "12 tokens pinned, 1 evicted"."""
+    words: list[str] = []
+    for name in ("pinned", "evicted"):
+        size = marked_tokens(run, name)
+        if size:
+            words.append(f"{size:,} {name}" if words else f"{count(size, 'token')} {name}")
+    return ", ".join(words)
+
+
+def marked_tokens(run: Run, name: str) -> int:
+    """How many positions the spans of that name hold; a record may come from a stranger."""
+    spans = run.parameters.get(name)
+    pairs = spans if isinstance(spans, list) else []
+    return sum(
+        max(0, pair[1] - pair[0])
+        for pair in pairs
+        if isinstance(pair, list) and len(pair) == 2 and all(type(end) is int for end in pair)
+    )
 
 
 def what_differs(run: Run, other: Run) -> str:
     """The settings in which a run differs from another of its method: "capacity 64"."""
-    return (
-        ", ".join(
-            f"{name.replace('_', ' ')} {value}"
-            for name, value in run.parameters.items()
-            if value != other.parameters.get(name, value) and isinstance(value, (int, float, str))
-        )
-        or "again"
+    return ", ".join(
+        f"{name.replace('_', ' ')} {shortened(value)}"
+        for name, value in run.parameters.items()
+        if value != other.parameters.get(name, value) and isinstance(value, (int, float, str))
     )
+
+
+def shortened(value: object) -> str:
+    """A parameter's value as a word or two; a record from a stranger may hold a book."""
+    text = str(value)
+    return text if len(text) <= 24 else f"{text[:23]}\u2026"
 
 
 def run_file_name(trace: Trace) -> str:
@@ -175,9 +201,12 @@ def window_tokens(run: Run, prompt: Prompt) -> int:
     return min(int(run.parameters["window_size"]), prompt.length)
 
 
-def compressed_layers(run: Run, prompt: Prompt) -> int:
-    """How many layers hold fewer tokens than the prompt has."""
-    return sum(kept < prompt.length for kept in run.budgets)
+def compressed_layers(run: Run, prompt: Prompt, model: ModelInfo) -> int:
+    """How many layers a method cut; sliding-window layers are nobody's to cut."""
+    sliding = set(model.sliding_layers)
+    return sum(
+        kept < prompt.length for layer, kept in enumerate(run.budgets) if layer not in sliding
+    )
 
 
 def cards_payload(trace: Trace, source: str) -> dict[str, Any]:
@@ -195,7 +224,9 @@ def cards_payload(trace: Trace, source: str) -> dict[str, Any]:
 def fits_notice(trace: Trace) -> str:
     """One loud sentence when no method had anything to remove."""
     compressing = [run for run in trace.runs if run.method != "FullKV"]
-    if not compressing or any(compressed_layers(run, trace.prompt) for run in compressing):
+    if not compressing or any(
+        compressed_layers(run, trace.prompt, trace.model) for run in compressing
+    ):
         return ""
     capacity = min(int(run.parameters.get("capacity", trace.prompt.length)) for run in compressing)
     return (
@@ -205,9 +236,10 @@ def fits_notice(trace: Trace) -> str:
     )
 
 
-def compressed_words(layers: int, total: int) -> str:
+def compressed_words(layers: int, total: int, sliding: int = 0) -> str:
     """The receipt that compression happened."""
-    return f"compressed at {layers} of {total} layers"
+    also = f", {sliding} slide" if sliding else ""
+    return f"compressed at {layers} of {total - sliding} layers{also}"
 
 
 def cards(trace: Trace) -> list[dict[str, Any]]:
@@ -264,12 +296,12 @@ def token_words(piece: str, token_id: int) -> str:
 
 def card(run: Run, trace: Trace) -> dict[str, Any]:
     """One finished answer with its receipts."""
-    layers = compressed_layers(run, trace.prompt)
-    total = trace.model.num_layers
+    layers = compressed_layers(run, trace.prompt, trace.model)
+    total, sliding = trace.model.num_layers, len(trace.model.sliding_layers)
     if run.method == "FullKV":
         chip, tone = "keeps everything", "plain"
     elif layers:
-        chip, tone = compressed_words(layers, total), "good"
+        chip, tone = compressed_words(layers, total, sliding), "good"
     else:
         chip, tone = "nothing to compress: the prompt fits", "loud"
     split = run.agreement.first_divergence if run.agreement and run.method != "FullKV" else None

@@ -70,9 +70,11 @@ class CompressedCache(KVCache):
         keys = layer.held()[0][0]
         prompt_length = keys.shape[1]
         if self.method.fits(prompt_length):
-            by_query = getattr(self.method, "granularity", "kv_head") == "query_head"
-            heads = queries.shape[1] if by_query else keys.shape[0]
-            self._kept.append(torch.arange(prompt_length, device=keys.device).expand(heads, -1))
+            observation = LayerObservation(queries=queries[0], keys=keys, scaling=scaling)
+            whole = self.method.whole(observation)
+            self._kept.append(whole)
+            if whole.shape[1] < prompt_length:
+                layer.keep(whole)
             return
         if self._selection is None:
             self._selection = self.method.start(len(places))

@@ -35,6 +35,7 @@ main h1 { font-size: 22px; margin: 0; }
 .dkv-two { display: grid; gap: 16px; grid-template-columns: minmax(0, 6fr) minmax(0, 5fr); }
 main > *, .dkv-two > * { min-width: 0; }
 button { font-family: inherit; }
+#dkv-theme { border-color: var(--dkv-line); background: var(--dkv-panel); color: var(--dkv-ink); }
 @media (max-width: 900px) { .dkv-two { grid-template-columns: minmax(0, 1fr); } }
 """
 BOOT = """

@@ -46,13 +46,14 @@ def render(trace: Trace) -> Figure:
     for index, (run, names) in enumerate(zip(trace.runs, run_names(trace.runs), strict=True)):
         offset = -BAR_SPAN / 2 + index * lane
         window = window_tokens(run, trace.prompt)
-        add_run(figure, run, names, window, layers, offset, lane * 0.9)
+        sliding = trace.model.sliding_layers
+        add_run(figure, run, names, window, layers, offset, lane * 0.9, sliding)
     limit = axis_limit(trace)
     figure.update_xaxes(range=[0, limit])
     return Figure(
         plot=figure,
         height=height,
-        note=scale_note(trace, limit),
+        note=" ".join(filter(None, (scale_note(trace, limit), sliding_note(trace)))),
         steps=film(trace, limit),
         layer_axis="y",
         wide_limit=trace.prompt.length * 1.04 if trace.prompt.length > limit else None,
@@ -67,6 +68,7 @@ def add_run(
     layers: list[int],
     offset: float,
     width: float,
+    sliding: list[int],
 ) -> None:
     """Two bars per layer: the observation window (hatched) and what was chosen (solid or in the
     method's pattern).
@@ -81,7 +83,7 @@ def add_run(
         base=[0] * len(layers),
         marker={
             "color": style.light,
-            "opacity": WINDOW_OPACITY,
+            "opacity": opacities(WINDOW_OPACITY, layers, sliding),
             "line": {"width": 0},
             "pattern": {"shape": "/", "fillmode": "replace", "size": 4, "solidity": 0.45},
         },
@@ -95,7 +97,7 @@ def add_run(
         base=window_part,
         marker={
             "color": style.light,
-            "opacity": 0.35 if run.method == "FullKV" else 1,
+            "opacity": opacities(0.35 if run.method == "FullKV" else 1, layers, sliding),
             "line": {"width": 0},
             "pattern": {"shape": style.pattern, "fillmode": "overlay", "size": 5, "solidity": 0.3},
         },
@@ -124,6 +126,22 @@ def scale_note(trace: Trace, limit: float) -> str:
         return ""
     tokens = count(trace.prompt.length, "token")
     return f"FullKV keeps all {tokens} in every layer: its bars go on past the edge."
+
+
+def sliding_note(trace: Trace) -> str:
+    """Which layers no method compresses."""
+    sliding = trace.model.sliding_layers
+    if not sliding:
+        return ""
+    return (
+        f"{count(len(sliding), 'layer')} of {trace.model.num_layers} (pale) see only a sliding "
+        "window: no method compresses them."
+    )
+
+
+def opacities(strong: float, layers: list[int], sliding: list[int]) -> float | list[float]:
+    """How solid each layer's bar is; those of sliding-window layers are pale."""
+    return [strong * (0.3 if layer in sliding else 1) for layer in layers] if sliding else strong
 
 
 def film(trace: Trace, final_limit: float) -> list[Step]:

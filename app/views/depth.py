@@ -50,7 +50,7 @@ def render(trace: Trace) -> Figure:
             x=middles,
             y=[round(100 * share, 2) for share in shares],
             mode="lines+markers",
-            name=label,
+            name=html.escape(label),
             meta=style_name,
             line={"color": style.light, "dash": style.dash, "width": 2},
             marker={"color": style.light, "symbol": style.symbol, "size": 7},

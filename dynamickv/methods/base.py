@@ -17,6 +17,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from dynamickv.methods.edits import (
+    Spans,
+    edited_positions,
+    read_spans,
+    require_apart,
+    whole_prompt,
+)
 from dynamickv.records import Heads, LayerObservation, Retention
 from dynamickv.scoring import (
     pool,
@@ -38,6 +45,8 @@ class CompressionMethod(ABC):
     name: ClassVar[str]
     needs_mass: ClassVar[bool] = False
     """Whether it reads the attention of all queries (LayerObservation.mass)."""
+    ignored: ClassVar[tuple[str, ...]] = ()
+    """Parameters that it has for its kind's sake and does not read."""
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -52,6 +61,10 @@ class CompressionMethod(ABC):
     @abstractmethod
     def fits(self, prompt_length: int) -> bool:
         """Whether a prompt is kept whole."""
+
+    def whole(self, layer: LayerObservation) -> Tensor:
+        """What a layer holds of a prompt that fits, (heads, held)."""
+        return whole_prompt(layer.prompt_length, layer.num_kv_heads, layer.keys.device, ())
 
     @abstractmethod
     def start(self, num_layers: int) -> Selection:
@@ -88,9 +101,9 @@ class Selection(ABC):
 class FixedSelection(Selection):
     """Every layer keeps what a function of that layer alone says."""
 
-    def __init__(self, choose: Callable[[LayerObservation], Tensor]) -> None:
+    def __init__(self, choose: Callable[[LayerObservation], Heads]) -> None:
         self._choose = choose
-        self._chosen: list[Tensor] = []
+        self._chosen: list[Heads] = []
         self._prompt_length = 0
 
     def observe(self, observation: LayerObservation) -> range:
@@ -120,18 +133,49 @@ class EvictingMethod(CompressionMethod):
     "query_head": one choice per query head; the cache then stores every query head and is
     num_query_heads / num_kv_heads times larger."""
 
+    pinned: Spans = ()
+    """[first, last) spans of prompt positions that every layer and head keeps, in the places of the
+    worst it would have chosen; where it has fewer places it holds more."""
+    evicted: Spans = ()
+    """[first, last) spans that none keeps, be they in the observation window; the next best take
+    their places."""
+
     def __post_init__(self) -> None:
         require_integer("capacity", self.capacity, 1, "token")
         require_choice("granularity", self.granularity, ("kv_head", "query_head"))
+        for name in ("pinned", "evicted"):
+            object.__setattr__(self, name, read_spans(name, getattr(self, name)))
+        require_apart(self.pinned, self.evicted)
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Parameters by name, JSON-ready; spans only where there are any."""
+        spans = {
+            name: [list(span) for span in getattr(self, name)] for name in ("pinned", "evicted")
+        }
+        plain = {name: value for name, value in asdict(self).items() if name not in spans}
+        return plain | {name: value for name, value in spans.items() if value}
+
+    @property
+    def edited(self) -> bool:
+        """Whether a person pinned or evicted something."""
+        return bool(self.pinned or self.evicted)
 
     def fits(self, prompt_length: int) -> bool:
-        """A prompt no longer than `capacity` is kept whole."""
+        """A prompt no longer than `capacity` is kept whole, but for what is evicted."""
         return prompt_length <= self.capacity
+
+    def whole(self, layer: LayerObservation) -> Tensor:
+        """What a layer holds of a prompt that fits, (heads, held)."""
+        heads = layer.num_kv_heads if self.granularity == "kv_head" else layer.num_query_heads
+        return whole_prompt(layer.prompt_length, heads, layer.keys.device, self.evicted)
 
     def select(self, observations: Sequence[LayerObservation]) -> Retention:
         """Choose the positions to keep in every layer; everything if the prompt fits."""
-        if self.fits(observations[0].prompt_length):
-            return Retention.everything(observations, self.granularity)
+        length = observations[0].prompt_length
+        if self.fits(length):
+            kept = tuple(self.whole(layer) for layer in observations)
+            return Retention(indices=kept, prompt_length=length)
         return CompressionMethod.select(self, observations)
 
 
@@ -266,6 +310,10 @@ class ScoredSelection(Selection):
             prefix_length, prefix_length + self.method.window_size, device=scores[0].device
         )
         budgets = [self.held[layer] for layer in layers]
+        if self.method.edited:
+            return [
+                self._edited(layer, budget) for layer, budget in zip(scores, budgets, strict=True)
+            ]
         if self.method.head_budgets == "adaptive":
             return [
                 tuple(
@@ -279,6 +327,16 @@ class ScoredSelection(Selection):
         chosen = top_positions_of_layers(scores, budgets)
         rows = window.expand(heads, -1)
         return [torch.cat([kept, rows.to(kept.device)], dim=1) for kept in chosen]
+
+    def _edited(self, scores: Tensor, budget: int) -> Heads:
+        """One layer's positions where a person pinned or evicted some."""
+        window = self.method.window_size
+        always = scores.new_full((scores.shape[0], window), math.inf)
+        count: int | list[int] = budget + window
+        if self.method.head_budgets == "adaptive":
+            count = [number + window for number in share_among_heads(scores, budget, HEAD_FLOOR)]
+        whole = torch.cat([scores, always], dim=1)
+        return edited_positions(whole, count, self.method.pinned, self.method.evicted)
 
     def retention(self) -> Retention:
         """What all layers hold in the end."""

@@ -26,6 +26,7 @@ class H2O(ScoredMethod):
 
     name: ClassVar[str] = "H2O"
     needs_mass: ClassVar[bool] = True
+    ignored: ClassVar[tuple[str, ...]] = ("kernel_size", "pooling")
     kernel_size: int = 1
     """Ignored: H2O does not pool."""
 

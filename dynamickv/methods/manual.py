@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from dynamickv.methods.base import ScoredMethod, Selection, require_integer
@@ -37,7 +37,7 @@ class Manual(ScoredMethod):
     @property
     def parameters(self) -> dict[str, Any]:
         """Parameters by name, JSON-ready."""
-        return {**asdict(self), "budgets": list(self.budgets)}
+        return {**super().parameters, "budgets": list(self.budgets)}
 
     @property
     def least_capacity(self) -> int:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from dynamickv.methods.base import EvictingMethod, FixedSelection, Selection, require_integer
-from dynamickv.records import LayerObservation
+from dynamickv.methods.edits import edited_positions
+from dynamickv.records import Heads, LayerObservation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +35,12 @@ class StreamingLLM(EvictingMethod):
         """The same positions in every layer."""
         return FixedSelection(self._positions)
 
-    def _positions(self, layer: LayerObservation) -> Tensor:
+    def _positions(self, layer: LayerObservation) -> Heads:
         heads = layer.num_kv_heads if self.granularity == "kv_head" else layer.num_query_heads
         positions = torch.arange(layer.prompt_length, device=layer.keys.device)
+        if self.edited:
+            order = positions.float().expand(heads, -1).clone()
+            order[:, : self.sinks] += layer.prompt_length
+            return edited_positions(order, self.capacity, self.pinned, self.evicted)
         recent = positions[layer.prompt_length - (self.capacity - self.sinks) :]
         return torch.cat([positions[: self.sinks], recent]).expand(heads, -1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from app import view_model as vm
 from app.components import AnswerCards, Component, TraceStore, head
 from app.components.base import STATIC
 from app.examples import Example, load_examples
-from app.handlers import FORM_LENGTH, Handlers, sentence_of, tokens_of
+from app.handlers import FORM_LENGTH, OWN_TEXT, Handlers, seen_at, sentence_of, tokens_of
 from app.layout import build_app, launch_options
+from app.method_cards import method_cards
 from app.model_host import ModelHost
 from app.snippets import snippets
 from app.views import VIEWS, View
@@ -184,7 +186,7 @@ def test_picking_an_example_shows_its_record(host: ModelHost, example: Example) 
 
 def test_a_changed_text_lets_go_of_the_example(host: ModelHost, example: Example) -> None:
     handlers = Handlers(host, {"one": example})
-    assert handlers.own_text("The river rose again!", "one") is None
+    assert handlers.own_text("The river rose again!", "one") == OWN_TEXT
     for same in (example.document, example.document + "\n"):
         assert handlers.own_text(same, "one") == gr.skip()
     assert handlers.own_text("anything", None) == gr.skip()
@@ -265,10 +267,63 @@ def test_the_python_snippet_runs(
 def test_the_form_s_values_reach_the_snippets(host: ModelHost) -> None:
     handlers = Handlers(host, {}, url="http://page:1")
     settings = (200, 8, 7, "max", "kv_head", 10, 4, 33, False, True, host.default)
-    python, client, curl, _ = handlers.snippets("Who?", ["SnapKV"], *settings)
+    python, client, curl, _ = handlers.snippets(gr.Request(), "Who?", ["SnapKV"], *settings)
     assert "dkv.SnapKV(capacity=200)" in python
     assert "max_new_tokens=33" in client
     assert "http://page:1/gradio_api" in curl
     # What cannot be run still gives code that can.
-    broken = handlers.snippets(" ", ["SnapKV"], *(4, *settings[1:]))
+    broken = handlers.snippets(gr.Request(), " ", ["SnapKV"], *(4, *settings[1:]))
     compile(broken[0], "python", "exec")
+    for code in broken[:3]:
+        first, second = code.splitlines()[:2]
+        assert first.startswith("# The form cannot be run as it is")
+        assert "Capacity must exceed window_size=8 tokens, got 4." in first
+        assert second
+    assert not python.startswith("#")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"pooling": "<img>"}, {"kernel_size": "7"}, {"window_size": 0}, {"r_max": None}, {"x": 1}],
+)
+def test_a_record_with_strange_parameters_leaves_the_form_its_own(
+    host: ModelHost, trace: Trace, changes: dict[str, Any]
+) -> None:
+    run = trace.run("DynamicKV")
+    strange = replace(trace, runs=[replace(run, parameters={**run.parameters, **changes})])
+    values = Handlers(host, {}).form_values(strange)
+    assert values[4:9] == [8, 7, "max", "kv_head", 10]
+    assert values[0] == vm.document_of(trace.prompt)
+
+
+class Seen:
+    """A request as a browser sends it."""
+
+    def __init__(self, origin: str) -> None:
+        self.request = True
+        self.headers = {"origin": origin}
+
+
+@pytest.mark.parametrize(
+    ("origin", "expected"),
+    [
+        ("https://someone-explorer.hf.space", "https://someone-explorer.hf.space"),
+        ("http://127.0.0.1:7860", "http://127.0.0.1:7860"),
+        ("http://[::1]:80", "http://[::1]:80"),
+        ("null", ""),
+        ("http://a.b/'; rm -rf ~; '", ""),
+        ("http://a.b\n", ""),
+        ("", ""),
+    ],
+)
+def test_snippets_name_the_address_the_visitor_sees(origin: str, expected: str) -> None:
+    assert seen_at(Seen(origin)) == expected  # type: ignore[arg-type]
+
+
+def test_every_method_has_its_card_with_source_and_departures() -> None:
+    cards = method_cards()
+    for name in dkv.METHODS:
+        assert f"#### {name}" in cards
+    assert "https://arxiv.org/abs/2412.14838" in cards
+    assert "Departures from the authors' code" in cards
+    assert "`update_interval`" in cards

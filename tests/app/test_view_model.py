@@ -135,6 +135,16 @@ def test_a_second_run_of_a_method_says_what_differs(trace: Trace) -> None:
         ("What if", "DynamicKV, capacity 64"),
         ("What if", "DynamicKV, capacity 64"),
     ]
+    marked = replace(run, parameters=run.parameters | {"pinned": [[3, 15]], "evicted": [[0, 1]]})
+    assert vm.run_names([run, marked])[1] == ("What if", "DynamicKV, 12 tokens pinned, 1 evicted")
+    assert vm.run_names([marked])[0] == ("DynamicKV", "DynamicKV, 12 tokens pinned, 1 evicted")
+    assert vm.run_names([run, replace(run)])[1] == ("What if", "DynamicKV, again")
+
+
+@pytest.mark.parametrize("spans", [7, "x", None, [3], [[1, 2, 3]], [["a", "b"]], {}, [[9, 2]]])
+def test_spans_of_a_strange_record_are_no_words(trace: Trace, spans: object) -> None:
+    run = replace(trace.run("DynamicKV"), parameters={"pinned": spans})
+    assert vm.marked_words(run) == ""
 
 
 def test_partings_show_both_tokens_and_their_probabilities(trace: Trace) -> None:

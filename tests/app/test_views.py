@@ -6,12 +6,14 @@ import json
 
 import pytest
 
+import dynamickv as dkv
 from app.views import VIEWS, Figure, View, render_figures
 from app.views import budgets as budgets_view
 from app.views.base import blank_figure
 from app.views.depth import kept_by_part
 from dynamickv.trace import Trace
 from tests.app.synthetic import synthetic_trace
+from tests.engine.tiny import DOCUMENT, QUESTION, tiny_llm
 
 KNOWN_TRACES = {"bar", "scatter", "heatmap", "histogram"}
 
@@ -70,3 +72,16 @@ def test_a_record_without_updates_has_no_film() -> None:
 
 def test_full_cache_is_kept_everywhere_along_the_document(trace: Trace) -> None:
     assert kept_by_part(trace.run("FullKV"), trace) == [1.0] * 20
+
+
+def test_the_film_shares_the_whole_budget_at_every_update() -> None:
+    methods = [dkv.FullKV(), dkv.DynamicKV(capacity=40, update_interval=2)]
+    trace = dkv.compare(tiny_llm(), DOCUMENT, QUESTION, methods=methods, max_new_tokens=1)
+    *updates, result = VIEWS["budgets"].render(trace).steps
+    total = (40 - 8) * trace.model.num_layers
+    assert len(updates) == 3
+    for update in updates:
+        assert f": {total} tokens shared by" in update.note
+        assert f"(budget {total})" in update.note
+        assert sum(update.x[-1]) == total
+    assert f"(budget {total})" in result.note

@@ -45,6 +45,26 @@ def last(results: Any) -> Any:
     return result
 
 
+def test_h2o_predicts_what_it_runs_once_its_attention_is_recorded(handlers: Handlers) -> None:
+    store = run(handlers, ["H2O"])
+    asked = {"method": "H2O", "settings": {"capacity": 30}, "key": store["key"]}
+    predicted = handlers.predict(asked)["run"]
+    _, _, answered, *_ = last(handlers.answer(gr.Request(session_hash="a"), event(asked)))
+    made = answered["record"]["runs"][-1]
+    assert (made["method"], made["retained"]) == ("H2O", predicted["retained"])
+
+
+def test_a_marked_passage_is_in_the_record_and_in_the_label(handlers: Handlers) -> None:
+    asked = {"method": "DynamicKV", "settings": {"capacity": 64}, "key": run(handlers)["key"]}
+    asked |= {"pinned": [[40, 52]], "evicted": [[9, 12]]}
+    _, cards, store, *_ = last(handlers.answer(gr.Request(session_hash="a"), event(asked)))
+    parameters = store["record"]["runs"][-1]["parameters"]
+    assert (parameters["pinned"], parameters["evicted"]) == ([[40, 52]], [[9, 12]])
+    assert cards["cards"][-1]["label"] == "DynamicKV, 12 tokens pinned, 3 evicted"
+    status, *_ = last(handlers.answer(gr.Request(session_hash="a"), event(asked)))
+    assert status["message"] == "DynamicKV with these settings is answered already."
+
+
 def run(handlers: Handlers, methods: list[str] | None = None) -> dict[str, Any]:
     """Press Run; what the page then holds."""
     request = gr.Request(session_hash="a")
@@ -60,7 +80,14 @@ def run(handlers: Handlers, methods: list[str] | None = None) -> dict[str, Any]:
         {"method": "SnapKV", "settings": {"capacity": 33, "kernel_size": 3, "pooling": "avg"}},
         {"method": "PyramidKV", "settings": {"capacity": 50}},
         {"method": "StreamingLLM", "settings": {"capacity": 21}},
+        {"method": "ShiftKV", "settings": {"capacity": 30}},
         {"budgets": [10, 20, 30, 60, 20, 10], "settings": {"window_size": 5, "r_max": 3}},
+        ASKED | {"pinned": [[40, 52]], "evicted": [[9, 12], [60, 61]]},
+        {"method": "StreamingLLM", "settings": {"capacity": 21}, "pinned": [[40, 52]]},
+        {"method": "SnapKV", "settings": {"capacity": 33, "head_budgets": "adaptive"}},
+        ASKED | {"settings": {"capacity": 40, "head_budgets": "adaptive"}, "evicted": [[9, 12]]},
+        {"budgets": [10, 20, 30, 60, 20, 10], "pinned": [[40, 52]], "settings": {}},
+        {"method": "DynamicKV", "settings": {"capacity": 40, "granularity": "query_head"}},
     ],
     ids=lambda asked: asked.get("method", "drawn"),
 )
@@ -128,6 +155,14 @@ def test_a_new_answer_takes_the_place_of_the_last_what_if(handlers: Handlers) ->
         ({"budgets": [20.5] * 6}, "whole number"),
         ({"budgets": [-1] * 6}, "between 0 and"),
         ({"budgets": "999999"}, "one number of tokens per layer"),
+        ({"pinned": "all"}, "Pinned must be a list of at most 64 passages"),
+        ({"pinned": [[1, 2]] * 65}, "Pinned must be a list of at most 64 passages"),
+        ({"evicted": [[1]]}, "Evicted must hold [first, last) pairs"),
+        ({"evicted": [[1, "<b>"]]}, "whole number, got '<b>'"),
+        ({"evicted": [[5, 5]]}, "Evicted must hold [first, last) pairs"),
+        ({"pinned": [[0, 900_000]]}, "mark a passage inside it"),
+        ({"evicted": [[5, 9]], "pinned": [[8, 12]]}, "overlap"),
+        ({"settings": {"capacity": 40, "head_budgets": "x"}}, "head_budgets must be"),
     ],
 )
 def test_a_bad_what_if_is_one_sentence(

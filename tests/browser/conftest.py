@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
 from app.examples import Example
@@ -163,6 +164,16 @@ def context_offline(browser: Browser) -> Iterator[BrowserContext]:
     context = browser.new_context(viewport={"width": 1400, "height": 900}, offline=True)
     yield context
     context.close()
+
+
+def serious_findings(page: Page) -> list[Any]:
+    """What axe-core calls serious or critical."""
+    found: dict[str, Any] = Axe().run(page).response
+    return [
+        (v["id"], v["impact"], [n["target"] for n in v["nodes"]][:4])
+        for v in found["violations"]
+        if v["impact"] in ("serious", "critical")
+    ]
 
 
 def open_page(page: Page, url: str, query: str = "") -> None:

@@ -7,16 +7,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, expect
 
 from app.examples import Example
 from app.model_host import ModelHost
 from tests.app.synthetic import synthetic_trace
-from tests.browser.conftest import example, no_model, open_page, pick, serve
+from tests.browser.conftest import example, no_model, open_page, pick, serious_findings, serve
 from tests.browser.test_recorded import TWO_FRAMES
 
 pytestmark = pytest.mark.browser
@@ -110,13 +108,7 @@ def test_axe_finds_nothing_serious(page: Page, page_url: str, theme: str) -> Non
     page.evaluate("window.DynamicKV.setPin({first: 90, last: 90})")
     page.locator("#dkv-advanced > button").click()
     page.wait_for_timeout(600)  # colours stop changing
-    found: dict[str, Any] = Axe().run(page).response
-    serious = [
-        (v["id"], v["impact"], [n["target"] for n in v["nodes"]][:4])
-        for v in found["violations"]
-        if v["impact"] in ("serious", "critical")
-    ]
-    assert serious == []
+    assert serious_findings(page) == []
 
 
 def test_charts_are_saved_with_names_that_say_what_they_are(

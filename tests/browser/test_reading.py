@@ -71,7 +71,53 @@ def test_the_difference_of_two_methods_is_exact_at_a_layer(
     ]
     assert shown[1] > 0
     assert page.evaluate(MARKED, KEPT) == 0
+    expect(page.locator("[data-role=versus]")).to_contain_text("answer the same, token by token")
     expect(page.locator(".dkv-legend")).to_contain_text("only SnapKV")
+
+
+PART = """() => {
+  const [, a, b] = window.DynamicKV.store.trace.runs;
+  b.token_ids = [...a.token_ids];
+  b.token_ids[2] += 1;
+  b.pieces = [...a.pieces];
+  b.pieces[2] = '<b>x</b>';
+  b.logprobs = a.logprobs.map(() => Math.log(0.625));
+  window.DynamicKV.setView({ run: 2, against: 1 });
+  return a.pieces[2]; }"""
+
+
+def test_two_compared_methods_say_where_their_answers_part(page: Page, page_url: str) -> None:
+    open_page(page, page_url)
+    pick(page, "Three")
+    expect(page.locator(".dkv-card")).to_have_count(3)
+    theirs = page.evaluate(PART)
+    box = page.locator("[data-role=versus] .dkv-parting")
+    expect(box).to_contain_text("DynamicKV and SnapKV part at token 3")
+    expect(box).to_contain_text("<b>x</b> (63 % with its own cache)")
+    expect(box.locator(".dkv-theirs")).to_have_text(theirs)
+    choose(page, "against", "FullKV")
+    expect(box).to_have_count(0)
+
+
+def test_the_chart_s_keys_switch_runs_off_and_the_others_take_their_room(
+    page: Page, page_url: str
+) -> None:
+    open_page(page, page_url)
+    pick(page, "Three")
+    expect(page.locator(".dkv-card")).to_have_count(3)
+    bars = """() => document.querySelector('.dkv-plot').data
+      .map((t) => [t.meta, t.visible !== false, t.width])"""
+    page.wait_for_function(f"({bars})().length === 6")
+    before = page.evaluate(bars)
+    key = page.locator(".dkv-keys button[data-method=FullKV]")
+    key.click()
+    expect(page.locator(".dkv-keys button[data-method=FullKV]")).to_have_attribute(
+        "aria-pressed", "false"
+    )
+    page.wait_for_function(f"({bars})().filter((t) => t[1]).length === 4")
+    after = page.evaluate(bars)
+    assert [shown for name, shown, _ in after if name == "FullKV"] == [False, False]
+    assert after[-1][2] == pytest.approx(1.5 * before[-1][2])
 
 
 def test_words_sentences_and_paragraphs_are_marked_whole(page: Page, page_url: str) -> None:
@@ -166,6 +212,13 @@ def test_a_click_says_why_layer_by_layer(
         for i in range(3)
     ]
     assert shown == [scores[:, 100].tolist(), ranks, [kept - 16 for kept in run.budgets]]
+    # Scores have 256 steps: a token is within the cut for sure only with all that share its score.
+    lasts = [int((row[:prefix] >= row[100]).sum()) for row in scores]
+    cuts = [kept - 16 for kept in run.budgets]
+    sure = sum(last <= cut for last, cut in zip(lasts, cuts, strict=True))
+    tied = sum(r <= c for r, c in zip(ranks, cuts, strict=True)) - sure
+    assert rows.nth(1).locator(".dkv-in").count() == sure
+    assert rows.nth(1).locator(".dkv-tied").count() == tied
     heads = run.retained.unpack(30, trace.prompt.length)[:, :, 100].sum(axis=1)
     cells = page.locator(".dkv-evidence tr[data-method=DynamicKV] [data-layer]")
     assert [int(text) for text in cells.all_inner_texts()] == heads.tolist()
@@ -265,11 +318,45 @@ def test_embedded_and_big(page: Page, page_url: str, query: str, hidden: bool) -
     assert page.evaluate("document.documentElement.scrollWidth - window.innerWidth") <= 0
 
 
+def test_going_back_restores_the_view(page: Page, page_url: str) -> None:
+    page = page.context.new_page()  # Gradio complains of its own requests that leaving cuts off
+    open_page(page, page_url)
+    page.evaluate("window.DynamicKV.setLayer(9)")
+    page.wait_for_url("**layer=9**")
+    page.goto(page_url + "?ex=three&layer=4")
+    where = page.locator(".dkv-document [data-role=where]")
+    expect(where).to_contain_text("layer 4")
+    page.go_back()
+    expect(where).to_contain_text("layer 9")
+
+
+def test_an_iframe_has_one_scrollbar(page: Page, page_url: str) -> None:
+    open_page(page, page_url)
+    page.set_viewport_size({"width": 900, "height": 800})
+    page.evaluate(
+        """(url) => { const frame = document.createElement('iframe');
+        Object.assign(frame, { src: url, width: 800, height: 700 });
+        frame.style.border = 0; document.body.replaceChildren(frame); }""",
+        page_url + "?embed=1",
+    )
+    frame = page.frames[-1]
+    frame.wait_for_selector(".dkv-card")
+    frame.wait_for_selector(".js-plotly-plot .bars path", state="attached")
+    tall = frame.evaluate(
+        """() => [...document.querySelectorAll('*')].filter((node) =>
+        /auto|scroll/.test(getComputedStyle(node).overflowY) && node.clientHeight > 300
+        && node.scrollHeight > node.clientHeight + 2
+        && !node.matches('html, body, .dkv-scroll')).length"""
+    )
+    assert tall == 0
+    assert frame.evaluate("document.documentElement.scrollWidth - window.innerWidth") <= 0
+
+
 def test_a_text_of_ones_own_is_no_example(page: Page, page_url: str) -> None:
     open_page(page, page_url)
-    expect(page.locator("#dkv-example input")).not_to_have_value("")
+    expect(page.locator("#dkv-example input")).to_have_value("Ordinary")
     page.locator("#dkv-document textarea").fill("A text of my own.")
-    expect(page.locator("#dkv-example input")).to_have_value("")
+    expect(page.locator("#dkv-example input")).to_have_value("Your own text")
 
 
 def test_an_example_ticks_the_methods_it_shows(page: Page, page_url: str) -> None:
@@ -278,6 +365,16 @@ def test_an_example_ticks_the_methods_it_shows(page: Page, page_url: str) -> Non
     expect(page.get_by_label("SnapKV", exact=True).first).to_be_checked()
     pick(page, "Ordinary")
     expect(page.get_by_label("SnapKV", exact=True).first).not_to_be_checked()
+
+
+def test_own_text_begins_with_an_empty_form(page: Page, page_url: str) -> None:
+    open_page(page, page_url)
+    pick(page, "Your own text")
+    expect(page.locator("#dkv-status")).to_contain_text("Paste or upload your text.")
+    expect(page.locator("#dkv-document textarea")).to_have_value("")
+    expect(page.locator("#dkv-question textarea")).to_have_value("")
+    pick(page, "Three")
+    expect(page.locator("#dkv-document textarea")).not_to_have_value("")
 
 
 def test_an_error_is_said_once(page: Page, page_url: str) -> None:
@@ -331,6 +428,9 @@ def test_one_html_file_shows_the_run_offline(
     offline = context_offline.new_page()
     problems: list[str] = []
     offline.on("pageerror", lambda error: problems.append(str(error)))
+    offline.on(
+        "console", lambda m: problems.append(m.text) if m.type in ("error", "warning") else None
+    )
     offline.on("request", lambda r: problems.append(r.url) if "file:" not in r.url else None)
     offline.goto(file.as_uri())
     expect(offline.locator(".dkv-card")).to_have_count(2)
@@ -342,6 +442,8 @@ def test_one_html_file_shows_the_run_offline(
     expect(offline.locator(".dkv-document [data-role=where]")).to_contain_text("layer 3")
     offline.evaluate("window.DynamicKV.setPin({first: 50, last: 50})")
     expect(offline.locator(".dkv-evidence tbody tr")).to_have_count(5 if name == "scored" else 2)
+    # Nothing there that only a server could do.
+    expect(offline.get_by_role("button", name="Always keep")).to_be_hidden()
     assert [p for p in problems if "blob:" not in p] == []
 
 
@@ -359,7 +461,45 @@ def test_a_run_file_fills_the_form(
     page.get_by_role("tab", name="Explore").click()
     assert page.locator("#dkv-document textarea").input_value() == HOSTILE
     expect(page.locator("#dkv-capacity input[type=number]")).to_have_value("40")
-    expect(page.locator("#dkv-example input")).to_have_value("")
+    expect(page.locator("#dkv-example input")).to_have_value("Your own text")
+    assert page.get_by_label("DynamicKV", exact=True).first.is_checked()
+    assert not page.get_by_label("SnapKV", exact=True).first.is_checked()
+    assert page.locator("#dkv-question textarea").input_value() == trace.prompt.question
+
+
+EVIL = "<img src=x onerror=window.pwned=1>"
+
+
+def test_a_record_with_hostile_names_is_only_words(
+    page: Page, page_url: str, recorded: dict[str, Example], tmp_path: Path
+) -> None:
+    data = record(recorded, "three").to_dict()
+    data["model"]["name"] = f"../../{EVIL}${{window.pwned=2}}"
+    data["created"] = f"2026-11-23{EVIL}"
+    data["runs"][1]["method"] = EVIL
+    again = json.loads(json.dumps(data["runs"][2]))
+    again["parameters"] |= {"pooling": EVIL * 9, "pinned": [[0, 10**9], [3, 1], "x", [1, 4]]}
+    data["runs"].append(again)
+    (tmp_path / "run.json").write_text(json.dumps(data))
+    open_page(page, page_url)
+    page.get_by_role("tab", name="Runs & API").click()
+    page.locator("input[type=file][accept*='.json']").first.set_input_files(tmp_path / "run.json")
+    expect(page.locator("#dkv-open-note")).to_contain_text("Opened.")
+    page.get_by_role("tab", name="Explore").click()
+    expect(page.locator(".dkv-card h3").nth(1)).to_have_text(EVIL)
+    page.get_by_role("button", name="Along the document").click()
+    expect(page.locator(".js-plotly-plot .scatterlayer path").first).to_be_attached()
+    with page.expect_download() as waiting:
+        page.locator(".dkv-figures [data-role=save]").select_option("svg")
+    assert set(waiting.value.suggested_filename) <= set(
+        "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_."
+    )
+    waiting.value.save_as(tmp_path / "chart.svg")
+    assert "<img" not in (tmp_path / "chart.svg").read_text()
+    page.evaluate("window.DynamicKV.setPin({first: 2, last: 2})")
+    expect(page.locator(".dkv-evidence .dkv-note")).to_contain_text("pinned by hand")
+    assert page.locator(".dkv-panel img, .dkv-answers img").count() == 0
+    assert page.evaluate("window.pwned") is None
 
 
 BROKEN: dict[str, bytes] = {
@@ -387,4 +527,4 @@ def test_a_broken_run_file_is_one_sentence_and_loses_nothing(
     assert page.evaluate("window.pwned") is None
     page.get_by_role("tab", name="Explore").click()
     expect(page.locator("[data-role=source]")).to_contain_text("recorded on 23 November 2026")
-    expect(page.locator("#dkv-example input")).not_to_have_value("")
+    expect(page.locator("#dkv-example input")).to_have_value("Ordinary")

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import Page, expect
 
 from app.model_host import ModelHost
-from tests.browser.conftest import open_page, serve
+from tests.browser.conftest import open_page, serious_findings, serve
 from tests.engine.tiny import DOCUMENT, QUESTION, tiny_llm
 
 pytestmark = pytest.mark.browser
+LENGTH = "window.DynamicKV.store.trace.prompt.length"
 PREDICTED = "window.DynamicKV.store.trace.runs.at(-1)"
 
 
@@ -25,9 +29,12 @@ def tiny_url(recorded: dict) -> Iterator[str]:  # type: ignore[type-arg]
     yield from serve(ModelHost("tiny", loader=lambda name: llm), {"ordinary": recorded["ordinary"]})
 
 
-def run(page: Page, url: str) -> None:
+def run(page: Page, url: str, method: str = "DynamicKV") -> None:
     """A comparison of 64 tokens per layer."""
     open_page(page, url)
+    if method != "DynamicKV":
+        page.get_by_label("DynamicKV", exact=True).first.uncheck()
+        page.get_by_label(method, exact=True).first.check()
     page.locator("#dkv-document textarea").fill(DOCUMENT)
     page.locator("#dkv-question textarea").fill(QUESTION)
     page.locator("#dkv-advanced > button").click()
@@ -60,6 +67,73 @@ def test_a_slider_predicts_and_the_answer_keeps_exactly_that(page: Page, tiny_ur
     assert page.evaluate(f"{PREDICTED}.retained.bits") == predicted
     expect(page.locator(".dkv-parting").first).to_contain_text("with the full cache")
     expect(page.locator(".dkv-what-if .dkv-chip")).to_have_text("")
+
+
+def test_a_passage_is_dropped_and_pinned_by_hand_and_answered_with(
+    page: Page, tiny_url: str
+) -> None:
+    run(page, tiny_url)
+    expect(page.get_by_role("button", name="Always keep")).to_be_hidden()
+    page.evaluate("window.DynamicKV.setPin({first: 40, last: 45})")
+    page.get_by_role("button", name="Always keep").click()
+    page.wait_for_function(f"{PREDICTED}.predicted")
+    page.evaluate("window.DynamicKV.setPin({first: 43, last: 50})")
+    page.get_by_role("button", name="Always drop").click()
+    page.wait_for_function(f"{PREDICTED}.parameters.evicted")
+    assert page.evaluate(f"[{PREDICTED}.parameters.pinned, {PREDICTED}.parameters.evicted]") == [
+        [[40, 43]],
+        [[43, 51]],
+    ]
+    expect(page.locator(".dkv-marked-chip")).to_have_count(2)
+    counts = f"Array.from({PREDICTED}.kept.subarray(2 * {LENGTH} + 40, 2 * {LENGTH} + 51))"
+    kept = page.evaluate(counts)
+    assert min(kept[:3]) == 2
+    assert max(kept[3:]) == 0
+    expect(page.locator(".dkv-legend")).to_contain_text("pinned by hand")
+    assert page.evaluate("CSS.highlights.get('dkv-evicted').size") > 0
+    page.evaluate("window.DynamicKV.setPin({first: 60, last: 64})")
+    assert serious_findings(page) == []
+    bits = page.evaluate(f"{PREDICTED}.retained.bits")
+    page.get_by_role("button", name="Answer with this").click()
+    label = "DynamicKV, 3 tokens pinned, 8 evicted"
+    expect(page.locator(".dkv-card h3").nth(2)).to_have_text(label)
+    page.wait_for_function(f"!{PREDICTED}.predicted && {PREDICTED}.parameters.pinned")
+    assert page.evaluate(f"{PREDICTED}.retained.bits") == bits
+    page.evaluate("window.DynamicKV.setPin({first: 44, last: 44})")
+    expect(page.locator(".dkv-evidence .dkv-note")).to_contain_text(f"evicted by hand in {label}")
+    page.get_by_label("No longer evicted").click()
+    page.wait_for_function(f"{PREDICTED}.predicted && !{PREDICTED}.parameters.evicted")
+    page.get_by_role("button", name="Take back").click()
+    expect(page.locator(".dkv-marked-chip")).to_have_count(0)
+
+
+def test_settings_that_a_method_ignores_are_not_offered_or_inherited(
+    page: Page, tiny_url: str
+) -> None:
+    run(page, tiny_url, "H2O")
+    expect(page.locator("[data-setting=method]")).to_have_value("H2O")
+    assert page.locator("[data-setting=kernel_size]").count() == 0
+    page.locator("[data-setting=method]").select_option("SnapKV")
+    page.wait_for_function(f"{PREDICTED}.predicted && {PREDICTED}.method === 'SnapKV'")
+    assert page.evaluate(f"{PREDICTED}.parameters.kernel_size") == 7
+
+
+def test_on_a_phone_a_run_is_watched_and_nothing_moves(page: Page, tiny_url: str) -> None:
+    page.set_viewport_size({"width": 390, "height": 800})
+    run(page, tiny_url)
+    page.evaluate("window.scrollTo(0, 0)")
+    tops = """() => { document.body.style.setProperty('--dkv-action',
+        document.querySelector('#dkv-action').offsetHeight + 'px');
+      const top = () => document.querySelector('.dkv-answers').getBoundingClientRect().top;
+      const before = top();
+      document.body.classList.add('dkv-running');
+      const during = top();
+      document.body.classList.remove('dkv-running');
+      return during - before; }"""
+    assert abs(page.evaluate(tops)) < 24
+    page.locator("#dkv-run").click()
+    expect(page.locator("#dkv-status")).to_contain_text("Done.", timeout=60_000)
+    expect(page.locator(".dkv-answers h2")).to_be_in_viewport()
 
 
 SLIDE = """async () => {
@@ -177,6 +251,36 @@ def test_the_client_and_curl_snippets_run(
         )
         assert done.returncode == 0, done.stderr
         assert "DynamicKV" in done.stdout
+
+
+def test_the_mcp_settings_lead_to_the_same_comparison(page: Page, tiny_url: str) -> None:
+    """Runs where gradio[mcp] is installed: without it the page has no MCP server."""
+    pytest.importorskip("mcp")
+    from mcp import ClientSession
+    from mcp.client.streamable_http import streamablehttp_client
+
+    run(page, tiny_url)
+    page.get_by_role("tab", name="Runs & API").click()
+    shown = page.locator("#dkv-mcp .cm-content")
+    expect(shown).to_contain_text("mcpServers")
+    settings = json.loads("\n".join(shown.locator(".cm-line").all_inner_texts()))
+    asked = {"document": DOCUMENT, "question": QUESTION, "capacity": 40, "max_new_tokens": 2}
+
+    async def call() -> str:
+        async with (
+            streamablehttp_client(settings["mcpServers"]["dynamickv"]["url"]) as (reads, writes, _),
+            ClientSession(reads, writes) as client,
+        ):
+            await client.initialize()
+            tools = {tool.name for tool in (await client.list_tools()).tools}
+            assert tools == {"compare", "tokenize", "methods", "models"}
+            reply = await client.call_tool("compare", {**asked, "model": "tiny"})
+            assert not reply.isError
+            return str(reply.content[0].text)
+
+    with ThreadPoolExecutor(1) as thread:  # Playwright has this thread's event loop
+        told = thread.submit(asyncio.run, call()).result()
+    assert "DynamicKV" in told
 
 
 def test_two_visitors_share_nothing(page: Page, tiny_url: str) -> None:

@@ -227,6 +227,8 @@ BAD_VALUES: dict[str, list[Any]] = {
     "beta": WHOLE,
     "context_size": [*WHOLE, 8],
     "sinks": [-1, 1.5, "4", None, True],
+    "pinned": ["3", 3, None, [[3]], [[4, 3]], [[-1, 3]], [[0, 1.5]], [[0, True]], [3]],
+    "evicted": ["3", 3, None, [[3]], [[4, 3]], [[-1, 3]], [[0, 1.5]], [[0, True]], [3]],
     "budgets": ["12", 12, None, [12.5] * NUM_LAYERS, [0] * NUM_LAYERS, [True] * NUM_LAYERS],
 }
 

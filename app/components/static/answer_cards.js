@@ -58,16 +58,40 @@
           make("tr", {}, make("th", { scope: "row" }, "with the full cache"), ...item.full.map(cell)))));
   }
 
+  // Two compressed runs side by side: they share every token before the first that differs, each is sure in its own way.
+  function versus(a, b) {
+    if (!a.token_ids?.length || !b.token_ids?.length || [...a.token_ids, ...b.token_ids].every((id) => id === 0)) return null;
+    const at = a.token_ids.findIndex((id, i) => id !== b.token_ids[i]);
+    const box = (...parts) => make("div", { className: "dkv-parting", data: { method: a.look } }, make("p", {}, ...parts));
+    if (at < 0 && a.token_ids.length === b.token_ids.length) return box(make("b", {}, a.label), " and ", make("b", {}, b.label), " answer the same, token by token.");
+    const end = at < 0 ? a.token_ids.length : at;
+    const token = (run) => (end < run.token_ids.length ? (run.pieces[end] || `token ${run.token_ids[end]}`).replace(/\n/g, "⏎") : "its end");
+    const sure = (run) => (end < run.token_ids.length ? ` (${percent(Math.exp(run.logprobs[end]))} with its own cache)` : "");
+    const shared = a.pieces.slice(0, end).join("");
+    return box(make("b", {}, a.label), " and ", make("b", {}, b.label), ` part at token ${end + 1}: `,
+      make("q", {}, shared.length > 90 ? `…${shared.slice(-90)}` : shared), " ",
+      make("mark", { className: "dkv-own" }, token(a)), sure(a), " against ", make("mark", { className: "dkv-theirs" }, token(b)), sure(b));
+  }
+  const percent = (share) => (share >= 0.9995 ? "100 %" : share < 0.0005 ? "< 0.1 %" : `${(100 * share).toFixed(share >= 0.2 ? 0 : 1)} %`);
+
   DynamicKV.register("answers", (element) => {
     let finished = null; // the last cards that belong to a whole record
     const find = (role) => element.querySelector(`[data-role="${role}"]`);
     const link = find("link");
     DynamicKV.on("trace", (trace) => { link.hidden = !trace?.example; link.textContent = "Copy link"; });
     link.addEventListener("click", async () => { link.textContent = await DynamicKV.copyLink(); });
+    const compared = () => {
+      const { trace, view } = DynamicKV.store;
+      const [a, b] = [trace?.runs[view.run], view.against === null ? null : trace?.runs[view.against]];
+      const told = a && b && a.method !== "FullKV" && b.method !== "FullKV" && !a.predicted && !b.predicted ? versus(a, b) : null;
+      find("versus").replaceChildren(...(told ? [told] : []));
+    };
+    for (const name of ["trace", "runs", "view"]) DynamicKV.on(name, compared);
     return (received) => {
       const payload = received?.restore ? finished : received;
       if (!payload) return;
       if (payload.final) finished = payload;
+      link.hidden = !payload.final || !DynamicKV.store.trace?.example;
       put(find("question"), payload.question);
       put(find("source"), payload.source);
       find("notice").hidden = !payload.notice;

@@ -51,6 +51,12 @@
       if (run()?.window) text.markTokens("dkv-window", length - run().window, length - 1, 2); else text.clear("dkv-window");
     }
 
+    // What a person pinned or evicted in this run.
+    function markEdits() {
+      const { starts, ends } = store.trace.prompt;
+      for (const kind of ["pinned", "evicted"]) text.markUnits(`dkv-${kind}`, DynamicKV.spansOf(run(), kind).map(([first, end]) => [starts[first], ends[end - 1]]), 2);
+    }
+
     function markHover() {
       const { hover } = store;
       if (hover?.position === undefined) text.clear("dkv-hover");
@@ -69,7 +75,8 @@
       slider.setAttribute("aria-valuetext", all ? "all layers" : `layer ${layer}`);
       find("where").textContent = all
         ? `all ${layers} layers`
-        : `layer ${layer}: ${plain(current.budgets[layer])} of ${plain(prompt.length)} kept`;
+        : store.trace.record.model.sliding_layers?.includes(layer) ? `layer ${layer} slides: last ${plain(current.budgets[layer])} held`
+          : `layer ${layer}: ${plain(current.budgets[layer])} of ${plain(prompt.length)} kept`;
       find("legend").replaceChildren(...(other() ? differenceLegend(all) : levelLegend(layer)));
       fold(folds.before, 0, prompt.document_span[0], "template before the document", layer);
       fold(folds.after, prompt.document_span[1], prompt.length, "question and template after the document", layer);
@@ -88,6 +95,7 @@
         swatch(0, view.head !== null && layer !== null ? "dropped" : "0"),
         ...names.flatMap((name, i) => (name === null ? [] : [swatch(shades[i], name)])),
         ...(current.window ? [swatch("window", `window (last ${current.window})`)] : []),
+        ...["pinned", "evicted"].flatMap((kind) => (DynamicKV.spansOf(current, kind).length ? [swatch(kind, `${kind} by hand`)] : [])),
       ];
     }
 
@@ -281,6 +289,7 @@
       fillTabs();
       fillChoices();
       markWindow();
+      markEdits();
       paint();
       minimap.draw();
     }

@@ -32,7 +32,7 @@
         ...found.map((share, layer) => {
           const cell = make("td", { data: { layer } }, words[layer]);
           cell.style.setProperty("--share", share);
-          if (share > 0.55) cell.className = "dkv-deep";
+          if (share === 1) cell.className = "dkv-deep"; // words on lesser shades stay readable in ink
           cell.title = `layer ${layer}: ${one ? `${words[layer]} of ${run.heads} heads keep it` : `${Math.round(100 * share)} % of it is kept`}`;
           return cell;
         }));
@@ -52,13 +52,18 @@
       const bytes = Uint8Array.from(atob(scores.bytes), (char) => char.charCodeAt(0));
       const end = store.trace.prompt.question_aware ? length - run.window : store.trace.prompt.document_span[1] - run.window;
       if (position >= end) return null;
-      const rows = { score: [], rank: [], cut: [] };
+      const rows = { score: [], rank: [], cut: [], last: [] };
       for (let layer = 0; layer < layers; layer += 1) {
         const mine = bytes[layer * length + position];
         let above = 0;
-        for (let i = 0; i < end; i += 1) above += bytes[layer * length + i] > mine ? 1 : 0;
+        let same = 0;
+        for (let i = 0; i < end; i += 1) {
+          above += bytes[layer * length + i] > mine ? 1 : 0;
+          same += bytes[layer * length + i] === mine ? 1 : 0;
+        }
         rows.score.push(mine);
         rows.rank.push(above + 1);
+        rows.last.push(above + same); // 256 steps make ties: the token's true place lies between the two
         rows.cut.push(Math.max(0, run.budgets[layer] - (length - end)));
       }
       return rows;
@@ -70,20 +75,24 @@
         make("td", { className: "dkv-sum", colSpan: 2 }, note),
         ...values.map((value, layer) => {
           const cell = make("td", { data: { layer } }, String(value));
-          if (name === "rank" && value <= rows.cut[layer]) cell.className = "dkv-in";
+          if (name === "rank" && rows.last[layer] > value) cell.title = `between ${plain(value)} and ${plain(rows.last[layer])}: ${plain(rows.last[layer] - value + 1)} tokens have this score`;
+          if (name === "rank" && place(layer)) cell.className = `dkv-${place(layer)}`;
           return cell;
         }));
-      const inside = rows.rank.filter((rank, layer) => rank <= rows.cut[layer]).length;
+      const place = (layer) => (rows.last[layer] <= rows.cut[layer] ? "in" : rows.rank[layer] <= rows.cut[layer] ? "tied" : "");
+      const counted = (name) => rows.rank.filter((_, layer) => place(layer) === name).length;
+      const tied = counted("tied");
       return [
         line("score", rows.score, "0–255, of the layer's best"),
-        line("rank", rows.rank, `within the cut in ${inside} of ${total}`),
+        line("rank", rows.rank, `within the cut in ${counted("in")}${tied ? `, tied in ${tied}` : ""} of ${total}`),
         line("cut", rows.cut, "tokens kept besides the window"),
       ];
     }
 
     const quoted = (first, last) => {
       const { text, starts, ends } = store.trace.prompt;
-      const passage = text.slice(starts[first], ends[last]).replace(/\s+/g, " ");
+      const whole = text.slice(starts[first], ends[last]);
+      const passage = whole.trim() ? whole.replace(/\s+/g, " ") : whole.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/ /g, "·");
       return passage.length > SHOWN ? `“${passage.slice(0, SHOWN)}…”` : `“${passage}”`;
     };
 
@@ -92,16 +101,19 @@
       const { pin, trace } = store;
       element.classList.toggle("dkv-empty", !trace);
       find("table").hidden = !pin || !trace?.runs.length;
+      find("marking").hidden = find("table").hidden || !store.server?.predict || !trace.key;
       find("title").textContent = "Evidence";
       find("note").textContent = hint;
       if (find("table").hidden) { find("table").replaceChildren(); return; }
       const { first, last } = pin;
       const one = first === last;
       const run = trace.runs[store.view.run];
+      const marked = ["pinned", "evicted"].find((kind) => DynamicKV.spansOf(run, kind).some(([from, end]) => first >= from && last < end));
       find("title").textContent = quoted(first, last);
       find("note").textContent = one
         ? `position ${plain(first)} · heads that keep it, per layer`
         : `${counting(last - first + 1, "token")}, positions ${plain(first)}–${plain(last)} · per cent of it kept, per layer`;
+      if (marked) find("note").textContent += ` · ${marked} by hand in ${run.label}`;
       const head = make("tr", {}, make("th", { scope: "col" }, ""),
         make("th", { scope: "col", className: "dkv-sum" }, "answer"), make("th", { scope: "col", className: "dkv-sum" }, "survives in"),
         ...Array.from({ length: trace.layers }, (_, layer) => make("th", { scope: "col", title: `layer ${layer}`, data: { layer } }, String(layer))));
@@ -134,6 +146,9 @@
       DynamicKV.setHover(layer === null ? null : { source: "evidence", layer, position: store.pin?.first, last: store.pin?.last }, "evidence");
     });
     find("table").addEventListener("pointerleave", () => DynamicKV.setHover(null, "evidence"));
+    for (const button of element.querySelectorAll("[data-mark]")) {
+      button.addEventListener("click", () => DynamicKV.emit("edit", { kind: button.dataset.mark, first: store.pin.first, end: store.pin.last + 1 }));
+    }
     on("pin", show);
     on("runs", show);
     on("view", (changed) => { if (changed.has("run")) show(); else mark(); });

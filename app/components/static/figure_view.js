@@ -5,6 +5,8 @@
   const { DynamicKV } = window;
   const { store, on, make, framed } = DynamicKV;
   const FRAME_MS = 900;
+  const SPAN = 0.84; // of a layer's height, shared by the lanes, as in views/budgets.py
+  const MANY = 5;
   let loading = null;
 
   function loadPlotly() {
@@ -34,7 +36,21 @@
     let settled = 0;
     let draft = null; // {budgets, editable, drag}: outlined bars, predicted or being drawn
 
+    let hidden = new Set(); // looks of the runs that the keys switched off
     const figure = () => store.trace?.figures[key];
+
+    // Lanes of the runs that are shown; each run has its bars in the figure under its look.
+    const lanes = () => store.trace.runs.filter((run) => !run.predicted && !hidden.has(run.look)).map((run) => run.look);
+    const height = () => (figure().layerAxis === "y" ? Math.max(figure().height, Math.min(1100, 4 * store.trace.layers * lanes().length + 90)) : figure().height);
+    function laned(data) {
+      const shown = lanes();
+      const lane = SPAN / Math.max(1, shown.length);
+      return data.map((trace) => {
+        const at = shown.indexOf(trace.meta);
+        if (at < 0) return { ...trace, visible: false };
+        return trace.offset === undefined ? trace : { ...trace, offset: at * lane - SPAN / 2, width: 0.9 * lane };
+      });
+    }
     const isFilm = () => figure()?.steps.length > 1;
     const current = () => figure().steps[Number(slider.value)];
 
@@ -83,14 +99,14 @@
       const Plotly = await loadPlotly().catch((error) => { find("note").textContent = error.message; });
       if (!Plotly || ticket !== drawn) return;
       const spec = figure();
-      let data = themed(spec.data);
+      let data = laned(themed(spec.data));
       if (isFilm()) data = data.map((trace, i) => ({ ...trace, x: current().x[i], base: current().base[i] }));
       if (outlined()) data = [...data, outline()];
-      const layout = themedLayout(spec.layout);
+      const layout = { ...themedLayout(spec.layout), height: height() };
       if (outlined() && limit() && !dragging) roof = Math.max(limit(), 1.08 * Math.max(...draft.budgets));
       if (outlined() && limit()) layout.xaxis = { ...layout.xaxis, range: [0, Math.max(roof, limit())] };
       else if (limit()) layout.xaxis = { ...layout.xaxis, range: [0, limit()] };
-      plot.style.height = `${spec.height}px`;
+      plot.style.height = `${height()}px`;
       await Plotly.react(plot, data, layout, config());
       // On a page with a <base>, Plotly points its patterns at the address of that moment, and ours changes with the view.
       if (plot._context._baseUrl) {
@@ -121,12 +137,13 @@
         return { ...trace, showlegend: !/, window$/.test(trace.name ?? ""), ...(color ? { marker: { ...trace.marker, color } } : {}), ...(color && trace.line ? { line: { ...trace.line, color } } : {}) };
       });
       const { record } = store.trace;
-      const caption = `${record.model.name}, ${DynamicKV.counting(record.prompt.length, "token")}: ${titles.find((item) => item.key === key).title}`;
+      const plainly = (words) => words.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;"); // Plotly reads some HTML
+      const caption = `${plainly(record.model.name)}, ${DynamicKV.counting(record.prompt.length, "token")}: ${titles.find((item) => item.key === key).title}`;
       const url = await Plotly.toImage({
         data: named,
         layout: { ...layout, paper_bgcolor: "#ffffff", plot_bgcolor: "#ffffff", font: { ...layout.font, ...ink }, showlegend: true, legend: { orientation: "h", y: 1.02, yanchor: "bottom" },
           title: { text: caption, font: { size: 15, ...ink } }, margin: { l: 60, r: 20, t: 90, b: 50 }, xaxis: axis(layout.xaxis), yaxis: axis(layout.yaxis) },
-      }, { format, width: 900, height: figure().height + 90, scale: format === "png" ? 2 : 1 });
+      }, { format, width: 900, height: height() + 90, scale: format === "png" ? 2 : 1 });
       const body = format === "svg" ? decodeURIComponent(url.slice(url.indexOf(",") + 1)) : Uint8Array.from(atob(url.slice(url.indexOf(",") + 1)), (char) => char.charCodeAt(0));
       DynamicKV.saveBlob(new Blob([body], { type: format === "svg" ? "image/svg+xml" : "image/png" }), fileName(format));
     }
@@ -270,8 +287,14 @@
     }
 
     function showKeys() {
-      find("keys").replaceChildren(...store.trace.runs.map((run) => make("span", { data: { method: run.look } },
-        make("span", { className: "dkv-glyph", ariaHidden: "true" }, run.predicted ? "▭" : run.glyph), run.label)),
+      find("keys").replaceChildren(...store.trace.runs.map((run) => {
+        const key_ = make("button", { type: "button", title: "Show or hide", data: { method: run.look } },
+          make("span", { className: "dkv-glyph", ariaHidden: "true" }, run.predicted ? "▭" : run.glyph), run.label);
+        key_.setAttribute("aria-pressed", String(!hidden.has(run.look)));
+        key_.disabled = Boolean(run.predicted);
+        key_.addEventListener("click", () => { if (!hidden.delete(run.look)) hidden.add(run.look); showKeys(); draw(); });
+        return key_;
+      }),
       ...(figure()?.layerAxis && store.trace.runs.some((run) => run.window) ? [make("span", { className: "dkv-key-window" }, "observation window")] : []));
     }
 
@@ -284,7 +307,7 @@
       slider.value = slider.max;
       find("wide").hidden = !figure().wideLimit;
       find("note").textContent = figure().note;
-      plot.style.height = `${figure().height}px`;
+      plot.style.height = `${height()}px`;
       showStep();
       draw();
     }
@@ -309,7 +332,8 @@
       const { marker, x } = outline();
       window.Plotly.restyle(plot, { x: [x], "marker.line.color": marker.line.color, "marker.line.width": marker.line.width }, [last]);
     });
-    on("trace", (trace) => { if (trace) show(); });
+    // Many lanes are thin: FullKV's, which are all as long as the prompt, make room first.
+    on("trace", (trace) => { if (!trace) return; hidden = new Set(trace.runs.length > MANY ? ["FullKV"] : []); show(); });
     on("theme", draw);
     const framedMarks = framed(drawMarks);
     for (const name of ["view", "hover"]) on(name, framedMarks);

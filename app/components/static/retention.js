@@ -16,6 +16,14 @@
     return bytes;
   }
 
+  // Spans of positions that a person pinned or evicted in a run, as [first, end) pairs within the prompt.
+  DynamicKV.spansOf = (run, kind) => {
+    const spans = run?.parameters?.[kind];
+    const { length } = DynamicKV.store.trace.prompt;
+    const whole = (end) => Number.isInteger(end) && end >= 0 && end <= length;
+    return (Array.isArray(spans) ? spans : []).filter((span) => Array.isArray(span) && span.length === 2 && span.every(whole) && span[0] < span[1]);
+  };
+
   DynamicKV.allOnes = (size) => {
     let text = "";
     const bytes = onesOf(size);

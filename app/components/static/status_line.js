@@ -20,7 +20,10 @@
     box.querySelector(".dkv-progress > i").style.width = `${100 * (payload?.done ?? 0)}%`;
     // While a run is on, what the views below show is the run before it.
     const running = payload?.state === "running";
-    if (running && !document.body.classList.contains("dkv-running")) showAnswers();
+    const began = running && !document.body.classList.contains("dkv-running");
+    // On a narrow screen progress and Stop leave the form for the screen's foot: their place stays, so that nothing moves.
+    if (began) document.body.style.setProperty("--dkv-action", `${document.querySelector("#dkv-action")?.offsetHeight ?? 0}px`);
     document.body.classList.toggle("dkv-running", running);
+    if (began) showAnswers();
   });
 })();

@@ -11,9 +11,11 @@
     kernel_size: { label: "Kernel", min: 1, max: 31, step: 2 },
     pooling: { label: "Pooling", options: ["max", "avg"] },
     granularity: { label: "One choice per", options: ["kv_head", "query_head"] },
+    head_budgets: { label: "Heads' shares", options: ["uniform", "adaptive"] },
     r_max: { label: "r_max", min: 1, max: 30, step: 0.5 },
     update_interval: { label: "Update interval", min: 1, max: 16, step: 1 },
   };
+  const DRAWN = ["window_size", "kernel_size", "pooling", "granularity", "head_budgets"]; // what drawn budgets leave open
   const SHAPES = {
     uniform: () => 1,
     pyramid: (layer, layers) => 1.75 - (1.5 * layer) / Math.max(1, layers - 1),
@@ -40,6 +42,7 @@
     let method = null;
     let settings = {};
     let drawn = null; // budgets per layer while drawing
+    let spans = { pinned: [], evicted: [] }; // [first, end) positions that are kept or dropped whatever the method says
     let busy = false;
     let again = false;
     let error = "";
@@ -48,9 +51,9 @@
     const ready = () => Boolean(store.trace?.ready && store.server?.predict);
     const predicted = () => (store.trace?.runs.at(-1)?.predicted ? store.trace.runs.at(-1) : null);
     const asked = () => {
-      const taken = drawn ? ["window_size", "kernel_size", "pooling", "granularity"] : form.methods[method];
+      const taken = drawn ? DRAWN : form.methods[method];
       const wanted = Object.fromEntries(taken.filter((name) => settings[name] !== undefined).map((name) => [name, settings[name]]));
-      return drawn ? { key: key(), budgets: drawn, settings: wanted } : { key: key(), method, settings: wanted };
+      return { key: key(), ...spans, ...(drawn ? { budgets: drawn } : { method }), settings: wanted };
     };
 
     // One question at a time; while it is answered only the latest next one waits.
@@ -107,6 +110,29 @@
       drag(layer, drawn[layer] + step);
     }
 
+    // ---- pinned and evicted passages --------------------------------------------------------------------------
+    const marked = () => spans.pinned.length + spans.evicted.length > 0;
+    const without = (list, first, end) => list.flatMap(([from, to]) => [[from, Math.min(to, first)], [Math.max(from, end), to]].filter(([a, b]) => a < b));
+    on("edit", ({ kind, first, end }) => {
+      if (!form || !store.trace) return;
+      const other = kind === "pinned" ? "evicted" : "pinned";
+      spans = { [kind]: [...without(spans[kind], first, end), [first, end]].sort((a, b) => a[0] - b[0]), [other]: without(spans[other], first, end) };
+      DynamicKV.setPin(null);
+      changed();
+      if (!ready()) element.scrollIntoView({ block: "nearest", behavior: DynamicKV.reducedMotion() ? "auto" : "smooth" });
+    });
+    function showSpans() {
+      const { text, starts, ends } = store.trace.prompt;
+      const chip = (kind, [first, end]) => {
+        const remove = make("button", { type: "button", className: "dkv-step" }, "×");
+        remove.setAttribute("aria-label", `No longer ${kind}`);
+        remove.addEventListener("click", () => { spans = { ...spans, [kind]: without(spans[kind], first, end) }; if (marked() || predicted()) changed(); else say(); });
+        return make("span", { className: "dkv-marked-chip" }, make("b", {}, kind), make("q", {}, text.slice(starts[first], ends[end - 1]).replace(/\s+/g, " ")), DynamicKV.counting(end - first, "token"), remove);
+      };
+      find("spans").hidden = !marked();
+      find("spans").replaceChildren(...["pinned", "evicted"].flatMap((kind) => spans[kind].map((span) => chip(kind, span))));
+    }
+
     function changed() {
       tellDraft();
       say();
@@ -132,7 +158,7 @@
       if (!form || !store.trace) return;
       const names = Object.keys(form.methods);
       const picker = make("select", { data: { setting: "method" } }, ...names.map((name) => make("option", { value: name, selected: name === method }, name)));
-      const shown = drawn ? ["capacity", "window_size", "kernel_size", "pooling", "granularity"] : form.methods[method].filter((name) => name in CONTROLS);
+      const shown = drawn ? ["capacity", ...DRAWN] : form.methods[method].filter((name) => name in CONTROLS);
       find("sliders").replaceChildren(...(drawn ? [] : [make("label", {}, "Method", picker)]), ...shown.map(control));
       for (const node of element.querySelectorAll("[data-setting], [data-start], [data-role=draw]")) node.disabled = !ready();
     }
@@ -144,7 +170,8 @@
       find("read").hidden = on_ || !store.trace?.key;
       find("read").textContent = `Read the prompt (about ${Math.max(1, Math.round(store.trace?.record.prefill_seconds ?? 1))} s)`;
       find("answer").hidden = !run;
-      find("back").hidden = !run && !drawn;
+      find("back").hidden = !run && !drawn && !marked();
+      showSpans();
       find("sliders").hidden = !on_;
       // Budgets are given for the layers that are compressed: with sliding-window layers between them there is nothing to draw.
       element.querySelector(".dkv-draw").hidden = !on_ || Boolean(store.trace.record.model.sliding_layers?.length);
@@ -158,7 +185,7 @@
       }
       find("words").textContent = error || (run ? `${run.words}, chosen in ${Math.max(1, Math.round(1000 * run.seconds))} ms without the model. ${windowWords()}`
         : on_ ? `Move anything: the views show at once what would be kept. ${windowWords()}`
-          : "This run was not made here just now: its prompt must be read once before other settings can be tried.");
+          : `This run was not made here just now: its prompt must be read once before ${marked() ? "the change can be shown" : "other settings can be tried"}.`);
       find("words").classList.toggle("dkv-wrong", Boolean(error));
       if (drawn && !error) find("words").textContent = `Drag the outlined bars in the chart: the total stays. ${find("words").textContent}`;
     }
@@ -194,6 +221,7 @@
     function takeBack() {
       drawn = null;
       error = "";
+      spans = { pinned: [], evicted: [] };
       DynamicKV.setPredicted(null);
       adopt();
       tellDraft();
@@ -207,17 +235,25 @@
       if (!form || !store.trace) { say(); return; }
       const run = store.trace.runs.findLast((item) => item.method in form.methods && !item.predicted);
       method = run?.method ?? Object.keys(form.methods).at(-1);
-      const known = Object.fromEntries(Object.entries(run?.parameters ?? {}).filter(([name]) => name in CONTROLS));
+      const taken = form.methods[method] ?? [];
+      const known = Object.fromEntries(Object.entries(run?.parameters ?? {}).filter(([name]) => name in CONTROLS && taken.includes(name)));
       settings = { capacity: 128, window_size: 8, kernel_size: 7, pooling: "max", granularity: "kv_head", r_max: 10, update_interval: 4, ...form.defaults, ...known };
       build();
       say();
     }
-    on("trace", () => { adopt(); tellDraft(); });
+    on("trace", (trace) => {
+      adopt();
+      const last = trace?.runs.at(-1);
+      spans = { pinned: trace ? DynamicKV.spansOf(last, "pinned") : [], evicted: trace ? DynamicKV.spansOf(last, "evicted") : [] };
+      if (form && trace) say();
+      tellDraft();
+    });
     on("view", () => { if (store.trace) say(); });
     return (payload) => {
       if (payload?.methods) form = payload;
       if (payload?.key && store.trace) Object.assign(store.trace, { key: payload.key, ready: true });
       if (store.trace && !predicted()) adopt();
+      if (payload?.key && marked()) changed();
     };
   });
 })();
