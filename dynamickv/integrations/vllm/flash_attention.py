@@ -1,0 +1,44 @@
+"""vLLM's FlashAttention backend, with compressed layers. Not run yet: see README."""
+
+from __future__ import annotations
+
+from vllm.v1.attention.backends.flash_attn import (
+    FlashAttentionBackend,
+    FlashAttentionImpl,
+    FlashAttentionMetadataBuilder,
+)
+
+from dynamickv.integrations.vllm.backend import (
+    CompressedBackend,
+    CompressedBuilder,
+    CompressedImpl,
+)
+
+
+class CompressedFlashAttentionImpl(CompressedImpl, FlashAttentionImpl):  # type: ignore[misc]
+    """FlashAttention; the worker sees the queries."""
+
+
+class CompressedFlashAttentionBuilder(  # type: ignore[misc]
+    CompressedBuilder, FlashAttentionMetadataBuilder
+):
+    """FlashAttention's metadata, of shorter rows."""
+
+    supports_update_block_table = False
+    """Layers differ in length, so that none may take over another's metadata."""
+
+
+class CompressedFlashAttentionBackend(  # type: ignore[misc]
+    CompressedBackend, FlashAttentionBackend
+):
+    """Known to vLLM as FLASH_ATTN."""
+
+    @staticmethod
+    def get_impl_cls() -> type[CompressedFlashAttentionImpl]:
+        """The class of a layer's attention."""
+        return CompressedFlashAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[CompressedFlashAttentionBuilder]:
+        """The class of a layer's metadata builder."""
+        return CompressedFlashAttentionBuilder
