@@ -59,6 +59,40 @@ class Reading:
     """Its tokens in the batch."""
 
 
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How one layer's block table differs from the scheduler's; the same from step to step while
+    the batch is."""
+
+    kept: list[int]
+    """Per row, blocks before the gap."""
+    gaps: list[int]
+    """Per row, blocks in the gap."""
+    places: Tensor
+    """(rows, columns), which column of the scheduler's table each column is."""
+    dropped: Tensor
+    """(rows,), tokens in the gap."""
+
+    @classmethod
+    def of(cls, kept: list[int], gaps: list[int], table: Tensor, block_size: int) -> Shape:
+        """The shape of (rows, columns) `table` without its gaps."""
+        first, gap = torch.tensor([kept, gaps]).to(table.device, non_blocking=True)
+        columns = torch.arange(table.shape[1], device=table.device)
+        places = columns + torch.where(columns >= first[:, None], gap[:, None], 0)
+        return cls(kept, gaps, places.clamp_(max=table.shape[1] - 1), (gap * block_size).int())
+
+    def apply(self, common: CommonAttentionMetadata) -> CommonAttentionMetadata:
+        """The batch without the gaps."""
+        upper = common.seq_lens_cpu_upper_bound - self.dropped.cpu()
+        return common.replace(
+            block_table_tensor=common.block_table_tensor.gather(1, self.places),
+            seq_lens=common.seq_lens - self.dropped,
+            seq_lens_cpu_upper_bound=upper,
+            max_seq_len=int(upper.max()),
+            _num_computed_tokens_cache=None,
+        )
+
+
 class Worker:
     """Watched requests, and the layers they run through."""
 
@@ -72,6 +106,7 @@ class Worker:
         self._requests: dict[str, Watched] = {}
         self._by_block: list[dict[int, Watched]] = [{} for _ in layers]
         self._reading: list[Reading] = []
+        self._shapes: list[Shape | None] = [None for _ in layers]
 
     def bind_caches(self) -> None:
         """Learn how the layers store tokens; their caches exist now."""
@@ -112,7 +147,10 @@ class Worker:
                 row.plan.tail_block - kept[number] if row and row.kept else 0
                 for number, row in enumerate(rows)
             ]
-            common = _without_gaps(common, kept, gaps, self._block_size)
+            found = self._shapes[layer]
+            if found is None or found.kept != kept or found.gaps != gaps:
+                found = self._shapes[layer] = Shape.of(kept, gaps, table, self._block_size)
+            common = found.apply(common)
             table = common.block_table_tensor
         for number, row in enumerate(rows):
             if row is not None:
@@ -144,7 +182,10 @@ class Worker:
     def _compress(self, request: Watched) -> None:
         selection = self.method.start(len(self._layers))
         plan = request.plan
-        blocks = [request.blocks[layer][: request.held_blocks(layer)].long() for layer in range(len(self._layers))]
+        blocks = [
+            request.blocks[layer][: request.held_blocks(layer)].long()
+            for layer in range(len(self._layers))
+        ]
         for layer, pages in enumerate(self._pages):
             selection.observe(
                 LayerObservation(
@@ -159,6 +200,9 @@ class Worker:
             kept.append(positions.shape[1] // plan.block_size)
             if kept[-1] < plan.tail_block:
                 pages.pack(blocks[layer], positions)
+            request.blocks[layer] = torch.cat(
+                [blocks[layer][: kept[-1]], blocks[layer][plan.tail_block :]]
+            )
         request.kept = kept
         request.queries = {}
         tokens = plan.prompt_length - plan.tail_start + sum(kept) * plan.block_size / len(kept)
@@ -217,22 +261,3 @@ class Worker:
         request.saved = []
         request.first_blocks = [row[0] for row in table]
         self._find_by_blocks(request)
-
-
-def _without_gaps(
-    common: CommonAttentionMetadata, kept: list[int], gaps: list[int], block_size: int
-) -> CommonAttentionMetadata:
-    """Skip `gaps` blocks after the first `kept` ones of every row."""
-    table = common.block_table_tensor
-    first, gap = torch.tensor([kept, gaps]).to(table.device, non_blocking=True)
-    columns = torch.arange(table.shape[1], device=table.device)
-    places = columns + torch.where(columns >= first[:, None], gap[:, None], 0)
-    dropped = (gap * block_size).to(common.seq_lens.dtype)
-    upper = common.seq_lens_cpu_upper_bound - torch.tensor(gaps) * block_size
-    return common.replace(
-        block_table_tensor=table.gather(1, places.clamp_(max=table.shape[1] - 1)),
-        seq_lens=common.seq_lens - dropped,
-        seq_lens_cpu_upper_bound=upper.to(common.seq_lens_cpu_upper_bound.dtype),
-        max_seq_len=int(upper.max()),
-        _num_computed_tokens_cache=None,
-    )
