@@ -206,14 +206,14 @@ DYNAMIC = {"method": "DynamicKV", "capacity": 72, "r_max": 3.0}
 
 def test_preempted_requests_among_others_answer_as_alone(folder, plain_answers):
     """Chunked prefill, four prompts at once, and too few blocks for all four answers."""
-    prompts = {str(seed): prompt_of(400 + 37 * seed, seed) for seed in range(4)}
-    with started(folder, DYNAMIC, max_model_len=900, num_gpu_blocks_override=32 * LAYERS) as engine:
+    prompts = {str(seed): prompt_of(180 + 19 * seed, seed) for seed in range(4)}
+    with started(folder, DYNAMIC, max_model_len=400, num_gpu_blocks_override=18 * LAYERS) as engine:
         alone = {}
         for name, prompt in prompts.items():
-            alone |= answers(engine, {name: prompt}, 200)
+            alone |= answers(engine, {name: prompt}, 140)
         preempted: set[str] = set()
         for name, prompt in prompts.items():
-            add(engine, name, prompt, 200)
+            add(engine, name, prompt, 140)
         together = {}
         while engine.has_unfinished_requests():
             for output in engine.step():
