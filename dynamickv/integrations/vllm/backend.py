@@ -15,7 +15,7 @@ from vllm.v1.attention.backend import AttentionMetadata, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, replace_as
 
 from dynamickv.integrations.vllm.cache_layout import CompressedSpec
-from dynamickv.integrations.vllm.options import method_of
+from dynamickv.integrations.vllm.options import method_of, require_plain_attention
 
 
 class CompressedBackend:
@@ -57,10 +57,9 @@ class CompressedImpl:
     def __init__(self, *arguments: Any, **named: Any) -> None:
         method_of(get_current_vllm_config())
         super().__init__(*arguments, **named)
+        require_plain_attention(self)
 
-    def forward(
-        self, layer: Any, query: Tensor, *arguments: Any, **named: Any
-    ) -> Tensor:
+    def forward(self, layer: Any, query: Tensor, *arguments: Any, **named: Any) -> Tensor:
         """Attention, and a look at the queries."""
         if has_kv_transfer_group():
             get_kv_transfer_group().see(layer.layer_name, query)

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from vllm.v1.attention.backends.flash_attn import (
-    FlashAttentionBackend,
-    FlashAttentionImpl,
-    FlashAttentionMetadataBuilder,
-)
+from vllm.v1.attention.backends import flash_attn
 
 from dynamickv.integrations.vllm.backend import (
     CompressedBackend,
@@ -15,22 +11,18 @@ from dynamickv.integrations.vllm.backend import (
 )
 
 
-class CompressedFlashAttentionImpl(CompressedImpl, FlashAttentionImpl):  # type: ignore[misc]
+class CompressedFlashAttentionImpl(CompressedImpl, flash_attn.FlashAttentionImpl):  # type: ignore[misc]
     """FlashAttention; the worker sees the queries."""
 
 
-class CompressedFlashAttentionBuilder(  # type: ignore[misc]
-    CompressedBuilder, FlashAttentionMetadataBuilder
-):
+class CompressedFlashAttentionBuilder(CompressedBuilder, flash_attn.FlashAttentionMetadataBuilder):  # type: ignore[misc]
     """FlashAttention's metadata, of shorter rows."""
 
     supports_update_block_table = False
     """Layers differ in length, so that none may take over another's metadata."""
 
 
-class CompressedFlashAttentionBackend(  # type: ignore[misc]
-    CompressedBackend, FlashAttentionBackend
-):
+class CompressedFlashAttentionBackend(CompressedBackend, flash_attn.FlashAttentionBackend):  # type: ignore[misc]
     """Known to vLLM as FLASH_ATTN."""
 
     @staticmethod

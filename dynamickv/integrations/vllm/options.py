@@ -76,11 +76,39 @@ def _require_supported(config: VllmConfig) -> None:
             config.scheduler_config.async_scheduling,
             "--no-async-scheduling",
         ),
+        "vLLM's second model runner": (
+            config.use_v2_model_runner,
+            "the environment variable VLLM_USE_V2_MODEL_RUNNER=0",
+        ),
         "a quantized KV cache": (
             config.cache_config.cache_dtype not in ("auto", "float16", "bfloat16", "float32"),
             "--kv-cache-dtype auto",
         ),
     }
+    _raise_first(refused)
+
+
+def require_plain_attention(layer: Any) -> None:
+    """Refuse layers in which a query's product with a key is not all that decides.
+
+    Args:
+        layer: vLLM's attention implementation of one layer.
+    """
+    remedy = "another model"
+    _raise_first(
+        {
+            "ALiBi": (layer.alibi_slopes is not None, remedy),
+            "capped attention logits": (bool(layer.logits_soft_cap), remedy),
+            "attention sinks": (layer.sinks is not None, remedy),
+            "layers that share a KV cache": (
+                layer.kv_sharing_target_layer_name is not None,
+                remedy,
+            ),
+        }
+    )
+
+
+def _raise_first(refused: dict[str, tuple[bool, str]]) -> None:
     for what, (present, remedy) in refused.items():
         if present:
             raise ValueError(f"DynamicKV's plugin does not work with {what}; use {remedy}")

@@ -96,9 +96,7 @@ class Shape:
 class Worker:
     """Watched requests, and the layers they run through."""
 
-    def __init__(
-        self, method: CompressionMethod, layers: Sequence[Any], block_size: int
-    ) -> None:
+    def __init__(self, method: CompressionMethod, layers: Sequence[Any], block_size: int) -> None:
         self.method = method
         self._layers = layers
         self._block_size = block_size
@@ -131,9 +129,7 @@ class Worker:
         for resumed in step.restored:
             self._restore(self._requests[resumed.name], resumed.blocks)
 
-    def shortened(
-        self, layer: int, common: CommonAttentionMetadata
-    ) -> CommonAttentionMetadata:
+    def shortened(self, layer: int, common: CommonAttentionMetadata) -> CommonAttentionMetadata:
         """A batch as one layer sees it: compressed rows without their gap, shorter by it."""
         table = common.block_table_tensor
         rows = [self._by_block[layer].get(block) for block in table[:, 0].tolist()]
