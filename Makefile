@@ -68,7 +68,7 @@ kvpress: setup .venv-kvpress/.done
 VLLM_RUN := PYTHONPATH=. HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 VLLM_LOGGING_LEVEL=WARNING VLLM_PLUGINS=dynamickv \
 	VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_CPU_KVCACHE_SPACE=2 .venv-vllm/bin/python
 vllm: setup .venv-vllm/.done
-	$(VLLM_RUN) -m pytest -q --noconftest -p no:cacheprovider tests/integrations/test_vllm.py
+	$(VLLM_RUN) -m pytest -q --noconftest -p no:cacheprovider tests/integrations/test_vllm*.py
 	$(VLLM_RUN) -m benchmarks.vllm "$$($(BIN)/python -m benchmarks.embedded)"
 	$(BIN)/python -m benchmarks.readme
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 from importlib import metadata
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,7 +30,6 @@ from benchmarks.vllm_run import (
     write_tiny_model,
 )
 from dynamickv.integrations import vllm as plugin
-from dynamickv.integrations.vllm.options import method_of
 
 LAYERS = 6
 
@@ -142,60 +140,6 @@ def test_layers_give_back_what_their_own_budget_does_not_need(folder, plain_answ
     assert used == sum(-(-kept // BLOCK) for kept in told["kept_tokens"])
 
 
-def config(**named: Any) -> Any:
-    """As much of a VllmConfig as the plugin reads."""
-    options = {"capacity": 64, **named.pop("options", {})}
-    parallel = {
-        "tensor_parallel_size": 1,
-        "pipeline_parallel_size": 1,
-        "decode_context_parallel_size": 1,
-        "prefill_context_parallel_size": 1,
-        "enable_dbo": False,
-    }
-    cache = {"enable_prefix_caching": False, "cache_dtype": "auto"}
-    return SimpleNamespace(
-        kv_transfer_config=SimpleNamespace(
-            kv_connector=named.pop("connector", plugin.CONNECTOR),
-            kv_connector_extra_config=options,
-        ),
-        speculative_config=named.pop("speculative_config", None),
-        scheduler_config=SimpleNamespace(async_scheduling=named.pop("async_scheduling", False)),
-        parallel_config=SimpleNamespace(**{k: named.pop(k, v) for k, v in parallel.items()}),
-        cache_config=SimpleNamespace(**{k: named.pop(k, v) for k, v in cache.items()}),
-        use_v2_model_runner=named.pop("use_v2_model_runner", False),
-    )
-
-
-def test_options_are_the_methods_own():
-    options = {"capacity": 256, "r_max": 4.0, "window_size": 16, "update_interval": 2}
-    assert method_of(config(options=options)) == dkv.DynamicKV(**options)
-
-
-@pytest.mark.parametrize(
-    ("named", "sentence"),
-    [
-        ({"enable_prefix_caching": True}, "does not work with prefix caching; use --no-enable-p"),
-        ({"speculative_config": object()}, "does not work with speculative decoding"),
-        ({"tensor_parallel_size": 2}, "does not work with tensor parallelism"),
-        ({"pipeline_parallel_size": 2}, "does not work with pipeline parallelism"),
-        ({"decode_context_parallel_size": 2}, "does not work with context parallelism"),
-        ({"async_scheduling": True}, "does not work with asynchronous scheduling"),
-        ({"use_v2_model_runner": True}, "VLLM_USE_V2_MODEL_RUNNER=0"),
-        ({"cache_dtype": "fp8"}, "does not work with a quantized KV cache"),
-        ({"connector": "NixlConnector"}, "needs --kv-transfer-config"),
-        ({"options": {"method": "H2O"}}, "needs the attention of all queries"),
-        ({"options": {"method": "Best"}}, "there is no method 'Best'"),
-        ({"options": {"budget": 3}}, "DynamicKV has no option 'budget'"),
-        ({"options": {"capacity": 8}}, "capacity must exceed window_size=8 tokens, got 8"),
-        ({"options": {"granularity": "query_head"}}, "granularity must be 'kv_head' in vLLM"),
-        ({"options": {"head_budgets": "adaptive"}}, "head_budgets must be 'uniform' in vLLM"),
-    ],
-)
-def test_what_cannot_be_compressed_is_refused_in_one_sentence(named, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        method_of(config(**named))
-
-
 def test_vllm_refuses_to_start_with_prefix_caching(folder, plain_answers):
     refused = pytest.raises(ValueError, match="does not work with prefix caching")
     with refused, started(folder, {"capacity": 64}, enable_prefix_caching=True):
@@ -205,16 +149,6 @@ def test_vllm_refuses_to_start_with_prefix_caching(folder, plain_answers):
 def test_another_version_of_vllm_is_refused(monkeypatch):
     monkeypatch.setattr("vllm.__version__", "0.33.1+cpu")
     with pytest.raises(ValueError, match=r"tested with vLLM 0\.32\.0 and this is 0\.33\.1"):
-        plugin.register()
-
-
-def test_nothing_happens_unless_vllm_is_told_to_load_the_plugin(monkeypatch):
-    monkeypatch.setattr("vllm.__version__", "0.33.1")
-    for value in ("", "other", None):
-        if value is None:
-            monkeypatch.delenv("VLLM_PLUGINS")
-        else:
-            monkeypatch.setenv("VLLM_PLUGINS", value)
         plugin.register()
 
 
