@@ -3,6 +3,7 @@
 # make setup  only what both of them do first: .venv with runtime, tools and the embedded model
 # make check  lint, format, types                  make bench  measure, print a table, write JSON
 # make kvpress  kvpress in its own environment: our press checked, its methods timed against ours
+# make vllm   vLLM in its own environment: our plugin checked, and timed against vLLM without it
 # make oldest the engine's tests with the oldest versions it supports, in environments of their own
 # make clean  remove caches; .venv stays
 
@@ -15,7 +16,7 @@ ARGS   ?=
 OLDEST_TORCH := 2.8.0 2.11.0
 
 .DELETE_ON_ERROR:
-.PHONY: setup run test check bench kvpress oldest clean
+.PHONY: setup run test check bench kvpress vllm oldest clean
 
 setup: $(DONE)/packages $(DONE)/embedded
 
@@ -61,6 +62,22 @@ kvpress: setup .venv-kvpress/.done
 .venv-kvpress/.done: requirements-kvpress.txt | $(DONE)/venv
 	$(PYTHON) -m venv .venv-kvpress
 	.venv-kvpress/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-kvpress.txt
+	@touch $@
+
+# vLLM pins its own torch, so it lives in an environment of its own, too. One process: the tests look at its scheduler.
+VLLM_RUN := PYTHONPATH=. HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 VLLM_LOGGING_LEVEL=WARNING VLLM_PLUGINS=dynamickv \
+	VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_CPU_KVCACHE_SPACE=2 .venv-vllm/bin/python
+vllm: setup .venv-vllm/.done
+	$(VLLM_RUN) -m pytest -q --noconftest -p no:cacheprovider tests/integrations/test_vllm*.py
+	$(VLLM_RUN) -m benchmarks.vllm "$$($(BIN)/python -m benchmarks.embedded)"
+	$(BIN)/python -m benchmarks.readme
+
+# torchvision, torchaudio and torchcodec come along and do not match the CPU build of torch.
+.venv-vllm/.done: requirements-vllm.txt pyproject.toml | $(DONE)/venv
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-vllm.txt
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@
 
 # On Linux pip takes torch with several GB of CUDA packages; without a GPU, PyTorch's own index has it without them:

@@ -1,0 +1,285 @@
+"""The plugin inside vLLM against vLLM without it. Runs in vLLM's environment.
+
+python -m benchmarks.vllm MODEL_FOLDER   (make vllm passes the embedded model's)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+import torch
+import vllm
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+import dynamickv as dkv
+from benchmarks import vllm_run as engines
+from benchmarks.prompts import EXAMPLES
+from benchmarks.report import Row, publish
+
+CAPACITY, WINDOW, BLOCK = 128, 8, engines.BLOCK
+BATCH, PROMPT, STEPS, ROUNDS = 8, 4096, 8, 5
+LONG, SPACE, CEILING = 8000, 4, 1024
+METHODS = (
+    dkv.SnapKV(capacity=CAPACITY),
+    dkv.PyramidKV(capacity=CAPACITY),
+    dkv.DynamicKV(capacity=CAPACITY, r_max=4.0),
+)
+
+
+def main() -> None:
+    """Measure, print a table, write JSON."""
+    folder = sys.argv[1]
+    rows = [*same_tokens(folder), *same_positions(folder), *throughput(folder)]
+    with tempfile.TemporaryDirectory() as tiny:
+        engines.write_tiny_model(tiny)
+        rows += [*concurrency(tiny), *together(tiny), *blocks_returned(tiny)]
+    publish("vllm", rows)
+
+
+def text_ids(folder: str, length: int, start: int = 0) -> list[int]:
+    """Token ids of the example texts, from a place on, repeated as needed."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = "\n\n".join(path.read_text("utf-8") for path in sorted(EXAMPLES.glob("*.txt")))
+    ids: list[int] = tokenizer(text)["input_ids"]
+    while len(ids) < start + length:
+        ids += ids
+    return ids[start : start + length]
+
+
+class Child:
+    """Another process with an engine of its own."""
+
+    def __init__(self, action: str, plugin: bool, arguments: dict[str, Any]) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.vllm_run", action],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "VLLM_PLUGINS": "dynamickv" if plugin else "none"},
+        )
+        self.ask(arguments)
+
+    def ask(self, value: Any) -> None:
+        """Send a line."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(value) + "\n")
+        self._process.stdin.flush()
+
+    def answer(self) -> Any:
+        """The next value that it says."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("JSON "):
+                return json.loads(line[5:])
+        raise SystemExit("vLLM stopped early; its messages are above")
+
+    def close(self) -> None:
+        """End it."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=120)
+
+
+def pair(action: str, options: dict[str, Any], arguments: dict[str, Any]) -> list[Child]:
+    """vLLM without and with the plugin."""
+    return [
+        Child(action, plugin, {**arguments, "options": options if plugin else None})
+        for plugin in (False, True)
+    ]
+
+
+def same_tokens(folder: str) -> list[Row]:
+    """A capacity above the prompts: nothing may change."""
+    prompts = [text_ids(folder, length, 500 * length) for length in (1000, 700, 300, 60)]
+    arguments = {"folder": folder, "prompts": prompts, "tokens": 48, "settings": {}}
+    found = []
+    for child in pair("tokens", {"capacity": 1024}, arguments):
+        found.append(child.answer())
+        child.close()
+    plain, plugin = ([token for name in sorted(run) for token in run[name]] for run in found)
+    equal = sum(a == b for a, b in zip(plain, plugin, strict=True))
+    return [
+        Row(
+            "capacity >= prompt: tokens equal to vLLM without the plugin",
+            100 * equal / len(plain),
+            "%",
+            "100",
+            f"{equal} of {len(plain)}; vLLM {vllm.__version__}",
+        )
+    ]
+
+
+def recorded(folder: str, prompt: list[int]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Every layer's post-RoPE queries and keys in transformers, through plain hooks."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    queries: list[torch.Tensor] = []
+
+    def record(module: Any, arguments: Any, named: Any, output: Any) -> None:
+        states = module.q_proj(named["hidden_states"])
+        states = states.view(1, len(prompt), -1, module.head_dim).transpose(1, 2)
+        queries.append(apply_rotary_pos_emb(states, states, *named["position_embeddings"])[0])
+
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_hook(record, with_kwargs=True)
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(torch.tensor([prompt]), past_key_values=cache, logits_to_keep=1)
+    return queries, [layer.keys for layer in cache.layers]
+
+
+def at_whole_blocks(
+    method: dkv.ScoredMethod, queries: list[torch.Tensor], keys: list[torch.Tensor]
+) -> dkv.Manual:
+    """The engine's own Manual method at a method's budgets in whole blocks. For a prompt whose
+    observation window begins a block it must keep what lies in vLLM's blocks."""
+    budgets = dkv.retain(method, queries, keys).budgets
+    rounded = [-(-(b - method.window_size) // BLOCK) * BLOCK + method.window_size for b in budgets]
+    return dkv.Manual(budgets=rounded, kernel_size=method.kernel_size, pooling=method.pooling)
+
+
+def engine_answer(folder: str, method: dkv.CompressionMethod, prompt: list[int]) -> list[int]:
+    """As many tokens as `read_prompt` asks for, from the engine's serve mode."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None
+    ids = torch.tensor([prompt])
+    with dkv.compress(model, method) as cache:
+        output = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            do_sample=False,
+            max_new_tokens=engines.ANSWER,
+        )
+    answer: list[int] = output[0, len(prompt) :].tolist()
+    return answer
+
+
+def same_positions(folder: str) -> list[Row]:
+    """What lies in vLLM's blocks, and what it answers from them, against the engine."""
+    prompt = text_ids(folder, 32 * BLOCK + WINDOW, 700)
+    queries, keys = recorded(folder, prompt)
+    equal = total = 0
+    tokens: list[bool] = []
+    for method in METHODS:
+        options = {"method": method.name, **method.parameters}
+        with engines.started(folder, options) as engine:
+            engines.read_prompt(engine, prompt)
+            held = engines.held_positions([key[0] for key in keys])
+            answer = list(engines.finish(engine)["only"].outputs[0].token_ids)
+        rounded = at_whole_blocks(method, queries, keys)
+        for got, wanted in zip(held, dkv.retain(rounded, queries, keys).indices, strict=True):
+            total += len(wanted)
+            equal += sum(map(torch.equal, got, wanted)) if got.shape == wanted.shape else 0
+        expected = engine_answer(folder, rounded, prompt)
+        tokens += [a == b for a, b in zip(answer, expected, strict=True)]
+    note = "SnapKV, PyramidKV and DynamicKV, float32"
+    return [
+        Row(
+            "kept positions equal to the engine's at the block-rounded budgets",
+            100 * equal / total,
+            "%",
+            "100",
+            f"{equal} of {total} layers x heads; {note}",
+        ),
+        Row(
+            "answer tokens equal to the engine's from the same positions",
+            100 * sum(tokens) / len(tokens),
+            "%",
+            "",
+            f"{sum(tokens)} of {len(tokens)}; {note}",
+        ),
+    ]
+
+
+def throughput(folder: str) -> list[Row]:
+    """Decode steps of both, in turn; all prompts are read before."""
+    arguments = {
+        "folder": folder,
+        "prompts": [text_ids(folder, PROMPT, 371 * number) for number in range(BATCH)],
+        "tokens": STEPS * (ROUNDS + 1) + 120,
+        "settings": {
+            "dtype": "bfloat16",
+            "max_model_len": 8192,
+            "max_num_batched_tokens": 4096,
+        },
+    }
+    children = pair("decode", {"capacity": CAPACITY}, arguments)
+    for child in children:
+        child.answer()
+    seconds: list[list[float]] = [[], []]
+    for round_number in range(ROUNDS + 1):
+        for child, found in zip(children, seconds, strict=True):
+            child.ask(STEPS)
+            taken = child.answer()
+            if round_number:
+                found.append(taken)
+    for child in children:
+        child.close()
+    rates = [BATCH * STEPS / statistics.median(found) for found in seconds]
+    ratio = statistics.median(a / b for a, b in zip(*seconds, strict=True))
+    where = f"4K prompts, batch {BATCH}, bfloat16, {torch.get_num_threads()} threads"
+    return [
+        Row("decode, vLLM without the plugin", rates[0], "tokens/s", "", where),
+        Row(f"decode, DynamicKV({CAPACITY})", rates[1], "tokens/s", "", where),
+        Row(f"decode, DynamicKV({CAPACITY}) / vLLM without the plugin", ratio, "x", ">= 1.5"),
+    ]
+
+
+def concurrency(folder: str) -> list[Row]:
+    """How many long prompts are answered at once in the room of a few whole ones."""
+    tokens, layers = 48, 6
+    whole = -(-(LONG + tokens) // BLOCK) * layers
+    settings = {
+        "num_gpu_blocks_override": SPACE * whole + 1,
+        "max_model_len": LONG + tokens,
+        "max_num_batched_tokens": 8192,
+    }
+    options = {"capacity": 256, "r_max": (CEILING - WINDOW) / (256 - WINDOW)}
+    with engines.started(folder, options, **settings) as engine:
+        found = engines.most_at_once(engine, 32, LONG, tokens)
+    ceiling = (CEILING // BLOCK + 3) * layers
+    note = f"{LONG} tokens, KV space of {SPACE} whole requests, capacity 256"
+    return [
+        Row("requests answered at once / FullKV's", found["requests"] / SPACE, "x", ">= 4", note),
+        Row("blocks a compressed request holds, each layer its own", found["blocks"], "blocks"),
+        Row(
+            f"blocks it would hold with one ceiling of {CEILING} tokens per layer",
+            ceiling,
+            "blocks",
+            "",
+            f"FullKV: {whole}",
+        ),
+    ]
+
+
+def together(folder: str) -> list[Row]:
+    """Four prompts at once, with preemption, against each alone."""
+    options = {"capacity": 72, "r_max": 3.0}
+    named = {"max_model_len": 400, "num_gpu_blocks_override": 18 * 6}
+    with engines.started(folder, options, **named) as engine:
+        equal, preempted = engines.alone_and_together(engine, 140)
+    note = f"chunked prefill; {preempted} of them preempted"
+    measure = "of 4 concurrent requests, answered as alone"
+    return [Row(measure, sum(equal), "requests", "4", note)]
+
+
+def blocks_returned(folder: str) -> list[Row]:
+    """Blocks missing after many requests."""
+    options = {"capacity": 72, "r_max": 3.0}
+    named = {"max_model_len": 900, "num_gpu_blocks_override": 40 * 6}
+    with engines.started(folder, options, **named) as engine:
+        found = engines.mixed_requests(engine, 200)
+    note = f"{found['aborted']} aborted; {found['before'] - found['least']} blocks in use at most"
+    missing = found["before"] - found["after"]
+    return [Row("blocks not returned after 200 mixed requests", missing, "blocks", "0", note)]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+"""One vLLM engine in one process: what the vLLM benchmark and the plugin's tests run. Needs vLLM's
+environment (make vllm).
+
+python -m benchmarks.vllm_run decode|tokens
+
+reads its arguments as one line of JSON and answers in lines that begin with JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+from vllm import LLM, SamplingParams
+from vllm.config import KVTransferConfig
+from vllm.distributed.kv_transfer import get_kv_transfer_group
+from vllm.v1.engine.llm_engine import LLMEngine
+
+from dynamickv.integrations.vllm import CONNECTOR
+
+BLOCK = 32
+ANSWER = 24
+"""Tokens that `read_prompt` asks for."""
+
+
+def write_tiny_model(folder: str, num_layers: int = 6) -> None:
+    """A Llama checkpoint with random weights and grouped queries; fast, and as strict as any about
+    which key lies where."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        vocab_size=512,
+        max_position_embeddings=16384,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).float().save_pretrained(folder)
+
+
+def random_prompt(length: int, seed: int) -> list[int]:
+    """Token ids below 512."""
+    return torch.randint(0, 512, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@contextmanager
+def started(folder: str, options: Mapping[str, Any] | None, **named: Any) -> Iterator[LLMEngine]:
+    """vLLM with the plugin, or without it where there are no options; stopped at the end."""
+    transfer = options and KVTransferConfig(
+        kv_connector=CONNECTOR, kv_role="kv_both", kv_connector_extra_config=dict(options)
+    )
+    settings = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "block_size": BLOCK,
+        "enable_prefix_caching": False,
+        "max_num_batched_tokens": 256,
+        "max_model_len": 2048,
+        **named,
+    }
+    llm = LLM(folder, skip_tokenizer_init=True, kv_transfer_config=transfer, **settings)
+    try:
+        yield llm.llm_engine
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+def scheduler_of(engine: LLMEngine) -> Any:
+    """The scheduler, which runs in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0)."""
+    return engine.engine_core.engine_core.scheduler
+
+
+def add(engine: LLMEngine, name: str, prompt: Sequence[int], tokens: int) -> None:
+    """Queue a prompt that gets a greedy answer of exactly `tokens` tokens."""
+    sampling = SamplingParams(max_tokens=tokens, temperature=0, detokenize=False, ignore_eos=True)
+    engine.add_request(name, {"prompt_token_ids": list(prompt)}, sampling)
+
+
+def read_prompt(engine: LLMEngine, prompt: Sequence[int]) -> None:
+    """Queue a prompt as the only request and step until its first token is there."""
+    add(engine, "only", prompt, ANSWER)
+    while not engine.step():
+        pass
+
+
+def finish(engine: LLMEngine) -> dict[str, Any]:
+    """Step until nothing is left; the finished outputs by request."""
+    finished = {}
+    while engine.has_unfinished_requests():
+        finished |= {output.request_id: output for output in engine.step() if output.finished}
+    return finished
+
+
+def answers(
+    engine: LLMEngine, prompts: Mapping[str, Sequence[int]], tokens: int
+) -> dict[str, list[int]]:
+    """Answers to prompts that run together."""
+    for name, prompt in prompts.items():
+        add(engine, name, prompt, tokens)
+    return {name: list(o.outputs[0].token_ids) for name, o in finish(engine).items()}
+
+
+def held_positions(keys: Sequence[Tensor]) -> list[Tensor]:
+    """Which positions the blocks of the only request hold, (heads, kept) per layer in block order,
+    found by comparing what is in them with `keys`, (heads, n, head_dim) per layer.
+
+    Raises:
+        ValueError: a block holds a key that the prompt does not have.
+    """
+    worker = get_kv_transfer_group().worker
+    (request,) = worker._requests.values()
+    plan, found = request.plan, []
+    for layer, pages in enumerate(worker._pages):
+        kept = request.kept[layer] * BLOCK + plan.prompt_length - plan.tail_start
+        held = pages.keys(request.blocks[layer][: request.held_blocks(layer)].long(), kept)
+        distances = torch.cdist(held, keys[layer], compute_mode="donot_use_mm_for_euclid_dist")
+        if distances.amin(dim=2).max() > 1e-2:
+            raise ValueError(f"layer {layer} holds a key that the prompt does not have")
+        found.append(distances.argmin(dim=2))
+    return found
+
+
+def alone_and_together(engine: LLMEngine, tokens: int) -> tuple[list[bool], int]:
+    """Whether each of four prompts is answered together with the others as alone, and how many of
+    them were preempted."""
+    prompts = {str(seed): random_prompt(180 + 19 * seed, seed) for seed in range(4)}
+    alone = {}
+    for name, prompt in prompts.items():
+        alone |= answers(engine, {name: prompt}, tokens)
+    for name, prompt in prompts.items():
+        add(engine, name, prompt, tokens)
+    together: dict[str, list[int]] = {}
+    preempted: set[str] = set()
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            if output.finished:
+                together[output.request_id] = list(output.outputs[0].token_ids)
+        requests = scheduler_of(engine).requests.values()
+        preempted |= {request.request_id for request in requests if request.num_preemptions}
+    return [together[name] == alone[name] for name in prompts], len(preempted)
+
+
+def mixed_requests(engine: LLMEngine, count: int) -> dict[str, int]:
+    """Serve prompts of 1 to 500 tokens, abort some at any time; free blocks before, at least, and
+    after."""
+    random.seed(1)
+    pool = scheduler_of(engine).kv_cache_manager.block_pool
+    before = least = pool.get_num_free_blocks()
+    waiting, running, aborted = [str(number) for number in range(count)], set(), 0
+    while waiting or engine.has_unfinished_requests():
+        while waiting and len(running) < 16:
+            running.add(name := waiting.pop())
+            add(engine, name, random_prompt(random.randint(1, 500), int(name)), 12)
+        if running and random.random() < 0.2:
+            engine.abort_request([stopped := random.choice(sorted(running))])
+            running.discard(stopped)
+            aborted += 1
+        running -= {output.request_id for output in engine.step() if output.finished}
+        least = min(least, pool.get_num_free_blocks())
+    # The workers hear of the last ones with the next step.
+    answers(engine, {"last": random_prompt(5, 5)}, 2)
+    after = pool.get_num_free_blocks()
+    return {"before": before, "least": least, "after": after, "aborted": aborted}
+
+
+def most_at_once(engine: LLMEngine, count: int, length: int, tokens: int) -> dict[str, float]:
+    """Most requests that had read their prompts and were being answered in one step, and the mean
+    number of blocks they held then."""
+    manager = scheduler_of(engine).kv_cache_manager
+    for number in range(count):
+        add(engine, str(number), random_prompt(length, number), tokens)
+    most, blocks = 0, 0.0
+    while engine.has_unfinished_requests():
+        answering = [output for output in engine.step() if not output.finished]
+        if len(answering) > most:
+            most = len(answering)
+            held = [
+                sum(not block.is_null for group in groups for block in group)
+                for groups in map(manager.coordinator.get_blocks, scheduler_of(engine).requests)
+            ]
+            blocks = sorted(held)[len(held) // 2]
+    return {"requests": most, "blocks": blocks}
+
+
+def decode(arguments: dict[str, Any]) -> None:
+    """Read prompts, say "ready", then decode as many steps as each line asks for; seconds back."""
+    with started(arguments["folder"], arguments["options"], **arguments["settings"]) as engine:
+        for number, prompt in enumerate(arguments["prompts"]):
+            add(engine, str(number), prompt, arguments["tokens"])
+        while len(engine.step()) < len(arguments["prompts"]):
+            pass
+        _say("ready")
+        for line in sys.stdin:
+            start = time.perf_counter()
+            for _ in range(int(line)):
+                if len(engine.step()) < len(arguments["prompts"]):
+                    raise SystemExit("a request ended too early; ask for more tokens")
+            _say(time.perf_counter() - start)
+
+
+def tokens(arguments: dict[str, Any]) -> None:
+    """Answers to prompts that run together."""
+    with started(arguments["folder"], arguments["options"], **arguments["settings"]) as engine:
+        prompts = {str(number): prompt for number, prompt in enumerate(arguments["prompts"])}
+        _say(answers(engine, prompts, arguments["tokens"]))
+
+
+def _say(value: Any) -> None:
+    print(f"\nJSON {json.dumps(value)}", flush=True)
+
+
+if __name__ == "__main__":
+    {"decode": decode, "tokens": tokens}[sys.argv[1]](json.loads(sys.stdin.readline()))

@@ -1,0 +1,36 @@
+"""vLLM's FlashAttention backend, with compressed layers. Not run yet: see README."""
+
+from __future__ import annotations
+
+from vllm.v1.attention.backends import flash_attn
+
+from dynamickv.integrations.vllm.backend import (
+    CompressedBackend,
+    CompressedBuilder,
+    CompressedImpl,
+)
+
+
+class CompressedFlashAttentionImpl(CompressedImpl, flash_attn.FlashAttentionImpl):  # type: ignore[misc]
+    """FlashAttention; the worker sees the queries."""
+
+
+class CompressedFlashAttentionBuilder(CompressedBuilder, flash_attn.FlashAttentionMetadataBuilder):  # type: ignore[misc]
+    """FlashAttention's metadata, of shorter rows."""
+
+    supports_update_block_table = False
+    """Layers differ in length, so that none may take over another's metadata."""
+
+
+class CompressedFlashAttentionBackend(CompressedBackend, flash_attn.FlashAttentionBackend):  # type: ignore[misc]
+    """Known to vLLM as FLASH_ATTN."""
+
+    @staticmethod
+    def get_impl_cls() -> type[CompressedFlashAttentionImpl]:
+        """The class of a layer's attention."""
+        return CompressedFlashAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[CompressedFlashAttentionBuilder]:
+        """The class of a layer's metadata builder."""
+        return CompressedFlashAttentionBuilder

@@ -1,0 +1,114 @@
+"""What the plugin is told, and what it refuses to run with."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from dynamickv.integrations.vllm import CONNECTOR
+from dynamickv.methods import METHODS, CompressionMethod, build_method
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+DEFAULT_METHOD = "DynamicKV"
+
+
+def method_of(config: VllmConfig) -> CompressionMethod:
+    """The method that --kv-transfer-config asks for.
+
+    Raises:
+        ValueError: no or bad options, or a configuration of vLLM that cannot be compressed.
+    """
+    transfer = config.kv_transfer_config
+    if transfer is None or transfer.kv_connector != CONNECTOR:
+        raise ValueError(
+            "VLLM_PLUGINS names dynamickv, which needs --kv-transfer-config "
+            f'\'{{"kv_connector": "{CONNECTOR}", "kv_role": "kv_both", '
+            '"kv_connector_extra_config": {"capacity": 256}}\''
+        )
+    _require_supported(config)
+    return _method(dict(transfer.kv_connector_extra_config))
+
+
+def _method(settings: dict[str, Any]) -> CompressionMethod:
+    name = settings.pop("method", DEFAULT_METHOD)
+    if name not in METHODS:
+        raise ValueError(f"there is no method {name!r}; choose from {', '.join(METHODS)}")
+    known = {field.name for field in fields(METHODS[name])}
+    for option in settings:
+        if option not in known:
+            raise ValueError(
+                f"{name} has no option {option!r}; choose from {', '.join(sorted(known))}"
+            )
+    method = build_method(name, **settings)
+    if method.needs_mass:
+        raise ValueError(
+            f"{name} needs the attention of all queries, which vLLM does not keep; choose SnapKV, "
+            "PyramidKV, DynamicKV or StreamingLLM"
+        )
+    for option, only in (("granularity", "kv_head"), ("head_budgets", "uniform")):
+        if getattr(method, option, only) != only:
+            raise ValueError(
+                f"{option} must be {only!r} in vLLM, whose blocks hold all KV heads of a layer, "
+                f"got {getattr(method, option)!r}"
+            )
+    return method
+
+
+def _require_supported(config: VllmConfig) -> None:
+    """Refuse what would give wrong answers, or was never tried."""
+    parallel = config.parallel_config
+    refused = {
+        "prefix caching": (config.cache_config.enable_prefix_caching, "--no-enable-prefix-caching"),
+        "speculative decoding": (
+            config.speculative_config is not None,
+            "start without --speculative-config",
+        ),
+        "tensor parallelism": (parallel.tensor_parallel_size > 1, "--tensor-parallel-size 1"),
+        "pipeline parallelism": (parallel.pipeline_parallel_size > 1, "--pipeline-parallel-size 1"),
+        "context parallelism": (
+            max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size) > 1,
+            "start without context parallelism",
+        ),
+        "micro-batch overlap": (parallel.enable_dbo, "start without --enable-dbo"),
+        "asynchronous scheduling": (
+            config.scheduler_config.async_scheduling,
+            "--no-async-scheduling",
+        ),
+        "vLLM's second model runner": (
+            config.use_v2_model_runner,
+            "the environment variable VLLM_USE_V2_MODEL_RUNNER=0",
+        ),
+        "a quantized KV cache": (
+            config.cache_config.cache_dtype not in ("auto", "float16", "bfloat16", "float32"),
+            "--kv-cache-dtype auto",
+        ),
+    }
+    _raise_first(refused)
+
+
+def require_plain_attention(layer: Any) -> None:
+    """Refuse layers in which a query's product with a key is not all that decides.
+
+    Args:
+        layer: vLLM's attention implementation of one layer.
+    """
+    remedy = "another model"
+    _raise_first(
+        {
+            "ALiBi": (layer.alibi_slopes is not None, remedy),
+            "capped attention logits": (bool(layer.logits_soft_cap), remedy),
+            "attention sinks": (layer.sinks is not None, remedy),
+            "layers that share a KV cache": (
+                layer.kv_sharing_target_layer_name is not None,
+                remedy,
+            ),
+        }
+    )
+
+
+def _raise_first(refused: dict[str, tuple[bool, str]]) -> None:
+    for what, (present, remedy) in refused.items():
+        if present:
+            raise ValueError(f"DynamicKV's plugin does not work with {what}; use {remedy}")

@@ -1,0 +1,157 @@
+"""The vLLM plugin keeps what the engine keeps, and vLLM stays vLLM. Runs where vLLM is installed
+(make vllm)."""
+
+from __future__ import annotations
+
+import os
+from importlib import metadata
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("vllm", reason="vLLM pins its own torch; run make vllm")
+
+from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+import dynamickv as dkv
+from benchmarks.vllm import at_whole_blocks, engine_answer, recorded
+from benchmarks.vllm_run import (
+    BLOCK,
+    alone_and_together,
+    answers,
+    finish,
+    held_positions,
+    mixed_requests,
+    random_prompt,
+    read_prompt,
+    scheduler_of,
+    started,
+    write_tiny_model,
+)
+from dynamickv.integrations import vllm as plugin
+
+LAYERS = 6
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A checkpoint with random weights: grouped queries, six layers."""
+    folder = str(tmp_path_factory.mktemp("tiny"))
+    write_tiny_model(folder)
+    return folder
+
+
+PROMPTS = {str(length): random_prompt(length, length) for length in (300, 90, 611)}
+
+
+# First of all: an engine without the plugin must be started before the plugin is registered.
+@pytest.fixture(scope="module")
+def plain_answers(folder: str) -> dict[str, Any]:
+    assert os.environ.get("VLLM_PLUGINS") == "dynamickv", "run make vllm, which sets VLLM_PLUGINS"
+    os.environ["VLLM_PLUGINS"] = "none"
+    with started(folder, None) as engine:
+        tokens = answers(engine, PROMPTS, 24)
+    os.environ["VLLM_PLUGINS"] = "dynamickv"
+    plugin.register()
+    return tokens
+
+
+def test_a_capacity_above_the_prompt_gives_plain_vllms_tokens(folder, plain_answers):
+    with started(folder, {"capacity": 700}) as engine:
+        assert answers(engine, PROMPTS, 24) == plain_answers
+
+
+METHODS = (
+    dkv.SnapKV(capacity=100),
+    dkv.PyramidKV(capacity=120),
+    dkv.DynamicKV(capacity=100, r_max=3.0, update_interval=4),
+    dkv.DynamicKV(capacity=72, kernel_size=5, pooling="avg", progressive=False),
+)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: f"{m.name}-{m.capacity}")
+def test_blocks_hold_what_the_engine_selects_at_the_rounded_budgets(folder, plain_answers, method):
+    """The prompt ends so that the observation window begins a block: then the engine's own Manual
+    method, given the rounded budgets, must choose the same, and answer the same from it."""
+    prompt = random_prompt(20 * BLOCK + method.window_size, 5)
+    queries, keys = recorded(folder, prompt)
+    rounded = at_whole_blocks(method, queries, keys)
+    expected = dkv.retain(rounded, queries, keys).indices
+    with started(folder, {"method": method.name, **method.parameters}) as engine:
+        read_prompt(engine, prompt)
+        held = held_positions([key[0] for key in keys])
+        answer = list(finish(engine)["only"].outputs[0].token_ids)
+    assert len({kept.shape[1] for kept in expected}) > 1 or method.name == "SnapKV"
+    for got, wanted in zip(held, expected, strict=True):
+        assert torch.equal(got, wanted)
+    assert answer == engine_answer(folder, rounded, prompt)
+
+
+def test_a_method_without_scores_fills_its_blocks_with_the_latest_tokens(folder, plain_answers):
+    prompt = random_prompt(413, 9)
+    _, keys = recorded(folder, prompt)
+    with started(folder, {"method": "StreamingLLM", "capacity": 70}) as engine:
+        read_prompt(engine, prompt)
+        held = held_positions([key[0] for key in keys])
+    expected = [*range(4), *range(12 * BLOCK - 60, 413)]
+    for kept in held:
+        assert kept.tolist() == [expected, expected]
+
+
+DYNAMIC = {"method": "DynamicKV", "capacity": 72, "r_max": 3.0}
+
+
+def test_preempted_requests_among_others_answer_as_alone(folder, plain_answers):
+    """Chunked prefill, four prompts at once, and too few blocks for all four answers."""
+    blocks = {"max_model_len": 400, "num_gpu_blocks_override": 18 * LAYERS}
+    with started(folder, DYNAMIC, **blocks) as engine:
+        equal, preempted = alone_and_together(engine, 140)
+    assert preempted, "no request was preempted; lower num_gpu_blocks_override"
+    assert equal == [True] * 4
+
+
+def test_every_block_comes_back_after_many_requests_and_aborts(folder, plain_answers):
+    blocks = {"max_model_len": 900, "num_gpu_blocks_override": 40 * LAYERS}
+    with started(folder, DYNAMIC, **blocks) as engine:
+        found = mixed_requests(engine, 60)
+        assert found["aborted"] > 5
+        assert found["least"] < found["before"] / 4
+        assert found["after"] == found["before"]
+        assert not get_kv_transfer_group().worker._requests
+        assert not any(get_kv_transfer_group().worker._by_block)
+        connector = scheduler_of(engine).connector
+        assert not connector._prompts
+        assert not connector._kept
+        assert not any(manager._gaps for manager in connector._managers())
+
+
+def test_layers_give_back_what_their_own_budget_does_not_need(folder, plain_answers):
+    prompt = random_prompt(20 * BLOCK, 11)
+    with started(folder, DYNAMIC) as engine:
+        pool = scheduler_of(engine).kv_cache_manager.block_pool
+        free = pool.get_num_free_blocks()
+        read_prompt(engine, prompt)
+        used = free - pool.get_num_free_blocks()
+        output = finish(engine)["only"]
+    told = output.kv_transfer_params["dynamickv"]
+    assert told["prompt_tokens"] == len(prompt)
+    assert len(set(told["kept_tokens"])) > 1
+    assert used == sum(-(-kept // BLOCK) for kept in told["kept_tokens"])
+
+
+def test_vllm_refuses_to_start_with_prefix_caching(folder, plain_answers):
+    refused = pytest.raises(ValueError, match="does not work with prefix caching")
+    with refused, started(folder, {"capacity": 64}, enable_prefix_caching=True):
+        pass
+
+
+def test_another_version_of_vllm_is_refused(monkeypatch):
+    monkeypatch.setattr("vllm.__version__", "0.33.1+cpu")
+    with pytest.raises(ValueError, match=r"tested with vLLM 0\.32\.0 and this is 0\.33\.1"):
+        plugin.register()
+
+
+def test_the_entry_point_is_announced():
+    entries = metadata.entry_points(group="vllm.general_plugins")
+    assert entries["dynamickv"].load() is plugin.register
