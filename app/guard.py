@@ -1,7 +1,8 @@
 """What stands before every request: limits of size and rate, headers, and answers for broken
 requests that tell nothing about the inside.
 
-Knows HTTP only. Written as plain ASGI so that event streams pass through unbuffered.
+Knows HTTP and, of the page, how many values each of its functions takes. Written as plain ASGI so
+that event streams pass through unbuffered.
 """
 
 from __future__ import annotations
@@ -48,14 +49,29 @@ HEADERS = [
     (b"content-security-policy", POLICY.encode()),
 ]
 BROKEN = "This request cannot be read: check the endpoint, its parameters and their types."
-# What reading a malformed request raises inside Gradio; anything else is a fault of ours.
+# What reading a malformed request raises inside Gradio, besides its own errors; anything else is a
+# fault of ours.
 MALFORMED = (KeyError, ValueError, TypeError, AttributeError, LookupError, RecursionError)
 STREAM = "/queue/data"
 CALL = "/call/"
+WITH_VALUES = ("/queue/join", CALL, "/run/", "/api/")
+"""Requests that call a function; Gradio logs the values of those it cannot match, so they are
+matched here first."""
+# An error that Gradio was told not to show, in an event stream.
+HIDDEN, SHOWN = b'{"error":null}', json.dumps({"error": BROKEN}).encode()
 
 
-class TooLarge(Exception):
+class Refused(Exception):
+    """A request is not let through; the status, and one sentence."""
+
+    def __init__(self, status: int, sentence: str) -> None:
+        super().__init__(sentence)
+        self.status = status
+
+
+def too_large() -> Refused:
     """The body is larger than `MAX_BODY`."""
+    return Refused(413, f"The request is larger than {MAX_BODY // 2**20} MiB: shorten it.")
 
 
 class Buckets:
@@ -98,24 +114,23 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        answer = _Answer(
-            send, replaced=(422, 500, 503) if scope["method"] == "POST" else (422, 500)
-        )
+        answer = _Answer(send, scope["method"])
         address = scope["client"][0] if scope.get("client") else ""
         try:
             if scope["method"] not in ("GET", "HEAD", "OPTIONS") and not self.buckets.take(address):
-                await answer.refuse(429, "Too many requests: wait a moment and try again.")
-                return
+                raise Refused(429, "Too many requests: wait a moment and try again.")
             told = dict(scope["headers"]).get(b"content-length", b"0")
             if told.isdigit() and int(told) > MAX_BODY:
-                raise TooLarge
-            await self.app(scope, _limited(receive), answer.send)
-        except TooLarge:
-            await answer.refuse(
-                413, f"The request is larger than {MAX_BODY // 2**20} MiB: shorten it."
-            )
+                raise too_large()
+            receive = _limited(receive)
+            if scope["method"] == "POST" and any(part in scope["path"] for part in WITH_VALUES):
+                receive = await _matched(scope, receive)
+            await self.app(scope, receive, answer.send)
+        except Refused as refusal:
+            await answer.refuse(refusal.status, str(refusal))
         except Exception as error:
-            fault = not isinstance(error, MALFORMED)
+            refused = isinstance(error, MALFORMED) or type(error).__module__.startswith("gradio")
+            fault = not refused and not answer.started
             log.log(
                 logging.ERROR if fault else logging.WARNING,
                 "a request failed",
@@ -138,6 +153,7 @@ class _Answer:
         self._replaced = (422, 500) if method == "GET" else (422, 500, 503)
         self._held: Message | None = None
         self._body = b""
+        self._streams = False
         self.started = False
         self.complete = False
 
@@ -147,6 +163,8 @@ class _Answer:
                 self._held = message
                 return
             self.started = True
+            kind = dict(message.get("headers", [])).get(b"content-type", b"")
+            self._streams = kind.startswith(b"text/event-stream")
             names = {name.lower() for name, _ in message.get("headers", [])}
             message["headers"] = [
                 *message.get("headers", []),
@@ -159,13 +177,18 @@ class _Answer:
                 self._held = None
                 await self.refuse(*_said(status, self._body))
             return
-        elif not message.get("more_body"):
-            self.complete = True
+        else:
+            if self._streams and HIDDEN in message.get("body", b""):
+                message["body"] = message["body"].replace(HIDDEN, SHOWN)
+            self.complete = not message.get("more_body")
         await self._send(message)
 
     async def refuse(self, status: int, sentence: str) -> None:
-        """One sentence as JSON, if nothing was sent yet."""
+        """One sentence as JSON; a stream that has begun just ends."""
         if self.started:
+            if not self.complete:
+                self.complete = True
+                await self._send({"type": "http.response.body", "body": b""})
             return
         self.started = self.complete = True
         self._held = None
@@ -210,8 +233,62 @@ def _session(scope: Scope) -> str | None:
     return path.rpartition("/")[2] if CALL in path else None
 
 
+async def _matched(scope: Scope, receive: Receive) -> Receive:
+    """The same body again, read and found to fit a function of the page.
+
+    Raises:
+        Refused: it does not.
+    """
+    body = b""
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            return receive  # the client is gone
+        body += message.get("body", b"")
+        if not message.get("more_body"):
+            break
+    try:
+        sent = json.loads(body)
+    except (ValueError, RecursionError):
+        raise Refused(400, "The request is not JSON: check what is sent.") from None
+    if not isinstance(sent, dict):
+        raise Refused(400, BROKEN)
+    _check_values(scope, sent)
+    replayed = False
+
+    async def again() -> Message:
+        nonlocal replayed
+        if replayed:
+            return await receive()
+        replayed = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return again
+
+
+def _check_values(scope: Scope, sent: dict[str, Any]) -> None:
+    """Raise Refused unless there is such a function and it takes so many values."""
+    path = str(scope["path"]).rstrip("/")
+    functions = scope["app"].get_blocks().fns
+    if path.endswith("/queue/join"):
+        number = sent.get("fn_index")
+        function = functions.get(number) if type(number) is int else None
+        name = "This event"
+    else:
+        name = path.rpartition("/")[2]
+        function = next((f for f in functions.values() if f.api_name == name), None)
+    if function is None or function.fn is None:
+        raise Refused(404, "There is no such endpoint here: see /?view=api for those there are.")
+    if "/call/v2/" in path:
+        return  # values by name, which Gradio checks
+    values, takes = sent.get("data"), len(function.inputs)
+    if not isinstance(values, list) or len(values) != takes:
+        got = len(values) if isinstance(values, list) else "none"
+        raise Refused(400, f"{name} takes {takes} values in a list called data, got {got}.")
+
+
 def _limited(receive: Receive) -> Receive:
-    """The same body, which raises TooLarge when it grows beyond `MAX_BODY`."""
+    """The same body, which is refused when it grows beyond `MAX_BODY`."""
     size = 0
 
     async def limited() -> Message:
@@ -220,7 +297,7 @@ def _limited(receive: Receive) -> Receive:
         if message["type"] == "http.request":
             size += len(message.get("body", b""))
             if size > MAX_BODY:
-                raise TooLarge
+                raise too_large()
         return message
 
     return limited

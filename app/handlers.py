@@ -264,7 +264,7 @@ class Handlers:
         held = self._known(asked)
         if is_zero_gpu():
             raise ValueError(
-                "This Space has a GPU only while a run is on, so it cannot keep a prompt for what-if: "
+                "This Space has a GPU only while a run is on and keeps no prompt for what-if: "
                 "press Run with other settings."
             )
         prompt, model = held.trace.prompt, self._model_of(held.trace)
