@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import threading
 import time
 from collections import OrderedDict
@@ -57,6 +58,11 @@ CALL = "/call/"
 WITH_VALUES = ("/queue/join", CALL, "/run/", "/api/")
 """Requests that call a function; Gradio logs the values of those it cannot match, so they are
 matched here first."""
+UNUSED = re.compile(
+    r"/(dev/reload|vibe-|proxy=|process_recording|deep_link|run-history|stream/|monitoring|"
+    r"undo-vibe|custom_component/)"
+)
+"""Gradio's routes that this page has no use for; some of them hold a connection for ever."""
 # An error that Gradio was told not to show, in an event stream.
 HIDDEN, SHOWN = b'{"error":null}', json.dumps({"error": BROKEN}).encode()
 
@@ -119,6 +125,8 @@ class Guard:
         try:
             if scope["method"] not in ("GET", "HEAD", "OPTIONS") and not self.buckets.take(address):
                 raise Refused(429, "Too many requests: wait a moment and try again.")
+            if UNUSED.search(scope["path"]):
+                raise Refused(404, "There is no such page here.")
             told = dict(scope["headers"]).get(b"content-length", b"0")
             if told.isdigit() and int(told) > MAX_BODY:
                 raise too_large()

@@ -31,6 +31,7 @@ class Server:
     turns: Turns
     llm: dkv.LoadedModel
     uploads: Path
+    http: httpx.Client
 
     def function(self, handler: str) -> int:
         """The number of the page's event that calls a handler of that name."""
@@ -50,19 +51,20 @@ class Server:
         self, body: dict[str, Any], session: str = "s", wait: float = 30
     ) -> tuple[int, list[dict[str, Any]]]:
         """Join the queue and read what comes back: the status, and the messages."""
-        body = {"session_hash": session, **body}
-        with httpx.Client(base_url=f"{self.url}gradio_api", timeout=wait) as client:
-            joined = client.post("/queue/join", json=body)
-            if joined.status_code != 200:
-                return joined.status_code, [joined.json()]
-            messages = []
-            with client.stream("GET", "/queue/data", params={"session_hash": session}) as stream:
-                for line in stream.iter_lines():
-                    if line.startswith("data:"):
-                        messages.append(json.loads(line[5:]))
-                        if messages[-1]["msg"] in ("process_completed", "close_stream"):
-                            break
-            return 200, messages
+        joined = self.http.post(
+            "gradio_api/queue/join", json={"session_hash": session, **body}, timeout=wait
+        )
+        if joined.status_code != 200:
+            return joined.status_code, [joined.json()]
+        messages = []
+        listening = self.http.stream(
+            "GET", "gradio_api/queue/data", params={"session_hash": session}, timeout=wait
+        )
+        with listening as stream:
+            for line in stream.iter_lines():
+                if line.startswith("data:"):
+                    messages.append(json.loads(line[5:]))
+        return 200, [m for m in messages if m["msg"] != "close_stream"]
 
 
 def serve(llm: dkv.LoadedModel, uploads: Path, turns: Turns | None = None) -> Iterator[Server]:
@@ -83,7 +85,9 @@ def serve(llm: dkv.LoadedModel, uploads: Path, turns: Turns | None = None) -> It
         **launch_options(host, turns),
     )
     assert host.wait(30)
-    yield Server(f"http://127.0.0.1:{port}/", demo, host, turns, llm, uploads)
+    url = f"http://127.0.0.1:{port}/"
+    with httpx.Client(base_url=url, timeout=60, trust_env=False) as http:
+        yield Server(url, demo, host, turns, llm, uploads, http)
     demo.close(verbose=False)
     if before is None:
         del os.environ["GRADIO_TEMP_DIR"]
