@@ -65,7 +65,6 @@ def compare_cases() -> dict[str, list[Any]]:
     cases["prompt beyond the model"] = ["word " * 60_000, *GOOD[1:]]
     cases["question longer than the document"] = ["Short.", "x" * 100, *GOOD[2:]]
     cases["10,000 methods"] = [*GOOD[:2], ["Nonesuch"] * 10_000, *GOOD[3:]]
-    cases["Manual without budgets"] = [*GOOD[:2], ["Manual"], *GOOD[3:]]
     return cases
 
 

@@ -1,0 +1,196 @@
+"""Long uptime: hundreds of comparisons on one server, and what they leave behind.
+
+python -m benchmarks.soak [--tiny 500] [--real 50]
+
+Every ten comparisons come from a new visitor, with documents of their own: half from gradio_client
+(/compare), half from the page's Run, whose records and prefills the server keeps for a while. The
+page's store is bounded, but not reached here: its growth is counted like any other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+import dynamickv as dkv
+from benchmarks.report import Row, publish
+from tests.engine.tiny import tiny_llm
+
+ROOT = Path(__file__).parent.parent
+VISIT = 10
+"""Comparisons of one visitor."""
+WARM_UP = 0.2
+"""Share of the comparisons before anything is counted: allocators and caches fill up first."""
+
+
+@dataclass(slots=True)
+class Soak:
+    """What was measured after every visit."""
+
+    resident: list[int] = field(default_factory=list)
+    threads: list[int] = field(default_factory=list)
+    files: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+    def look(self, process: psutil.Process) -> None:
+        """Measure the server once."""
+        self.resident.append(process.memory_info().rss)
+        self.threads.append(process.num_threads())
+        self.files.append(process.num_fds())
+
+    def rows(self, name: str, target: bool) -> list[Row]:
+        """The figures: the last fifth against the first one after the warm-up."""
+        skip = max(1, round(len(self.resident) * WARM_UP))
+        fifth = max(1, (len(self.resident) - skip) // 5)
+        timed = self.seconds[skip * VISIT :]
+        part = max(1, len(timed) // 5)
+
+        def grown(values: list[int]) -> float:
+            late = statistics.median(values[-fifth:])
+            return 100 * (late / statistics.median(values[skip : skip + fifth]) - 1)
+
+        slower = statistics.median(timed[-part:]) / statistics.median(timed[:part])
+        return [
+            Row(f"{name}: resident memory after", self.resident[-1] / 2**20, "MiB"),
+            Row(f"{name}: its growth", grown(self.resident), "%", "< 5" if target else ""),
+            Row(f"{name}: threads more", self.threads[-1] - self.threads[skip], "", "<= 0"),
+            Row(f"{name}: open files more", self.files[-1] - self.files[skip], "", "<= 0"),
+            Row(f"{name}: last / first fifth", slower, "x", "<= 1.1"),
+        ]
+
+
+@contextmanager
+def page(model: str) -> Iterator[tuple[str, psutil.Process]]:
+    """`python app.py` with that model on a free port: its address, and its process."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "app.py", "--port", str(port), "--model", model]
+    server = subprocess.Popen(
+        [*command, "--log-level", "error"], cwd=ROOT, stdout=subprocess.DEVNULL
+    )
+    url = f"http://127.0.0.1:{port}/"
+    try:
+        for _ in range(1500):
+            try:
+                if httpx.get(f"{url}health").status_code == 200:
+                    break
+            except httpx.TransportError:
+                pass
+            if server.poll() is not None:
+                raise RuntimeError(f"the page ended with exit code {server.returncode}")
+            time.sleep(0.2)
+        else:
+            raise RuntimeError("the page was not ready within 300 s")
+        yield url, psutil.Process(server.pid)
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def document(number: int, words: int) -> str:
+    """A text of about that many words that no other visitor has."""
+    names = ("Okafor", "Lind", "Haugen", "Mori", "Castro")
+    lines = [
+        f"On day {day} of year {number}, {names[day % 5]} counted {number * 37 % 91 + day} boats."
+        for day in range(words // 11)
+    ]
+    return " ".join(lines)
+
+
+def by_client(url: str, number: int, words: int, model: str) -> float:
+    """One comparison as gradio_client makes it; seconds."""
+    from gradio_client import Client
+
+    client = Client(url, verbose=False)
+    start = time.perf_counter()
+    for turn in range(VISIT):
+        record = client.predict(
+            document(number * VISIT + turn, words),
+            "Who counted boats on day 3?",
+            ["FullKV", "DynamicKV"],
+            64,
+            8,
+            model,
+            api_name="/compare",
+        )
+        assert len(record["runs"]) == 2
+    client.close()
+    return (time.perf_counter() - start) / VISIT
+
+
+def by_page(http: httpx.Client, number: int, words: int, model: str) -> float:
+    """The same comparison as the page's Run makes it; seconds."""
+    config = http.get("config").json()
+    run = next(d["id"] for d in config["dependencies"] if d["api_name"] == "run")
+    session = f"soak{number}"
+    start = time.perf_counter()
+    for turn in range(VISIT):
+        text = document(number * VISIT + turn, words)
+        values: list[Any] = [text, "Who counted boats on day 3?", ["FullKV", "DynamicKV"]]
+        values += [64, 8, 7, "max", "kv_head", 10, 4, 8, False, True, model]
+        body = {"data": values, "fn_index": run, "session_hash": session}
+        http.post("gradio_api/queue/join", json=body).raise_for_status()
+        messages = []
+        with http.stream("GET", "gradio_api/queue/data", params={"session_hash": session}) as lines:
+            for line in lines.iter_lines():
+                if line.startswith("data:"):
+                    messages.append(json.loads(line[5:]))
+        done = next(m for m in messages if m["msg"] == "process_completed")
+        assert done["success"], done
+        assert "Done." in str(done["output"]), str(done["output"])[:300]
+    return (time.perf_counter() - start) / VISIT
+
+
+def soak(model: str, comparisons: int, words: int) -> Soak:
+    """That many comparisons on one server."""
+    found = Soak()
+    with page(model) as (url, process), httpx.Client(base_url=url, timeout=600) as http:
+        for number in range(max(comparisons // VISIT, 2)):
+            if number % 2:
+                seconds = by_client(url, number, words, model)
+            else:
+                seconds = by_page(http, number, words, model)
+            found.seconds += [seconds] * VISIT
+            found.look(process)
+            print(
+                f"{(number + 1) * VISIT:>4} comparisons, {found.resident[-1] / 2**20:.0f} MiB, "
+                f"{found.threads[-1]} threads, {found.files[-1]} files, {seconds:.2f} s each",
+                file=sys.stderr,
+                flush=True,
+            )
+    return found
+
+
+def main() -> None:
+    """Measure, print, write benchmarks/results/soak.json."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.soak")
+    parser.add_argument("--tiny", type=int, default=500, help="comparisons on a tiny model")
+    parser.add_argument("--real", type=int, default=50, help="comparisons on the embedded model")
+    options = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        llm = tiny_llm()
+        llm.model.save_pretrained(folder)
+        llm.tokenizer.save_pretrained(folder)
+        rows += soak(folder, options.tiny, 60).rows(f"{options.tiny} on a tiny model", True)
+    rows += soak(dkv.DEFAULT_MODEL, options.real, 300).rows(f"{options.real} on SmolLM2", True)
+    publish("soak", rows)
+
+
+if __name__ == "__main__":
+    main()
