@@ -64,6 +64,7 @@ UNUSED = re.compile(
 )
 """Gradio's routes that this page has no use for; some of them hold a connection for ever."""
 # An error that Gradio was told not to show, in an event stream.
+CLOSED = b'"msg":"close_stream"'
 HIDDEN, SHOWN = b'{"error":null}', json.dumps({"error": BROKEN}).encode()
 
 
@@ -188,7 +189,8 @@ class _Answer:
         else:
             if self._streams and HIDDEN in message.get("body", b""):
                 message["body"] = message["body"].replace(HIDDEN, SHOWN)
-            self.complete = not message.get("more_body")
+            # A client that was told so closes the connection at once, often before its last byte.
+            self.complete = CLOSED in message.get("body", b"") or not message.get("more_body")
         await self._send(message)
 
     async def refuse(self, status: int, sentence: str) -> None:

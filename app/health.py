@@ -19,7 +19,7 @@ def health(host: ModelHost, turns: Turns) -> dict[str, Any]:
     state = host.state().state
     return {
         "ready": state == "ready",
-        "model": {"name": host.default, "state": state, "loaded": host.loaded()},
+        "model": {"name": host.label(host.default), "state": state, "loaded": host.loaded()},
         "queue": turns.counts(),
         "version": dkv.__version__,
     }
