@@ -280,12 +280,12 @@ def _check_values(scope: Scope, sent: dict[str, Any]) -> None:
     """Raise Refused unless there is such a function and it takes so many values."""
     path = str(scope["path"]).rstrip("/")
     functions = scope["app"].get_blocks().fns
-    if path.endswith("/queue/join"):
-        number = sent.get("fn_index")
+    number, name = sent.get("fn_index"), path.rpartition("/")[2]
+    if name == "join" or number is not None:
+        # Events that do not queue come by number too, under a name that means nothing.
         function = functions.get(number) if type(number) is int else None
         name = "This event"
     else:
-        name = path.rpartition("/")[2]
         function = next((f for f in functions.values() if f.api_name == name), None)
     if function is None or function.fn is None:
         raise Refused(404, "There is no such endpoint here: see /?view=api for those there are.")

@@ -248,6 +248,14 @@ def test_a_hostile_upload_is_refused_and_deleted(server: Server, name: str, cont
     assert not os.path.exists(path) or name.endswith(".exe")
 
 
+def test_events_that_do_not_queue_come_by_number(server: Server) -> None:
+    """As the page sends Stop."""
+    body = {"fn_index": server.function("stop"), "data": [], "session_hash": "x"}
+    assert server.http.post("gradio_api/run/predict", json=body).status_code == 200
+    assert_refused(server.http.post("gradio_api/run/predict", json={**body, "fn_index": 10**6}))
+    assert_refused(server.http.post("gradio_api/run/predict", json={**body, "fn_index": "stop"}))
+
+
 def test_every_public_endpoint_is_among_these(server: Server) -> None:
     public = {
         function.api_name
