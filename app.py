@@ -10,6 +10,7 @@ import dynamickv as dkv
 from app.layout import MAX_EVENTS, build_app, launch_options
 from app.logs import LEVELS, set_up
 from app.model_host import ModelHost
+from app.shelf import PREFILL_BYTES, Shelf
 from app.turns import Turns
 from app.zero_gpu import is_zero_gpu
 
@@ -25,7 +26,9 @@ def main() -> None:
     if is_zero_gpu():
         host.load_default()  # before any process is forked for a GPU
     address = f"http://{options.host}:{options.port}"
-    demo = build_app(host, url=address, turns=turns)
+    kept = options.keep * 2**20
+    shelf = Shelf(kept, max(kept // 8, 2**20))
+    demo = build_app(host, url=address, turns=turns, shelf=shelf)
     demo.queue(max_size=MAX_EVENTS)
     print(f"DynamicKV Explorer: {address} (Ctrl+C ends it)", flush=True)
     demo.launch(
@@ -64,8 +67,17 @@ def read_options() -> argparse.Namespace:
         action="store_true",
         help="let the page load any hub id, folder or file; only on an address of this machine",
     )
+    parser.add_argument(
+        "--keep",
+        type=int,
+        default=PREFILL_BYTES // 2**20,
+        metavar="MIB",
+        help="memory for prompts that visitors may ask what-if about (default: 2048)",
+    )
     parser.add_argument("--log-level", choices=LEVELS, default="info", help="(default: info)")
     options = parser.parse_args()
+    if options.keep < 0:
+        parser.error(f"--keep must be at least 0 MiB, got {options.keep}")
     if options.allow_any_model and not is_loopback(options.host):
         parser.error(
             f"--allow-any-model would let strangers at {options.host} load what they like: "

@@ -45,6 +45,7 @@ from .inputs import (
     offered_methods,
 )
 from .model_host import ModelHost
+from .shelf import Shelf
 from .turns import Turns
 from .views import VIEWS, plotly_source
 
@@ -120,13 +121,14 @@ def build_app(
     examples: dict[str, Example] | None = None,
     url: str = "http://127.0.0.1:7860",
     turns: Turns | None = None,
+    shelf: Shelf | None = None,
 ) -> gr.Blocks:
     """The whole page; `launch_options` has what its launch needs. The default model starts loading
     at once.
     """
     host = host or ModelHost()
     examples = load_examples() if examples is None else examples
-    handlers = Handlers(host, examples, url=url, turns=turns)
+    handlers = Handlers(host, examples, shelf, url=url, turns=turns)
     first = next(iter(examples.values()), None)
     opening_line = handlers.capacity_line(
         first.capacity if first else DEFAULT_CAPACITY,

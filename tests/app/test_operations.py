@@ -322,6 +322,7 @@ def entry_point() -> Any:
     [
         (["--allow-any-model", "--host", "0.0.0.0"], "would let strangers at 0.0.0.0 load"),
         (["--auth", "nobody"], "give it as USER:PASSWORD"),
+        (["--keep", "-1"], "--keep must be at least 0 MiB, got -1"),
         (["--log-level", "chatty"], "invalid choice: 'chatty'"),
     ],
 )
@@ -344,6 +345,7 @@ def test_options_reach_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
     assert options.host == "127.0.0.1"
     assert options.auth == ("ann", "from the:environment")
     assert options.allow_any_model
+    assert options.keep == 2048
     monkeypatch.setattr(sys, "argv", ["app.py", "--auth", "bob:x", "--host", "0.0.0.0"])
     options = entry_point().read_options()
     assert (options.host, options.auth, options.log_level) == ("0.0.0.0", ("bob", "x"), "info")
