@@ -25,8 +25,10 @@ def health(host: ModelHost, turns: Turns) -> dict[str, Any]:
     }
 
 
-def health_route(host: ModelHost, turns: Turns) -> Route:
-    """The route; 200 when ready, 503 while loading or after a failure, as probes expect."""
+def health_routes(host: ModelHost, turns: Turns) -> list[Route]:
+    """/health, and the same where Gradio's Node server hands it on; 200 when ready, 503 while
+    loading or after a failure, as probes expect.
+    """
 
     def answer(_: Request) -> JSONResponse:
         report = health(host, turns)
@@ -34,4 +36,4 @@ def health_route(host: ModelHost, turns: Turns) -> Route:
             report, 200 if report["ready"] else 503, headers={"Cache-Control": "no-store"}
         )
 
-    return Route("/health", answer, methods=["GET"])
+    return [Route(path, answer, methods=["GET"]) for path in ("/health", "/gradio_api/health")]

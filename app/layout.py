@@ -33,7 +33,7 @@ from .components.look import build_theme
 from .examples import Example, load_examples
 from .guard import Guard
 from .handlers import CAPACITIES, Handlers
-from .health import health_route
+from .health import health_routes
 from .inputs import (
     DEFAULT_CAPACITY,
     DEFAULT_METHODS,
@@ -554,7 +554,7 @@ def launch_options(host: ModelHost | None = None, turns: Turns | None = None) ->
     besides. With the host and the turns of the page there is /health, and a client that goes away
     gives up its place.
     """
-    watched = [health_route(host, turns)] if host is not None and turns is not None else []
+    watched = health_routes(host, turns) if host is not None and turns is not None else []
     return {
         "theme": build_theme(),
         "head": head(),
@@ -571,8 +571,9 @@ def launch_options(host: ModelHost | None = None, turns: Turns | None = None) ->
             "middleware": [Middleware(Guard, on_leave=turns.stop if turns else None)],
             "routes": [
                 *watched,
-                Route("/explorer/plotly.js", plotly_script),
-                Route("/explorer/offline.html", offline_skeleton),
+                # Under a prefix that Gradio's Node server hands on when it renders the page (SSR).
+                Route("/gradio_api/explorer/plotly.js", plotly_script),
+                Route("/gradio_api/explorer/offline.html", offline_skeleton),
             ],
         },
     }

@@ -12,6 +12,7 @@ import pytest
 from tests.engine.tiny import DOCUMENT, QUESTION
 from tests.server.conftest import Server
 
+ROOT = Path(__file__).resolve().parents[2]
 SECRET = "grindylow-2718"
 
 
@@ -71,8 +72,20 @@ def test_the_page_names_no_other_host_and_carries_its_version(server: Server) ->
     assert config["analytics_enabled"] is False
 
 
-def test_health_is_served(server: Server) -> None:
-    report = server.http.get("health")
+def test_what_the_page_fetches_is_handed_on_when_node_renders_it(server: Server) -> None:
+    """With GRADIO_SSR_MODE a Node server stands in front and hands on a few prefixes only."""
+    scripts = (ROOT / "app" / "components" / "static").glob("*.js")
+    asked = {
+        path for s in scripts for path in re.findall(r"\$\{root\}(/[^`\"]+)", s.read_text("utf-8"))
+    }
+    assert asked == {"/gradio_api/explorer/plotly.js", "/gradio_api/explorer/offline.html"}
+    for path in asked:
+        assert server.http.get(path).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["health", "gradio_api/health"])
+def test_health_is_served(server: Server, path: str) -> None:
+    report = server.http.get(path)
     assert report.status_code == 200
     assert report.headers["cache-control"] == "no-store"
     assert set(report.json()) == {"ready", "model", "queue", "version"}
