@@ -57,6 +57,9 @@ MAX_EVENTS = 256
 """Events that Gradio's queue holds, the many small ones included."""
 MAX_THREADS = 128
 """More than app/turns.py lets wait, so that small events always find a thread."""
+MAX_SESSIONS = 32
+"""Visitors whose last outputs Gradio keeps, some MB each. The page needs none of them: a visitor
+beyond these is served alike."""
 MAX_UPLOAD = "8mb"
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
@@ -565,6 +568,7 @@ def launch_options(host: ModelHost | None = None, turns: Turns | None = None) ->
         "show_error": False,
         "max_file_size": MAX_UPLOAD,
         "max_threads": MAX_THREADS,
+        "state_session_capacity": MAX_SESSIONS,
         # Needs gradio's extra: pip install "gradio[mcp]". Without it the page runs as ever.
         "mcp_server": importlib.util.find_spec("mcp") is not None,
         "app_kwargs": {
