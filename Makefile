@@ -4,6 +4,10 @@
 # make check  lint, format, types                  make bench  measure, print a table, write JSON
 # make kvpress  kvpress in its own environment: our press checked, its methods timed against ours
 # make vllm   vLLM in its own environment: our plugin checked, and timed against vLLM without it
+# make hostile  hostile input, many users, limits and privacy, against one server
+# make soak   hundreds of comparisons on one server; its memory, threads, files and speed before and after
+# make resolve  whether requirements.txt can be installed on every Python and torch of ZeroGPU Spaces, asked of the package index
+# make audit  known holes in what is installed, asked of the package index
 # make oldest the engine's tests with the oldest versions it supports, in environments of their own
 # make clean  remove caches; .venv stays
 
@@ -16,7 +20,7 @@ ARGS   ?=
 OLDEST_TORCH := 2.8.0 2.11.0
 
 .DELETE_ON_ERROR:
-.PHONY: setup run test check bench kvpress vllm oldest clean
+.PHONY: setup run test check bench kvpress vllm oldest hostile soak resolve audit clean
 
 setup: $(DONE)/packages $(DONE)/embedded
 
@@ -52,6 +56,30 @@ check: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks $(ARGS)
+
+hostile: setup
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/server tests/app/test_guard.py tests/app/test_turns.py tests/engine/test_models.py tests/engine/test_trace.py $(ARGS)
+
+soak: setup
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.soak $(ARGS)
+	$(BIN)/python -m benchmarks.readme
+
+# pip judges markers by the Python it runs on; uv judges them for another one.
+resolve: .venv-tools/.done
+	@for python in 3.10 3.12; do for torch in 2.8.0 2.9.1 2.10.0 2.11.0; do \
+		echo "torch==$$torch" > .venv-tools/torch.txt; \
+		.venv-tools/bin/uv pip compile --quiet requirements.txt --constraint .venv-tools/torch.txt --python-version $$python \
+			--python-platform x86_64-manylinux_2_28 --only-binary :all: --output-file .venv-tools/resolved.txt >/dev/null || exit 1; \
+		echo "Python $$python, torch $$torch: $$(grep -c == .venv-tools/resolved.txt) packages"; \
+	done; done
+
+audit: setup .venv-tools/.done
+	.venv-tools/bin/pip-audit --strict --disable-pip --no-deps --requirement requirements.txt
+
+.venv-tools/.done: requirements-tools.txt | $(DONE)/venv
+	$(PYTHON) -m venv .venv-tools
+	.venv-tools/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-tools.txt
+	@touch $@
 
 # kvpress pins an older transformers, so it lives in an environment of its own.
 kvpress: setup .venv-kvpress/.done

@@ -1,9 +1,9 @@
 """What the page does when asked: run, stop, count, open, save. Widgets stay in layout.py, numbers
 in the engine.
 
-One model, one run at a time (the layout gives these events one queue). Nothing here outlives a
-request except the models, how fast the last run was, a stop signal per session while its run is on,
-and the shelf, whose keys only the page that made a run knows.
+One model, one run at a time, in turns. Nothing here outlives a request except the model, how fast
+the last run was, a stop signal per session while its run is on, and the shelf, whose keys only the
+page that made a run knows.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, fields, replace
@@ -31,9 +31,12 @@ from . import view_model as vm
 from .examples import Example
 from .live import LiveRun, Speed
 from .model_host import ModelHost
+from .sealed import sealed
 from .shelf import Held, Shelf
 from .snippets import snippets
+from .turns import Place, Ticket, Turns
 from .views import render_figures
+from .zero_gpu import estimate, is_zero_gpu, on_gpu
 
 log = logging.getLogger(__name__)
 RESTORE = {"restore": True}
@@ -53,6 +56,11 @@ CHARACTERS_PER_TOKEN = 4.2
 BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
+WAIT = 0.5
+"""Seconds between two looks at the queue: how soon a closed tab gives up its place."""
+
+
+@sealed(gr.Error, lambda sentence: page_error(sentence))
 class Handlers:
     """All events of one page, bound to its models and examples."""
 
@@ -62,14 +70,17 @@ class Handlers:
         examples: dict[str, Example],
         shelf: Shelf | None = None,
         url: str = "http://127.0.0.1:7860",
+        turns: Turns | None = None,
     ) -> None:
         self.host = host
+        self.turns = turns or Turns()
         self.examples = examples
         self.shelf = shelf or Shelf()
         self.url = url
         self._stops: dict[str, threading.Event] = {}
         # One thread that stays: torch starts its workers anew in every thread it is called from.
         self._chooser = ThreadPoolExecutor(1, thread_name_prefix="what-if")
+        self._on_gpu = on_gpu(self._gpu_events, self._gpu_seconds)
         self._speed = next(
             (Speed.of(e.trace, "the recorded run") for e in examples.values() if e.trace), None
         )
@@ -112,21 +123,38 @@ class Handlers:
         request: gr.Request,
         work: Callable[[threading.Event], Iterator[tuple[Any, ...]]],
     ) -> Iterator[tuple[Any, ...]]:
-        """Do something that can be stopped and can fail; the page stays usable and says so."""
+        """Do something when its turn comes; it can be stopped and can fail, and the page stays
+        usable and says so.
+        """
         key = session(request)
         stop = self._stops.setdefault(key, threading.Event())
         try:
-            yield from work(stop)
-        except (ValueError, OSError) as error:
+            with self.turns.join(key, address(request), stop=stop) as ticket:
+                for place in self._waiting(ticket):
+                    yield waiting(place), gr.skip(), gr.skip(), *busy_buttons()
+                yield from work(stop)
+        except (ValueError, OSError, MemoryError) as error:
             yield failed(error), RESTORE, gr.skip(), *idle_buttons()
         except Exception as error:
-            log.exception("a comparison failed")
+            log.error("a comparison failed", exc_info=error)
             cause = type(error).__name__
             sentence = f"The run failed ({cause}): shorten the document or choose fewer methods."
             yield failed(sentence), RESTORE, gr.skip(), *idle_buttons()
         finally:
             if self._stops.get(key) is stop:
                 del self._stops[key]
+
+    @staticmethod
+    def _waiting(ticket: Ticket) -> Iterator[Place]:
+        """Where a ticket stands, again and again, until it is its turn.
+
+        Raises:
+            ValueError: it was stopped meanwhile.
+        """
+        while not ticket.wait(WAIT):
+            if ticket.stop.is_set():
+                raise ValueError("Stopped while waiting: nothing was run.")
+            yield ticket.place()
 
     def _run(
         self,
@@ -149,7 +177,8 @@ class Handlers:
         )
         prefills: list[dkv.Prefill] = []
         start = time.perf_counter()
-        yield from self._follow(self._stream(llm, job, stop, prefills.append), live)
+        events = self._stream(model_name, job, stop, prefills.append)
+        yield from self._follow(events, live)
         if live.trace is None:
             stopped = {
                 "state": "idle",
@@ -160,7 +189,8 @@ class Handlers:
             return
         if not cancelled(live.trace):
             self._speed = Speed.of(live.trace, "the last run here")
-        key = self.shelf.put(live.trace, "run", model_name, prefills[0])
+        told_run(live.trace)
+        key = self.shelf.put(live.trace, "run", model_name, prefills[0] if prefills else None)
         yield ended(live.trace, start), *self._shown(live.trace, "run", key), *idle_buttons()
 
     def _follow(self, stream: Any, live: LiveRun) -> Iterator[tuple[Any, ...]]:
@@ -236,6 +266,11 @@ class Handlers:
 
     def _read(self, stop: threading.Event, asked: Any) -> Iterator[tuple[Any, ...]]:
         held = self._known(asked)
+        if is_zero_gpu():
+            raise ValueError(
+                "This Space has a GPU only while a run is on and keeps no prompt for what-if: "
+                "press Run with other settings."
+            )
         prompt, model = held.trace.prompt, self._model_of(held.trace)
         yield running(f"Loading {model}"), gr.skip(), gr.skip(), *busy_buttons()
         prefills: list[dkv.Prefill] = []
@@ -366,23 +401,54 @@ class Handlers:
 
     def _stream(
         self,
-        llm: dkv.LoadedModel,
+        model: str,
         job: inputs.Request,
         stop: threading.Event,
-        on_prefill: Callable[[dkv.Prefill], None],
-    ) -> Any:
+        on_prefill: Callable[[dkv.Prefill], None] | None = None,
+        *,
+        scores: bool = True,
+    ) -> Iterator[dkv.Event]:
+        """A comparison's events. On ZeroGPU it runs in another process: its prefill stays there."""
+        if not is_zero_gpu():
+            yield from self._events(model, job, scores, on_prefill, stop.is_set)
+            return
+        with closing(self._on_gpu(model, job, scores)) as events:
+            for event in events:
+                if stop.is_set():
+                    return
+                yield event
+
+    def _events(
+        self,
+        model: str,
+        job: inputs.Request,
+        scores: bool,
+        on_prefill: Callable[[dkv.Prefill], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> Iterator[dkv.Event]:
         return dkv.compare_stream(
-            llm,
+            self.host.get(model),
             job.document,
             job.question,
             methods=job.methods,
             max_new_tokens=job.max_new_tokens,
             truncate=job.truncate,
-            scores=True,
+            scores=scores,
             on_prefill=on_prefill,
-            should_stop=stop.is_set,
+            should_stop=should_stop,
             question_aware=job.question_aware,
         )
+
+    def _gpu_events(
+        self, model: str, job: inputs.Request, scores: bool
+    ) -> Generator[dkv.Event, None, None]:
+        yield from self._events(model, job, scores)
+
+    def _gpu_seconds(self, model: str, job: inputs.Request, scores: bool = True) -> int:
+        """GPU seconds a comparison asks for; the arguments are those of `_gpu_events`."""
+        size = self.host.measure(model, job.document, job.question)
+        tokens = size.prompt if size else round(len(job.document) / CHARACTERS_PER_TOKEN)
+        return estimate(tokens, len(job.methods), job.max_new_tokens)
 
     def _request(
         self, document: str, question: str, methods: list[str], *values: Any
@@ -671,24 +737,26 @@ class Handlers:
         capacity: int,
         max_new_tokens: int,
         model: str,
+        request: gr.Request | None = None,
     ) -> dict[str, Any]:
         """Answer a question with several methods and return the run record."""
         try:
             job = inputs.build_request(
                 document, question, methods, max_new_tokens, {"capacity": capacity}
             )
-            llm = self.host.get(model)
-            return dkv.compare(
-                llm,
-                job.document,
-                job.question,
-                methods=job.methods,
-                max_new_tokens=job.max_new_tokens,
-            ).to_dict()
-        except (ValueError, OSError) as error:
+            model = self.host.check(model)
+            with self.turns.join(session(request), address(request)) as ticket:
+                for _ in self._waiting(ticket):
+                    pass
+                trace = last_trace(self._stream(model, job, ticket.stop, scores=False))
+            told_run(trace)
+            return trace.to_dict()
+        except (ValueError, OSError, MemoryError) as error:
             raise gr.Error(str(error), print_exception=False) from None
 
-    def tokenize(self, document: str, question: str, model: str) -> dict[str, int]:
+    def tokenize(
+        self, document: str, question: str, model: str, request: gr.Request | None = None
+    ) -> dict[str, int]:
         """Length of a prompt in tokens."""
         try:
             if (
@@ -699,9 +767,21 @@ class Handlers:
                 raise ValueError(
                     f"The document must hold 1 to {inputs.MAX_CHARACTERS:,} characters."
                 )
-            self.host.get(model)
+            if not isinstance(question, str) or len(question) > inputs.MAX_QUESTION_CHARACTERS:
+                raise ValueError(
+                    f"The question must be text of at most {inputs.MAX_QUESTION_CHARACTERS:,} "
+                    "characters."
+                )
+            model = self.host.check(model)
             size = self.host.measure(model, document, question if question.strip() else "?")
-        except (ValueError, OSError) as error:
+            if size is None:
+                # Loading it takes the place of the model that may be running.
+                with self.turns.join(session(request), address(request)) as ticket:
+                    for _ in self._waiting(ticket):
+                        pass
+                    self.host.get(model)
+                    size = self.host.measure(model, document, question if question.strip() else "?")
+        except (ValueError, OSError, MemoryError) as error:
             raise gr.Error(str(error), print_exception=False) from None
         assert size is not None  # the model is loaded
         return asdict(size)
@@ -756,6 +836,40 @@ def method_of(run: dkv.Run) -> dkv.CompressionMethod | None:
         return dkv.METHODS[run.method](**run.parameters)
     except (KeyError, TypeError, ValueError):
         return None
+
+
+def last_trace(events: Iterator[dkv.Event]) -> dkv.Trace:
+    """The record at the end of a comparison.
+
+    Raises:
+        ValueError: it was stopped before there was one.
+    """
+    for event in events:
+        if isinstance(event, dkv.ComparisonFinished):
+            return event.trace
+    raise ValueError("Stopped while reading the prompt: nothing was answered.")
+
+
+def told_run(trace: dkv.Trace) -> None:
+    """Log a run: sizes and times, no text."""
+    log.info(
+        "run finished",
+        extra={
+            "methods": [run.method for run in trace.runs],
+            "prompt_tokens": trace.prompt.length,
+            "answer_tokens": [len(run.token_ids) for run in trace.runs],
+            "prefill_seconds": round(trace.prefill_seconds, 3),
+            "cancelled": cancelled(trace),
+        },
+    )
+
+
+def waiting(place: Place) -> dict[str, Any]:
+    """The status line of a run that waits for others."""
+    status = running(f"Waiting for your turn: {vm.count(place.ahead, 'run')} before yours")
+    if place.seconds is not None:
+        status["detail"] = f"about {vm.seconds(place.seconds)}, judging by the last runs"
+    return status
 
 
 def cancelled(trace: dkv.Trace) -> bool:
@@ -818,6 +932,12 @@ def seen_at(request: gr.Request | None) -> str:
     """The address under which a browser shows the page; empty where it does not say."""
     origin = str(request.headers.get("origin", "")) if request and request.request else ""
     return origin if ORIGIN.fullmatch(origin) else ""
+
+
+def address(request: gr.Request | None) -> str:
+    """The network address that a request comes from."""
+    client = getattr(request, "client", None) if request is not None else None
+    return str(getattr(client, "host", "") or "")
 
 
 def session(request: gr.Request | None) -> str:

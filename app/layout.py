@@ -7,9 +7,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import gradio as gr
+from starlette.middleware import Middleware
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 from starlette.routing import Route
+
+import dynamickv as dkv
 
 from . import view_model as vm
 from .components import (
@@ -28,7 +31,9 @@ from .components import (
 )
 from .components.look import build_theme
 from .examples import Example, load_examples
+from .guard import Guard
 from .handlers import CAPACITIES, OWN_TEXT, Handlers
+from .health import health_routes
 from .inputs import (
     DEFAULT_CAPACITY,
     DEFAULT_METHODS,
@@ -41,10 +46,21 @@ from .inputs import (
 )
 from .method_cards import method_cards
 from .model_host import ModelHost
+from .shelf import Shelf
+from .turns import Turns
 from .views import VIEWS, plotly_source
 
 TITLE = "DynamicKV Explorer"
 MODEL_QUEUE = "model"
+IN_TURNS: dict[str, Any] = {"concurrency_id": MODEL_QUEUE, "concurrency_limit": None}
+"""For events that use the model: they wait in app/turns.py, which knows who is next and says so."""
+MAX_EVENTS = 256
+"""Events that Gradio's queue holds, the many small ones included."""
+MAX_THREADS = 128
+"""More than app/turns.py lets wait, so that small events always find a thread."""
+MAX_SESSIONS = 32
+"""Visitors whose last outputs Gradio keeps, some MB each. The page needs none of them: a visitor
+beyond these is served alike."""
 MAX_UPLOAD = "8mb"
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
@@ -108,13 +124,15 @@ def build_app(
     host: ModelHost | None = None,
     examples: dict[str, Example] | None = None,
     url: str = "http://127.0.0.1:7860",
+    turns: Turns | None = None,
+    shelf: Shelf | None = None,
 ) -> gr.Blocks:
     """The whole page; `launch_options` has what its launch needs. The default model starts loading
     at once.
     """
     host = host or ModelHost()
     examples = load_examples() if examples is None else examples
-    handlers = Handlers(host, examples, url=url)
+    handlers = Handlers(host, examples, shelf, url=url, turns=turns)
     first = next(iter(examples.values()), None)
     opening_line = handlers.capacity_line(
         first.capacity if first else DEFAULT_CAPACITY,
@@ -132,6 +150,7 @@ def build_app(
                 outputs = build_results(handlers, first)
             with gr.Tab("Runs & API", id="runs") as runs:
                 build_runs(handlers, inputs, outputs, runs)
+        gr.Markdown(f"DynamicKV Explorer {dkv.__version__}", elem_id="dkv-version")
         wire_run(handlers, inputs, outputs)
         wire_inputs(handlers, inputs, outputs)
         loaded = demo.load(handlers.model_state, None, chip, concurrency_limit=None, **PRIVATE)
@@ -291,7 +310,12 @@ def build_advanced(host: ModelHost, first: Example | None) -> dict[str, Any]:
             label="Longest answer, in tokens",
         )
         truncate = gr.Checkbox(False, label="Cut the middle out of a document that is too long")
-        model = gr.Dropdown(host.names, value=host.default, label="Model")
+        model = gr.Dropdown(
+            host.choices(),
+            value=host.default,
+            label="Model",
+            allow_custom_value=host.allow_any,
+        )
     return {
         "window_size": window,
         "kernel_size": kernel,
@@ -441,15 +465,10 @@ def wire_run(handlers: Handlers, inputs: Inputs, outputs: Outputs) -> None:
         handlers.run,
         inputs.settings(),
         [inputs.status, outputs.cards, outputs.store, *buttons],
-        concurrency_id=MODEL_QUEUE,
-        concurrency_limit=1,
+        **IN_TURNS,
         **PRIVATE,
     )
-    shared: dict[str, Any] = {
-        "concurrency_id": MODEL_QUEUE,
-        "concurrency_limit": 1,
-        **PRIVATE,
-    }
+    shared: dict[str, Any] = {**IN_TURNS, **PRIVATE}
     outputs.what_if.answer(
         handlers.answer, None, [inputs.status, outputs.cards, outputs.store, *buttons], **shared
     )
@@ -507,15 +526,23 @@ def add_endpoints(handlers: Handlers) -> None:
         capacity: int = DEFAULT_CAPACITY,
         max_new_tokens: int = DEFAULT_NEW_TOKENS,
         model: str = default_model,
+        request: gr.Request = None,  # type: ignore[assignment]
     ) -> dict[str, Any]:
         """Answer a question about a document with several methods over one prefill; returns the run
         record, schema 1.
         """
-        return handlers.compare(document, question, methods, capacity, max_new_tokens, model)
+        return handlers.compare(
+            document, question, methods, capacity, max_new_tokens, model, request
+        )
 
-    def tokenize(document: str, question: str = "", model: str = default_model) -> dict[str, Any]:
+    def tokenize(
+        document: str,
+        question: str = "",
+        model: str = default_model,
+        request: gr.Request = None,  # type: ignore[assignment]
+    ) -> dict[str, Any]:
         """Count the tokens of a prompt, and say how many the model reads."""
-        return handlers.tokenize(document, question, model)
+        return handlers.tokenize(document, question, model, request)
 
     def methods() -> list[dict[str, Any]]:
         """List the methods with their parameters and defaults; null where a value is required."""
@@ -526,16 +553,18 @@ def add_endpoints(handlers: Handlers) -> None:
         return handlers.host.describe()
 
     register = gr.api  # type: ignore[attr-defined]
-    register(compare, api_name="compare", concurrency_id=MODEL_QUEUE, concurrency_limit=1)
+    register(compare, api_name="compare", **IN_TURNS)
     register(tokenize, api_name="tokenize", concurrency_limit=None)
     register(methods, api_name="methods", concurrency_limit=None)
     register(models, api_name="models", concurrency_limit=None)
 
 
-def launch_options() -> dict[str, Any]:
-    """Arguments of `launch` that belong to the page: looks, privacy, and the chart library's local
-    address.
+def launch_options(host: ModelHost | None = None, turns: Turns | None = None) -> dict[str, Any]:
+    """Arguments of `launch` that belong to the page: looks, limits, privacy, and what it serves
+    besides. With the host and the turns of the page there is /health, and a client that goes away
+    gives up its place.
     """
+    watched = health_routes(host, turns) if host is not None and turns is not None else []
     return {
         "theme": build_theme(),
         "head": head(),
@@ -543,15 +572,20 @@ def launch_options() -> dict[str, Any]:
         "run_history": False,
         "strict_cors": True,
         "enable_monitoring": False,
-        "show_error": True,
+        "show_error": False,
         "max_file_size": MAX_UPLOAD,
+        "max_threads": MAX_THREADS,
+        "state_session_capacity": MAX_SESSIONS,
         # Needs gradio's extra: pip install "gradio[mcp]". Without it the page runs as ever.
         "mcp_server": importlib.util.find_spec("mcp") is not None,
         "app_kwargs": {
+            "middleware": [Middleware(Guard, on_leave=turns.stop if turns else None)],
             "routes": [
-                Route("/explorer/plotly.js", plotly_script),
-                Route("/explorer/offline.html", offline_skeleton),
-            ]
+                *watched,
+                # Under a prefix that Gradio's Node server hands on when it renders the page (SSR).
+                Route("/gradio_api/explorer/plotly.js", plotly_script),
+                Route("/gradio_api/explorer/offline.html", offline_skeleton),
+            ],
         },
     }
 

@@ -1,16 +1,19 @@
-"""The models this page offers: loaded in the background, one at a time, and always able to say how
-that goes.
+"""The models this page offers: one in memory at a time, the default loaded in the background, and
+always able to say how that goes.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 import dynamickv as dkv
 
+log = logging.getLogger(__name__)
 Loader = Callable[[str], dkv.LoadedModel]
 
 
@@ -32,16 +35,26 @@ class PromptSize:
     limit: int
 
 
+MAX_NAME = 300
+"""Longest model name that is looked at, in characters."""
+
+
 class ModelHost:
-    """Keeps the models; knows nothing of users. `default` starts loading when `start` is called."""
+    """Keeps the model; knows nothing of users. `default` starts loading when `start` is called.
+
+    Loading another model frees the one before. Callers take turns (app/turns.py), so that none is
+    freed while it runs.
+    """
 
     def __init__(
         self,
         default: str = dkv.DEFAULT_MODEL,
         loader: Loader = dkv.load_model,
         also: Iterable[str] = (),
+        allow_any: bool = False,
     ) -> None:
         self.default = default
+        self.allow_any = allow_any
         self.names = list(dict.fromkeys([default, *dkv.KNOWN_MODELS, *also]))
         self._loader = loader
         self._models: dict[str, dkv.LoadedModel] = {}
@@ -52,12 +65,13 @@ class ModelHost:
 
     def start(self) -> None:
         """Load the default model in the background."""
-        threading.Thread(target=self._load_default, name="load-model", daemon=True).start()
+        threading.Thread(target=self.load_default, name="load-model", daemon=True).start()
 
-    def _load_default(self) -> None:
+    def load_default(self) -> None:
+        """Load it now and wait."""
         try:
             self.get(self.default)
-        except (ValueError, OSError):
+        except (ValueError, OSError, MemoryError):
             pass  # `state` tells it
         finally:
             self._settled.set()
@@ -77,7 +91,10 @@ class ModelHost:
         Raises:
             ValueError: any other name; the server must not fetch what a stranger chose.
         """
-        if name not in self.names:
+        if self.allow_any and isinstance(name, str) and 0 < len(name.strip()) <= MAX_NAME:
+            return name.strip()
+        if not isinstance(name, str) or name not in self.names:
+            name = name if isinstance(name, str) and len(name) < 80 else "of that name"
             raise ValueError(f"Unknown model {name!r}; this page offers {', '.join(self.names)}.")
         return name
 
@@ -85,18 +102,49 @@ class ModelHost:
         """The loaded model; loads it now when it is not there yet, waits when it is being loaded.
 
         Raises:
-            ValueError, OSError: when it cannot be loaded, in one sentence.
+            ValueError, OSError, MemoryError: when it cannot be loaded, in one sentence.
         """
-        self.check(name)
+        name = self.check(name)
         with self._loading:
             if name not in self._models:
                 self._failures.pop(name, None)
                 try:
+                    self._require_room(name)
+                    # Two models at once might not fit.
+                    self._models.clear()
+                    dkv.release_memory()
                     self._models[name] = self._loader(name)
-                except (ValueError, OSError) as error:
+                except (ValueError, OSError, MemoryError) as error:
                     self._failures[name] = str(error)
                     raise
+                log.info("model loaded", extra={"model": self.label(name)})
             return self._models[name]
+
+    def _require_room(self, name: str) -> None:
+        """Raise ValueError for a model that cannot fit, before the one in memory is given up."""
+        known = dkv.KNOWN_MODELS.get(name)
+        if known is None or name == self.default:
+            return
+        needed, free = self._sizes(known)
+        if needed > free:
+            raise ValueError(
+                f"{name} needs about {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free "
+                "here: choose a smaller model."
+            )
+
+    def _sizes(self, known: dkv.KnownModel) -> tuple[int, int]:
+        """Bytes that a model needs here, and that are free once the one in memory is given up."""
+        device, free = dkv.free_memory()
+        held = sum(llm.nbytes for llm in list(self._models.values()))
+        return known.bytes_needed(4 if device == "cpu" else 2), free + held
+
+    def loaded(self) -> str | None:
+        """The model in memory."""
+        return next((self.label(name) for name in list(self._models)), None)
+
+    def label(self, name: str) -> str:
+        """A name that says nothing about this machine: a folder's or file's own, without path."""
+        return name if name in dkv.KNOWN_MODELS else PurePath(name).name
 
     def ready(self, name: str) -> dkv.LoadedModel | None:
         """The model if it is loaded already."""
@@ -105,16 +153,18 @@ class ModelHost:
     def state(self, name: str | None = None) -> ModelState:
         """How the model stands, for the page's head."""
         name = name or self.default
+        label = self.label(name)
         model = self._models.get(name)
         if model is not None:
             return ModelState(
-                state="ready", message=f"{name} ready · {model.dtype} on {model.device}"
+                state="ready", message=f"{label} ready · {model.dtype} on {model.device}"
             )
         if name in self._failures:
-            return ModelState(
-                state="failed", message=f"{name} did not load: {self._failures[name]}"
-            )
-        return ModelState(state="loading", message=f"loading {name} …")
+            why = self._failures[name].replace(name, label)
+            return ModelState(state="failed", message=f"{label} did not load: {why}")
+        if self.settled:
+            return ModelState(state="ready", message=f"{label} loads when it is used")
+        return ModelState(state="loading", message=f"loading {label} …")
 
     def measure(self, name: str, document: str, question: str) -> PromptSize | None:
         """Exact prompt length, or None while the model is not loaded."""
@@ -142,19 +192,49 @@ class ModelHost:
         )
 
     def describe(self) -> list[dict[str, Any]]:
-        """The offered models, for the /models endpoint."""
+        """The offered models, for the /models endpoint: what each is, needs, and whether it fits
+        here.
+        """
         rows = []
         for name in self.names:
             known = dkv.KNOWN_MODELS.get(name)
-            rows.append(
-                {
-                    "name": name,
-                    "description": known.description if known else "given on the command line",
-                    "licence": known.licence if known else None,
-                    "default": name == self.default,
-                    "state": self.state(name).state
-                    if name == self.default or name in self._models
-                    else "not loaded",
+            row: dict[str, Any] = {
+                "name": name,
+                "description": known.description if known else "given on the command line",
+                "licence": known.licence if known else None,
+                "default": name == self.default,
+                "state": self.state(name).state
+                if name == self.default or name in self._models or name in self._failures
+                else "not loaded",
+            }
+            if known is not None:
+                needed, free = self._sizes(known)
+                row |= {
+                    "hub_id": known.hub_id,
+                    "revision": known.revision,
+                    "parameters": known.parameters,
+                    "context": known.context,
+                    "gated": known.gated,
+                    "bytes_needed": needed,
+                    "bytes_free": free,
+                    "fits": needed <= free,
                 }
-            )
+            rows.append(row)
         return rows
+
+    def choices(self) -> list[tuple[str, str]]:
+        """What a menu shows for each offered model, and its name."""
+        shown = []
+        for row in self.describe():
+            known = dkv.KNOWN_MODELS.get(row["name"])
+            if known is None:
+                shown.append((self.label(row["name"]), row["name"]))
+                continue
+            notes = [
+                f"{row['bytes_needed'] / 2**30:.1f} GiB",
+                known.licence,
+                f"{known.context:,} tokens",
+                "fits here" if row["fits"] else "does not fit here",
+            ]
+            shown.append((f"{known.name} ({', '.join(notes)})", known.name))
+        return shown

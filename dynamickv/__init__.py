@@ -5,9 +5,15 @@ trace = compare(llm, document, question, methods=[FullKV(), DynamicKV(capacity=1
 """
 
 from dynamickv.answer import Preview, preview
+from dynamickv.catalogue import DEFAULT_MODEL, KNOWN_MODELS, KnownModel
 from dynamickv.compare import compare, compare_stream
 from dynamickv.conversation import Conversation
 from dynamickv.events import ComparisonFinished, Compressed, Event, Progress, RunFinished, Token
+from dynamickv.memory import (
+    OutOfMemory,
+    free_memory,
+    release_memory,
+)
 from dynamickv.methods import (
     H2O,
     METHODS,
@@ -23,7 +29,7 @@ from dynamickv.methods import (
     build_method,
     build_methods,
 )
-from dynamickv.models import DEFAULT_MODEL, KNOWN_MODELS, Geometry, LoadedModel, load_model
+from dynamickv.models import Geometry, LoadedModel, load_model
 from dynamickv.prefill import prefill
 from dynamickv.prompt import require_longer_document
 from dynamickv.records import LayerObservation, Prefill, Retention
@@ -49,10 +55,12 @@ __all__ = [
     "Event",
     "FullKV",
     "Geometry",
+    "KnownModel",
     "LayerObservation",
     "LoadedModel",
     "Manual",
     "ModelInfo",
+    "OutOfMemory",
     "Prefill",
     "PrefillStore",
     "Preview",
@@ -76,9 +84,11 @@ __all__ = [
     "compare",
     "compare_stream",
     "compress",
+    "free_memory",
     "load_model",
     "prefill",
     "preview",
+    "release_memory",
     "require_longer_document",
     "retain",
 ]

@@ -13,8 +13,10 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
+from dynamickv.catalogue import KnownModel
 from dynamickv.compare import compare_stream
 from dynamickv.events import ComparisonFinished, Progress, Token
+from dynamickv.memory import bytes_per_value, free_memory
 from dynamickv.methods import METHODS, CompressionMethod, build_methods
 from dynamickv.models import (
     DEFAULT_MODEL,
@@ -43,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         command(options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         print(f"error: {_sentence(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -215,11 +217,19 @@ def _models(options: argparse.Namespace) -> None:
         file = embedded_file(known)
         size = f"embedded, {file.stat().st_size / 2**20:.0f} MiB" if file else ""
         state = size or f"from the hub: {known.hub_id}"
-        print(f"{known.name}  {state}  {known.licence}  {known.description}")
+        print(f"{known.name}  {state}  {known.licence}  {known.description}; {_fits(known)}")
     print("\nAlso: organisation/model on the hub, a folder with safetensors, or a .gguf file.")
     print(f"Converted models are kept in {cache_folder() / 'models'}:")
     for folder, held in kept_conversions():
         print(f"  {folder.name}  {held / 2**20:.0f} MiB")
+
+
+def _fits(known: KnownModel) -> str:
+    """What a model needs here, and whether that much is free."""
+    device, free = free_memory()
+    needed = known.bytes_needed(bytes_per_value(device))
+    verdict = "fits here" if needed <= free else "does not fit here"
+    return f"needs {needed / 2**30:.1f} GiB, {verdict}"
 
 
 def _read_text(name: str) -> str:

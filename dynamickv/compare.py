@@ -17,6 +17,7 @@ from dynamickv.agreement import agreement
 from dynamickv.answer import Answer, next_probabilities
 from dynamickv.cuda_graph import graphable
 from dynamickv.events import ComparisonFinished, Event, Progress, RunFinished
+from dynamickv.memory import ANSWERING, CHOOSING, READING, memory_watched
 from dynamickv.methods import METHODS, CompressionMethod, FullKV
 from dynamickv.models import LoadedModel
 from dynamickv.prefill import TAIL
@@ -102,24 +103,26 @@ def compare_stream(
 
     Raises:
         ValueError: an empty or too long prompt, no methods, or a bad number, in one sentence.
+        OutOfMemory: what to lower, in one sentence; nothing is left behind.
     """
     _validate(document, question, methods, prefill, max_new_tokens)
     stop = should_stop or (lambda: False)
     if prefill is None:
-        prefill = yield from _prefill_stream(
-            llm,
-            lambda on_layer: run_prefill(
+        with memory_watched(READING):
+            prefill = yield from _prefill_stream(
                 llm,
-                str(document),
-                question,
-                question_aware=question_aware,
-                truncate=truncate,
-                tail=max(TAIL, *(method.tail for method in methods)),
-                mass=any(method.needs_mass for method in methods),
-                on_layer=on_layer,
-            ),
-            stop,
-        )
+                lambda on_layer: run_prefill(
+                    llm,
+                    str(document),
+                    question,
+                    question_aware=question_aware,
+                    truncate=truncate,
+                    tail=max(TAIL, *(method.tail for method in methods)),
+                    mass=any(method.needs_mass for method in methods),
+                    on_layer=on_layer,
+                ),
+                stop,
+            )
         if prefill is None:
             return
     if on_prefill is not None:
@@ -127,9 +130,11 @@ def compare_stream(
     prompt = prefill.prompt if prefill.question_aware else _with_question(llm, prefill, question)
     # With two compressed runs there is little to share, and alone each is timed by itself.
     together = Together(llm) if len(methods) > 3 and not graphable(llm) else None
-    answers = [
-        Answer(llm, prefill, prompt, method, max_new_tokens, scores, together) for method in methods
-    ]
+    with memory_watched(CHOOSING):
+        answers = [
+            Answer(llm, prefill, prompt, method, max_new_tokens, scores, together)
+            for method in methods
+        ]
     for index, answer in enumerate(answers):
         yield answer.compressed(index)
     finished: dict[int, Run] = {}
@@ -140,7 +145,9 @@ def compare_stream(
             if stop():
                 answer.finish_reason = "cancelled"
             else:
-                yield answer.step(index)
+                with memory_watched(ANSWERING):
+                    token = answer.step(index)
+                yield token
             if answer.finish_reason is not None:
                 finished[index] = answer.finish()
                 yield RunFinished(index, finished[index])

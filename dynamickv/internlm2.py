@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from typing import Any
 
 import torch
@@ -99,22 +100,27 @@ class SplitGroups(ConversionOps):
         }
 
 
-def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
+def load_tokenizer(
+    source: str | os.PathLike[str], revision: str | None = None
+) -> PreTrainedTokenizerFast:
     """The tokenizer of a folder or hub id, from tokenizer.json or else from tokenizer.model.
 
     Raises:
         OSError: if there is neither.
         ValueError: if tokenizer.model is not a SentencePiece BPE model.
     """
-    if _file(source, "tokenizer.json", required=False):
-        ready: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(source)
+    file = partial(_file, source, revision)
+    if file("tokenizer.json", required=False):
+        ready: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(
+            source, revision=revision or "main"
+        )
         return ready
-    settings = _json(_file(source, "tokenizer_config.json", required=False))
+    settings = _json(file("tokenizer_config.json", required=False))
     added = {
         int(index): AddedToken(**token) if isinstance(token, dict) else AddedToken(token)
         for index, token in settings.get("added_tokens_decoder", {}).items()
     }
-    template = _file(source, "chat_template.jinja", required=False)
+    template = file("chat_template.jinja", required=False)
     names = {
         kind: _content(settings.get(kind) or default)
         for kind, default in (
@@ -124,7 +130,7 @@ def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
             ("pad_token", "</s>"),
         )
     }
-    tokenizer = _tokenizer(str(_file(source, "tokenizer.model")), added, names["unk_token"])
+    tokenizer = _tokenizer(str(file("tokenizer.model")), added, names["unk_token"])
     before = [names["bos_token"]] if settings.get("add_bos_token", True) else []
     after = [names["eos_token"]] if settings.get("add_eos_token", False) else []
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -178,10 +184,13 @@ def _tokenizer(path: str, added: dict[int, AddedToken], unknown: str) -> Tokeniz
     return tokenizer
 
 
-def _file(source: str | os.PathLike[str], name: str, required: bool = True) -> str | None:
+def _file(
+    source: str | os.PathLike[str], revision: str | None, name: str, required: bool = True
+) -> str | None:
     found: str | None = cached_file(
         os.fspath(source),
         name,
+        revision=revision,
         _raise_exceptions_for_missing_entries=required,
         _raise_exceptions_for_connection_errors=required,
     )

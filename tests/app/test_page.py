@@ -79,6 +79,7 @@ def test_the_page_keeps_no_session_and_no_history(host: ModelHost) -> None:
     options = launch_options()
     assert options["run_history"] is False
     assert options["strict_cors"] is True
+    assert options["state_session_capacity"] <= 64  # Gradio keeps the last outputs of so many
 
 
 def test_head_asks_nothing_of_other_machines() -> None:

@@ -507,13 +507,13 @@ def test_a_dead_network_is_noticed_before_the_hub_librarys_retries(
     assert "cannot be reached" in refusal_of("some-organisation/some-model")
 
 
-def asked_for(source: Path | str) -> None:
+def asked_for(source: Path | str, revision: str | None) -> None:
     raise OSError(f"asked for {source}")
 
 
 @pytest.fixture
 def no_hub_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr(models, "try_to_load_from_cache", lambda *_, **__: None)
 
 
 @pytest.mark.usefixtures("no_hub_copy")
@@ -530,7 +530,7 @@ def test_the_default_without_its_package_falls_back_to_the_hub_and_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(models, "embedded_file", lambda _: None)
-    monkeypatch.setattr(models, "_require_hub", lambda _: None)
+    monkeypatch.setattr(models, "_require_hub", lambda *_: None)
     monkeypatch.setattr(models, "_read_config", asked_for)
     with caplog.at_level(logging.WARNING, "dynamickv"):
         assert "asked for HuggingFaceTB/SmolLM2-135M-Instruct" in refusal_of()
@@ -550,7 +550,7 @@ def test_the_hubs_original_comes_before_the_package(
     gguf: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(models, "embedded_file", lambda _: gguf)
-    monkeypatch.setattr(models, "try_to_load_from_cache", lambda *_: "/cached/file")
+    monkeypatch.setattr(models, "try_to_load_from_cache", lambda *_, **__: "/cached/file")
     monkeypatch.setattr(models, "_read_config", asked_for)
     assert "asked for HuggingFaceTB/SmolLM2-135M-Instruct" in refusal_of()
 

@@ -8,7 +8,7 @@
   DynamicKV.savePage = async () => {
     if (!store.trace) return;
     const root = window.gradio_config?.root || "";
-    const reply = await fetch(`${root}/explorer/offline.html`);
+    const reply = await fetch(`${root}/gradio_api/explorer/offline.html`);
     if (!reply.ok) return;
     const skeleton = await reply.text();
     const { runs } = await DynamicKV.wholeRecord();

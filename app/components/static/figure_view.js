@@ -13,7 +13,7 @@
     loading ??= new Promise((resolve, reject) => {
       if (window.Plotly) { resolve(window.Plotly); return; }
       const root = window.gradio_config?.root || "";
-      const script = make("script", { src: `${root}/explorer/plotly.js`, async: true });
+      const script = make("script", { src: `${root}/gradio_api/explorer/plotly.js`, async: true });
       script.onload = () => resolve(window.Plotly);
       script.onerror = () => { loading = null; reject(new Error("the chart library did not load")); };
       document.head.append(script);
