@@ -18,6 +18,7 @@ from .components import (
     Evidence,
     FigureView,
     LayerMap,
+    Learn,
     ModelChip,
     Readout,
     StatusLine,
@@ -39,6 +40,7 @@ from .inputs import (
     method_settings,
     offered_methods,
 )
+from .learn import lesson_routes
 from .model_host import ModelHost
 from .views import VIEWS, plotly_source
 
@@ -129,6 +131,8 @@ def build_app(
             with gr.Tab("Explore", id="explore"), gr.Row(elem_id="dkv-workbench"):
                 inputs = build_inputs(host, examples, first, opening_line)
                 outputs = build_results(handlers, first)
+            with gr.Tab("Learn", id="learn"):
+                Learn(elem_id="dkv-learn")
             with gr.Tab("Runs & API", id="runs") as runs:
                 build_runs(handlers, inputs, outputs, runs)
         wire_run(handlers, inputs, outputs)
@@ -544,6 +548,7 @@ def launch_options() -> dict[str, Any]:
             "routes": [
                 Route("/explorer/plotly.js", plotly_script),
                 Route("/explorer/offline.html", offline_skeleton),
+                *lesson_routes(),
             ]
         },
     }
