@@ -47,7 +47,7 @@ def main() -> None:
         record(llm, name, plans[name], options.behind)
 
 
-def record(llm: dkv.LoadedModel, name: str, plan: dict[str, str], behind_only: bool) -> None:
+def record(llm: dkv.LoadedModel, name: str, plan: dict[str, Any], behind_only: bool) -> None:
     """Run one plan: an example's document, and its question or another."""
     example = json.loads((EXAMPLES / f"{plan['example']}.json").read_text(encoding="utf-8"))
     document = (EXAMPLES / example["document"]).read_text(encoding="utf-8")
@@ -60,7 +60,7 @@ def record(llm: dkv.LoadedModel, name: str, plan: dict[str, str], behind_only: b
             llm,
             prefill=prefill,
             methods=methods,
-            max_new_tokens=example["max_new_tokens"],
+            max_new_tokens=plan.get("max_new_tokens", example["max_new_tokens"]),
             scores=True,
         )
         trace.save(LESSONS / f"{name}.json.gz")

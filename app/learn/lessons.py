@@ -117,12 +117,16 @@ def shown_trace(trace: Trace, example: str) -> dict[str, Any]:
     return vm.trace_payload(trace, vm.source_label("recorded", trace.created), example=example)
 
 
-def pair_payload(lessons: Mapping[str, Lesson], assets: Path = ASSETS) -> dict[str, Any]:
-    """One document asked twice: both records, and how far DynamicKV's choices lie apart."""
+def pair_payload(assets: Path = ASSETS) -> dict[str, Any] | None:
+    """One document asked twice: an example's own run and one with another question, and how far
+    DynamicKV's choices lie apart; None without such a record.
+    """
     plans = json.loads((assets / "lessons" / "records.json").read_text(encoding="utf-8"))
-    name, plan = next((name, plan) for name, plan in plans.items() if "question" in plan)
-    example = plan["example"]
-    first = next(lesson.trace for lesson in lessons.values() if lesson.example == example)
+    asked = [(name, plan["example"]) for name, plan in plans.items() if "question" in plan]
+    if not asked:
+        return None
+    name, example = asked[0]
+    first = Trace.load(assets / "runs" / f"{example}.json.gz")
     second = Trace.load(assets / "lessons" / f"{name}.json.gz")
     return {
         "traces": [shown_trace(two_runs(trace), example) for trace in (first, second)],

@@ -57,9 +57,10 @@ def lessons() -> dict[str, Lesson]:
 def lesson_text(name: str) -> str | None:
     """A lesson's JSON, built once; None if there is no such lesson."""
     if name == "pair":
-        return dumps(pair_payload(lessons()))
-    found = lessons().get(name)
-    return None if found is None else dumps(lesson_payload(found))
+        payload = pair_payload()
+    else:
+        payload = lesson_payload(lessons()[name]) if name in lessons() else None
+    return None if payload is None else dumps(payload)
 
 
 def as_json(text: str) -> Response:

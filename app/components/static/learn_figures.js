@@ -28,13 +28,13 @@
       const answer = runOf(lesson, "FullKV").pieces;
       const at = Number(find("token").value);
       const before = Array.from({ length: SHOWN_BEFORE }, (_, i) => prompt.length - SHOWN_BEFORE + i).map((i) => prompt.text.slice(prompt.starts[i], prompt.ends[i]));
-      const chip = (text, kind) => make("span", { className: `dkv-chip-${kind}` }, visible(text) || "·");
+      const chip = (text, kind) => make("span", { className: `dkv-chip-${kind}` }, visible(text) || "end");
       find("chips").replaceChildren(make("span", { className: "dkv-chip-more" }, `${plain(prompt.length - SHOWN_BEFORE)} tokens`),
         ...before.map((text) => chip(text, "read")), ...answer.slice(0, at - 1).map((text) => chip(text, "read")),
         chip(answer[at - 1], "new"), ...answer.slice(at).map((text) => chip(text, "later")));
       const all = prompt.length + at;
       find("token-label").textContent = `${at} of ${answer.length}`;
-      const rows = { with: [1, "1 key and value"], without: [all, `${plain(all)} keys and values`], read: [all - 1, `${plain(all - 1)} keys and values`] };
+      const rows = { with: [1, "1"], without: [all, plain(all)], read: [all - 1, plain(all - 1)] };
       for (const [name, [number, words]] of Object.entries(rows)) {
         find(`${name}-bar`).style.width = `${Math.max(0.4, (100 * number) / (prompt.length + answer.length))}%`;
         find(name).textContent = words;
@@ -55,7 +55,7 @@
     const find = named("grows", learn, find_);
     const { models } = tools.index;
     let capacity = 512;
-    find("model").replaceChildren(...models.map((model, i) => make("option", { value: String(i) }, model.name)));
+    find("model").replaceChildren(...models.map((model, i) => make("option", { value: String(i), selected: model.max_positions === Math.max(...models.map((other) => other.max_positions)) }, model.name)));
     find("models").replaceChildren(...models.map((model) => make("tr", {}, make("th", { scope: "row" }, model.name), make("td", {}, make("i"), make("s")), make("td"))));
     function draw() {
       const tokens = 2 ** Number(find("context").value);
@@ -127,7 +127,9 @@
   // Scroll a text box, and nothing else, to a token.
   function reveal(box, text, position) {
     const line = text.lineOf(position);
-    if (line.height) box.scrollTop += line.top - box.getBoundingClientRect().top - box.clientHeight / 3;
+    const frame = box.getBoundingClientRect();
+    const scale = frame.height / (box.offsetHeight || 1); // ?big=1 zooms
+    if (line.height && scale) box.scrollTop += (line.top - frame.top) / scale - box.clientHeight / 3;
   }
   DynamicKV.revealIn = reveal;
 
@@ -275,17 +277,18 @@
     }
     function matrix() {
       const { layers, runs } = lesson.trace;
-      const head = make("tr", {}, make("th", { scope: "col" }, "evidence kept"), make("th", { scope: "col" }, "in"), ...Array.from({ length: layers }, (_, layer) => make("th", { scope: "col" }, layer % 5 ? "" : String(layer))));
-      for (const [i, cell] of [...head.children].entries()) if (i > 1 && !cell.textContent) { cell.textContent = String(i - 2); cell.classList.add("dkv-quiet"); }
+      const head = make("tr", {}, make("th", { scope: "col" }, "evidence"), make("th", { scope: "col" }, "in layers"), make("th", { scope: "col" }, "in all"),
+        ...Array.from({ length: layers }, (_, layer) => make("th", { scope: "col", title: `layer ${layer}` }, layer % 5 ? "" : String(layer))));
+      for (const [i, cell] of [...head.children].entries()) if (i > 2) cell.setAttribute("aria-label", `layer ${i - 3}`);
       const rows = runs.map((run) => {
         const shares = lesson.survival[run.method];
         const row = make("tr", { data: { method: run.look } },
           make("th", { scope: "row" }, make("span", { className: "dkv-glyph", ariaHidden: "true" }, run.glyph), run.label),
-          make("td", { className: "dkv-sum" }, `${shares.filter((share) => share > 0).length} of ${layers} layers`),
+          make("td", { className: "dkv-sum" }, `${shares.filter((share) => share > 0).length} of ${layers}`),
+          make("td", { className: "dkv-sum" }, percent(shares.reduce((sum, share) => sum + share, 0) / layers)),
           ...shares.map((share, layer) => {
-            const cell = make("td", { data: { layer }, title: `${run.label}, layer ${layer}: ${percent(share)}` }, share ? String(Math.max(1, Math.round(100 * share))) : "");
+            const cell = make("td", { data: { layer }, title: `${run.label}, layer ${layer}: ${percent(share)}` }, percent(share));
             cell.style.setProperty("--share", share);
-            cell.classList.toggle("dkv-deep", share > 0.45);
             return cell;
           }));
         return row;
