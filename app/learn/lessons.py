@@ -155,9 +155,8 @@ def pair_numbers(first: Trace, second: Trace) -> dict[str, str]:
     both, either = int((one & other).sum()), int((one | other).sum())
     return {
         "both": vm.percent(both / either),
-        "moved": vm.count(moved // 2, "token"),
+        "moved": f"{moved // 2:,}",
         "total": f"{sum(first.run('DynamicKV').budgets):,}",
-        "capacity": f"{first.run('DynamicKV').parameters['capacity']:,}",
     }
 
 

@@ -269,7 +269,7 @@ def test_two_questions_share_the_document_and_the_settings() -> None:
     assert numbers["both"] == f"{100 * (a & b).sum() / (a | b).sum():.0f} %"
     gained = sum(max(0, y - x) for x, y in zip(one.budgets, other.budgets, strict=True))
     lost = sum(max(0, x - y) for x, y in zip(one.budgets, other.budgets, strict=True))
-    assert numbers["moved"] == f"{(gained + lost) // 2:,} tokens"
+    assert numbers["moved"] == f"{(gained + lost) // 2:,}"
     figure = render_questions(first, second).to_json()
     assert [bar["x"] for bar in figure["data"]] == [one.budgets, other.budgets]
 

@@ -132,7 +132,10 @@
       const box = node.getBoundingClientRect();
       const scale = learn.offsetWidth ? frame.width / learn.offsetWidth : 1; // ?big=1 zooms
       const left = Math.min(Math.max(0, box.left - frame.left), frame.width - tip.offsetWidth * scale);
-      Object.assign(tip.style, { left: `${left / scale}px`, top: `${(box.bottom - frame.top) / scale + 6}px` });
+      const below = (box.bottom - frame.top) / scale + 6;
+      const above = (box.top - frame.top) / scale - tip.offsetHeight - 6;
+      // Above, so that the numbers under a symbol stay in sight; below where the window ends.
+      Object.assign(tip.style, { left: `${left / scale}px`, top: `${box.top > tip.offsetHeight * scale + 60 ? above : below}px` });
     }
     function hide() {
       asked?.removeAttribute("aria-describedby");

@@ -3,7 +3,7 @@
   "use strict";
   const { DynamicKV } = window;
   const { make, plain, counting } = DynamicKV;
-  const percent = (share) => `${Math.round(100 * share)} %`;
+  const percent = (share) => `${share && share < 0.1 ? (100 * share).toFixed(1) : Math.round(100 * share)} %`;
 
   DynamicKV.learnFigure((learn, find) => {
     const list = find("sentences");
@@ -35,11 +35,13 @@
       sentences = cut();
       active = 0;
       shown = false;
-      list.replaceChildren(...sentences.map((sentence, i) => {
+      list.replaceChildren(...sentences.flatMap((sentence, i) => {
         const words = prompt.text.slice(prompt.starts[sentence.first], i + 1 < sentences.length ? prompt.starts[sentences[i + 1].first] : prompt.ends[sentence.end - 1]);
-        sentence.node = make("span", { id: `dkv-sentence-${i}`, role: "option" }, words);
+        const inner = words.trim();
+        const at = words.indexOf(inner);
+        sentence.node = make("span", { id: `dkv-sentence-${i}`, role: "option" }, inner);
         sentence.node.setAttribute("aria-selected", "false");
-        return sentence.node;
+        return [words.slice(0, at), sentence.node, words.slice(at + inner.length)];
       }));
       list.scrollTop = 0;
       list.removeAttribute("aria-activedescendant");
@@ -109,13 +111,16 @@
       const proof = new Set();
       sentences.forEach((sentence, i) => { if (lesson.spans.some(([first, last]) => first < sentence.end && last >= sentence.first)) proof.add(i); });
       proof.forEach((i) => sentences[i].node.classList.add("dkv-proof"));
-      const rows = runs.filter((run) => run.method !== "FullKV").map((run) => {
+      const others = runs.filter((run) => run.method !== "FullKV");
+      const shares = others.map((run) => overlap(run, chosen));
+      const most = Math.max(chance, ...shares) * 1.02 || 1;
+      const rows = others.map((run, i) => {
         const kept = lesson.survival[run.method];
-        const share = overlap(run, chosen);
-        const bar = make("i", { style: `width:${100 * share}%` });
+        const share = shares[i];
+        const bar = make("i", { style: `width:${(100 * share) / most}%` });
         return make("tr", { data: { method: run.look } },
           make("th", { scope: "row" }, make("span", { className: "dkv-glyph", ariaHidden: "true" }, run.glyph), run.label),
-          make("td", { className: "dkv-share" }, bar, make("s", { style: `left:${100 * chance}%` })), make("td", { data: { overlap: run.method } }, percent(share)),
+          make("td", { className: "dkv-share" }, bar, make("s", { style: `left:${(100 * chance) / most}%` })), make("td", { data: { overlap: run.method } }, percent(share)),
           make("td", {}, `${kept.filter((part) => part > 0).length} of ${layers}`));
       });
       const had = holds(chosen);

@@ -232,9 +232,7 @@
       const last = at === lesson.film.steps.length - 1;
       find("update-label").textContent = film.label;
       slider.setAttribute("aria-valuetext", film.label);
-      const held = lesson.updates.slice(0, at + 1).reduce((least, { budgets }) => budgets.map((b, i) => Math.min(b, least[i] ?? Infinity)), []);
-      find("update-note").textContent = last ? film.note : `${film.note}. Layer 0 has ${plain(lesson.updates[at].budgets[0])}${at ? `, and had ${plain(lesson.updates[at - 1].budgets[0])} before` : ""}.`;
-      find("plot").dataset.held = String(held.length);
+      find("update-note").textContent = last ? film.note : `${film.note[0].toUpperCase()}${film.note.slice(1)}. Layer 0 has ${plain(lesson.updates[at].budgets[0])}${at ? `, and had ${plain(lesson.updates[at - 1].budgets[0])} before` : ""}.`;
       const data = lesson.film.data.map((bar, i) => ({ ...bar, x: film.x[i], base: film.base[i] }));
       await DynamicKV.drawFigure(find("plot"), { ...lesson.film, data }, lesson.trace.runs, film.limit);
     }

@@ -45,7 +45,7 @@
       const [a, b] = views.runs.map((run) => ({ ...run, layersKeeping: {} }));
       text.paint(Uint8Array.from(DynamicKV.difference(a, b, layer, null, layers, views.length)), MARKS);
       const margin = DynamicKV.margin(layers) + 1;
-      find("pair-label").textContent = layer === null ? "all layers" : `${layer}: ${plain(a.budgets[layer])} for A, ${plain(b.budgets[layer])} for B`;
+      find("pair-label").textContent = layer === null ? `all: ${margin} layers or more apart` : `${layer}: ${plain(a.budgets[layer])} for A, ${plain(b.budgets[layer])} for B`;
       slider.setAttribute("aria-valuetext", layer === null ? `all layers, ${margin} or more apart` : `layer ${layer}`);
     }
 

@@ -112,7 +112,7 @@
     if (top + height > window.innerHeight - room) top = box.top - height - room;
     if (top < room) top = window.innerHeight - height - room;
     let left = Math.min(Math.max(room, box.left), window.innerWidth - width - room);
-    if (box.height > window.innerHeight * 0.6) left = window.innerWidth - width - room;
+    if (box.height > window.innerHeight * 0.6) left = box.left > window.innerWidth / 2 ? Math.max(room, box.left - width - room) : Math.min(box.right + room, window.innerWidth - width - room);
     if (window.innerWidth < 700) { left = (window.innerWidth - width) / 2; top = window.innerHeight - height - room; }
     Object.assign(panel.style, { left: `${left}px`, top: `${top}px` });
   }
