@@ -68,7 +68,8 @@
     let tries = 0;
     const wait = () => {
       steps = STEPS.map((_, i) => i).filter(target);
-      if (steps.length < 2 && tries++ < 300) { requestAnimationFrame(wait); return; }
+      // Gradio puts the page together piece by piece.
+      if (steps.length < STEPS.length && tries++ < 120) { requestAnimationFrame(wait); return; }
       if (!steps.length || panel) return;
       build();
       at = Math.max(0, steps.findIndex((step) => step >= from));
@@ -94,6 +95,7 @@
     const node = target(steps[at]);
     const tall = node.getBoundingClientRect().height > window.innerHeight * 0.6;
     node.scrollIntoView({ block: tall || window.innerWidth < 700 ? "start" : "center", behavior: "auto" });
+    if (node.getBoundingClientRect().top < 16) window.scrollBy(0, node.getBoundingClientRect().top - 16);
     place();
     panel.querySelector('[data-go="next"]').focus({ preventScroll: true });
     requestAnimationFrame(place);
