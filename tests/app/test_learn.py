@@ -336,6 +336,8 @@ def test_the_calculator_agrees_with_measured_bytes() -> None:
             info.num_query_heads,
         )
         assert ours.cache_bytes(lesson.trace.prompt.length, 4) == full.kv_bytes_full
+    llama = MODELS[0]
+    assert llama.cache_bytes(8192, 2, 16) > 2 * llama.parameters, "as the needle's notes say"
     assert ours.max_positions == LESSONS["needle"].trace.model.max_positions
 
 

@@ -107,6 +107,11 @@ def test_the_explorer_s_marks_are_left_alone(page: Page, page_url: str) -> None:
     page.get_by_role("tab", name="Learn").click()
     expect(page.locator(".dkv-learn[data-state=ready]")).to_be_visible()
     assert page.evaluate(PAINTED, "dkv-kept") == before
+    page.locator("[data-figure=attended] [data-role=text]").focus()
+    for key in ("ArrowRight", "[", "/"):
+        page.keyboard.press(key)
+    assert page.evaluate("window.DynamicKV.store.view.layer") is None
+    assert page.evaluate("window.DynamicKV.store.view.run") == 1
     page.get_by_role("tab", name="Explore").click()
     expect(page.locator(".dkv-card")).to_have_count(2)
 

@@ -50,8 +50,8 @@
 
     function tell(lesson) {
       for (const place of learn.querySelectorAll("[data-number]")) place.textContent = lesson.numbers[place.dataset.number] ?? "";
-      find("asked").textContent = lesson.trace.prompt ? `“${lesson.trace.record.prompt.question}”` : "";
-      find("asked").title = `Recorded: ${lesson.trace.source}`;
+      find("asked").textContent = `“${lesson.trace.record.prompt.question}”`;
+      find("recorded").textContent = `${lesson.trace.record.model.name}, ${lesson.trace.source}`;
       find("explore").href = exploreLink({});
       for (const button of find("lessons").children) button.setAttribute("aria-pressed", String(button.dataset.lesson === lesson.id));
       teach(lesson);
@@ -150,6 +150,8 @@
     learn.addEventListener("keydown", (event) => { if (event.key === "Escape") hide(); });
     tools.refreshTip = () => { if (asked && !tip.hidden) explain(asked); };
 
+    // The explorer's own keys move what is shown there, and not from here.
+    learn.addEventListener("keydown", (event) => event.stopPropagation());
     DynamicKV.labelTour?.();
     // ---- start ------------------------------------------------------------------------------------------------
     DynamicKV.on("theme", () => parts.forEach((part) => part.theme?.()));

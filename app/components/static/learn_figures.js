@@ -70,6 +70,7 @@
       models.forEach((model, i) => {
         const row = find("models").children[i];
         row.classList.toggle("dkv-chosen", model === chosen);
+        row.classList.toggle("dkv-beyond", tokens > model.max_positions);
         const [bar, mark] = row.children[1].children;
         bar.style.width = `${Math.max(0.3, (100 * cost(model, tokens)) / most)}%`;
         mark.style.left = `${(100 * weights(model)) / most}%`;
