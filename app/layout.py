@@ -21,6 +21,7 @@ from .components import (
     Evidence,
     FigureView,
     LayerMap,
+    Learn,
     ModelChip,
     Readout,
     StatusLine,
@@ -44,6 +45,7 @@ from .inputs import (
     method_settings,
     offered_methods,
 )
+from .learn import lesson_routes
 from .method_cards import method_cards
 from .model_host import ModelHost
 from .shelf import Shelf
@@ -148,6 +150,8 @@ def build_app(
             with gr.Tab("Explore", id="explore"), gr.Row(elem_id="dkv-workbench"):
                 inputs = build_inputs(host, examples, first, opening_line)
                 outputs = build_results(handlers, first)
+            with gr.Tab("Learn", id="learn"):
+                Learn(elem_id="dkv-learn")
             with gr.Tab("Runs & API", id="runs") as runs:
                 build_runs(handlers, inputs, outputs, runs)
         gr.Markdown(f"DynamicKV Explorer {dkv.__version__}", elem_id="dkv-version")
@@ -585,6 +589,7 @@ def launch_options(host: ModelHost | None = None, turns: Turns | None = None) ->
                 # Under a prefix that Gradio's Node server hands on when it renders the page (SSR).
                 Route("/gradio_api/explorer/plotly.js", plotly_script),
                 Route("/gradio_api/explorer/offline.html", offline_skeleton),
+                *lesson_routes(),
             ],
         },
     }

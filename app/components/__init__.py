@@ -76,6 +76,12 @@ class FigureView(Component):
         super().__init__(None, titles=dumps(titles), **options)
 
 
+class Learn(Component):
+    """The lessons: static text, and figures of recorded runs that the tab fetches itself."""
+
+    view, template = "learn", "learn"
+
+
 __all__ = [
     "AnswerCards",
     "Component",
@@ -83,6 +89,7 @@ __all__ = [
     "Evidence",
     "FigureView",
     "LayerMap",
+    "Learn",
     "ModelChip",
     "Readout",
     "StatusLine",

@@ -35,7 +35,15 @@ SCRIPTS = (
     "model_chip",
     "readout",
 )
-PAGE_SCRIPTS = ("links", "exports")
+PAGE_SCRIPTS = (
+    "links",
+    "exports",
+    "learn",
+    "learn_figures",
+    "learn_choice",
+    "learn_pair",
+    "tour",
+)
 """Those that a page without a server has no use for."""
 # Gradio looks for the names of a component's own events in this text.
 MOUNT = """
@@ -85,7 +93,7 @@ def head() -> str:
     CDN.
     """
     scripts = "\n".join(read(f"{name}.js") for name in (*SCRIPTS, *PAGE_SCRIPTS))
-    return f"<style>\n{styles()}\n</style>\n<script>\n{scripts}\n</script>"
+    return f"<style>\n{styles()}\n{read('learn.css')}\n</style>\n<script>\n{scripts}\n</script>"
 
 
 def styles() -> str:

@@ -20,6 +20,23 @@ from dynamickv.methods.base import ScoredMethod, require_integer, require_positi
 from dynamickv.scoring import count_global_top
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settlement:
+    """One update of the budgets, number by number: one entry per layer seen."""
+
+    counts: list[int]
+    """How many of the best scores lie in the layer."""
+    shares: list[int]
+    """The same, divided by the layers seen and rounded down; only their proportions matter."""
+    claims: list[int]
+    """The layer's share of its first budget, r_max times the mean."""
+    excess: float
+    """All claims together over what the whole model may keep; the paper's r. 0: no claim at
+    all."""
+    budgets: list[int]
+    """Claims divided by `excess`; the newest layer also gets what rounding left."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DynamicKV(ScoredMethod):
     """Share `capacity` x layers tokens by where the prompt's attention mass lies, re-normalised
@@ -69,22 +86,39 @@ class DynamicKV(ScoredMethod):
         if not self.progressive:
             return self._exact_budgets(scores)
         seen, (heads, prefix_length) = len(scores), scores[0].shape
-        total = self.mean_budget * num_layers
         counts = count_global_top(scores, self.mean_budget * heads * seen)
+        return self.settle(counts, heads, prefix_length, num_layers).budgets
+
+    def settle(
+        self, counts: Sequence[int], heads: int, prefix_length: int, num_layers: int
+    ) -> Settlement:
+        """One update, from the best scores' numbers to budgets, with every step between.
+
+        Args:
+            counts: per layer seen, how many of the mean_budget x heads x layers seen best scores
+                lie there.
+            heads: heads that are scored in a layer.
+            prefix_length: prompt tokens before the observation window.
+            num_layers: layers of the whole model.
+        """
+        seen = len(counts)
+        total = self.mean_budget * num_layers
         shares = [count // seen for count in counts]
         if seen == num_layers:
             shares[-1] += self.mean_budget * heads - sum(shares)
         claims = self._claims(shares, self.first_budget(0, num_layers, prefix_length))
-        if not any(claims):
+        excess = float(sum(claims) / total)
+        if excess:
+            # float64 floor division of the exact integer, not division then floor: they differ at
+            # exact multiples.
+            budgets = [int(claim // excess) for claim in claims]
+            budgets[-1] += total - sum(budgets)
+        else:
             budgets = [total // seen] * seen
             budgets[-1] += total % seen
-            return budgets
-        # float64 floor division of the exact integer, not division then floor: they differ at
-        # exact multiples.
-        excess = float(sum(claims) / total)
-        budgets = [int(claim // excess) for claim in claims]
-        budgets[-1] += total - sum(budgets)
-        return budgets
+        return Settlement(
+            counts=list(counts), shares=shares, claims=claims, excess=excess, budgets=budgets
+        )
 
     def _exact_budgets(self, scores: Sequence[Tensor]) -> list[int]:
         """Prefix budgets by the best scores of all layers together, summing to mean_budget x

@@ -217,7 +217,7 @@
   if (document.body) dress(); else document.addEventListener("DOMContentLoaded", dress);
 
   window.DynamicKV = {
-    store, emit, on, setView, setLayer, setRun, setHover, setPin, setTrace, setPredicted, register, mount,
+    store, emit, on, decode, setView, setLayer, setRun, setHover, setPin, setTrace, setPredicted, register, mount,
     saveRun, saveBlob, wholeRecord, scoresOf, make, framed, plain, counting, dark, cssColor, reducedMotion,
   };
 })();

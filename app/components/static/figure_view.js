@@ -22,6 +22,53 @@
   }
   DynamicKV.loadPlotly = loadPlotly;
 
+  // The method's colour in this theme; bars carry their method in `meta`.
+  function themed(data, runs) {
+    const dark = DynamicKV.dark() ? 1 : 0;
+    return data.map((trace) => {
+      const run = runs.find((item) => item.look === trace.meta);
+      if (!run) return trace;
+      const color = run.color[dark];
+      const marker = { ...trace.marker, color };
+      return { ...trace, marker, ...(trace.line ? { line: { ...trace.line, color } } : {}) };
+    });
+  }
+
+  function themedLayout(layout) {
+    const ink = DynamicKV.cssColor("--dkv-muted");
+    const line = DynamicKV.cssColor("--dkv-line");
+    const font = { family: getComputedStyle(document.body).fontFamily, size: 12, color: ink };
+    const axis = (spec = {}) => ({ ...spec, gridcolor: line, linecolor: line, tickcolor: line, tickfont: font, title: { ...spec.title, font } });
+    return {
+      ...layout, font, autosize: true,
+      xaxis: axis(layout.xaxis), yaxis: axis(layout.yaxis),
+      hoverlabel: { bgcolor: DynamicKV.cssColor("--dkv-panel"), bordercolor: line, font: { ...font, color: DynamicKV.cssColor("--dkv-ink") } },
+    };
+  }
+
+  async function react(Plotly, plot, data, layout, config) {
+    await Plotly.react(plot, data, layout, config);
+    // On a page with a <base>, Plotly points its patterns at the address of that moment, and ours changes with the view.
+    if (plot._context._baseUrl) {
+      plot._context._baseUrl = "";
+      await Plotly.redraw(plot);
+    }
+  }
+
+  // A figure of app/views drawn elsewhere on the page, in the runs' colours; `limit` ends the value axis. Calls are drawn in turn.
+  const turns = new WeakMap();
+  DynamicKV.drawFigure = (plot, spec, runs, limit = null) => {
+    const turn = (turns.get(plot) ?? Promise.resolve()).then(async () => {
+      const Plotly = await loadPlotly();
+      const layout = themedLayout(spec.layout);
+      if (limit) layout.xaxis = { ...layout.xaxis, range: [0, limit] };
+      plot.style.height = `${spec.height}px`;
+      await react(Plotly, plot, themed(spec.data, runs), layout, { displaylogo: false, responsive: true, displayModeBar: false });
+    }).catch((error) => { plot.textContent = error.message; });
+    turns.set(plot, turn);
+    return turn;
+  };
+
   DynamicKV.register("figures", (element, props) => {
     const find = (role) => element.querySelector(`[data-role="${role}"]`);
     const plot = find("plot");
@@ -54,30 +101,6 @@
     const isFilm = () => figure()?.steps.length > 1;
     const current = () => figure().steps[Number(slider.value)];
 
-    // The method's colour in this theme; bars carry their method in `meta`.
-    function themed(data) {
-      const dark = DynamicKV.dark() ? 1 : 0;
-      return data.map((trace) => {
-        const run = store.trace.runs.find((item) => item.look === trace.meta);
-        if (!run) return trace;
-        const color = run.color[dark];
-        const marker = { ...trace.marker, color };
-        return { ...trace, marker, ...(trace.line ? { line: { ...trace.line, color } } : {}) };
-      });
-    }
-
-    function themedLayout(layout) {
-      const ink = DynamicKV.cssColor("--dkv-muted");
-      const line = DynamicKV.cssColor("--dkv-line");
-      const font = { family: getComputedStyle(document.body).fontFamily, size: 12, color: ink };
-      const axis = (spec = {}) => ({ ...spec, gridcolor: line, linecolor: line, tickcolor: line, tickfont: font, title: { ...spec.title, font } });
-      return {
-        ...layout, font, autosize: true,
-        xaxis: axis(layout.xaxis), yaxis: axis(layout.yaxis),
-        hoverlabel: { bgcolor: DynamicKV.cssColor("--dkv-panel"), bordercolor: line, font: { ...font, color: DynamicKV.cssColor("--dkv-ink") } },
-      };
-    }
-
     // Budgets that were not run: an outline over all lanes of a layer.
     const outline = () => ({
       type: "bar", orientation: "h", name: "predicted", hoverinfo: "none", width: 0.96, offset: -0.48, base: 0,
@@ -99,7 +122,7 @@
       const Plotly = await loadPlotly().catch((error) => { find("note").textContent = error.message; });
       if (!Plotly || ticket !== drawn) return;
       const spec = figure();
-      let data = laned(themed(spec.data));
+      let data = laned(themed(spec.data, store.trace.runs));
       if (isFilm()) data = data.map((trace, i) => ({ ...trace, x: current().x[i], base: current().base[i] }));
       if (outlined()) data = [...data, outline()];
       const layout = { ...themedLayout(spec.layout), height: height() };
@@ -107,12 +130,7 @@
       if (outlined() && limit()) layout.xaxis = { ...layout.xaxis, range: [0, Math.max(roof, limit())] };
       else if (limit()) layout.xaxis = { ...layout.xaxis, range: [0, limit()] };
       plot.style.height = `${height()}px`;
-      await Plotly.react(plot, data, layout, config());
-      // On a page with a <base>, Plotly points its patterns at the address of that moment, and ours changes with the view.
-      if (plot._context._baseUrl) {
-        plot._context._baseUrl = "";
-        await Plotly.redraw(plot);
-      }
+      await react(Plotly, plot, data, layout, config());
       settled = ticket;
       bind();
       drawMarks();

@@ -26,6 +26,18 @@
     return bins;
   };
 
+  // Draw kept heads, (layers x length), into a canvas of so many columns, one pixel row per layer.
+  DynamicKV.drawMap = (canvas, kept, layers, length, columns, heads) => {
+    const bins = DynamicKV.binned(kept, layers, length, columns);
+    const palette = Array.from({ length: heads + 1 }, (_, i) => color(i / heads));
+    canvas.width = columns;
+    canvas.height = layers;
+    const context = canvas.getContext("2d");
+    const image = context.createImageData(columns, layers);
+    bins.forEach((value, i) => image.data.set([...palette[value], 255], i * 4));
+    context.putImageData(image, 0, 0);
+  };
+
   DynamicKV.register("map", (element) => {
     const find = (role) => element.querySelector(`[data-role="${role}"]`);
     const canvas = find("canvas");
@@ -39,15 +51,8 @@
       const run = store.trace.runs[store.view.run];
       const { kept, heads } = DynamicKV.seen(run, store.view.head, layers, length);
       const columns = Math.max(1, Math.min(length, Math.round(canvas.clientWidth)));
-      const bins = DynamicKV.binned(kept, layers, length, columns);
-      const palette = Array.from({ length: heads + 1 }, (_, i) => color(i / heads));
-      canvas.width = columns;
-      canvas.height = layers;
+      DynamicKV.drawMap(canvas, kept, layers, length, columns, heads);
       canvas.style.height = `${layers * ROW}px`;
-      const context = canvas.getContext("2d");
-      const image = context.createImageData(columns, layers);
-      bins.forEach((value, i) => image.data.set([...palette[value], 255], i * 4));
-      context.putImageData(image, 0, 0);
       find("last").textContent = String(layers - 1);
       find("note").textContent = `${run.label} · bright: kept${store.view.head === null ? " by more heads" : ` by head ${store.view.head}`} · one column holds ${length > columns ? `up to ${Math.ceil(length / columns)} tokens` : "one token"}`;
       point();
