@@ -377,15 +377,15 @@ def test_a_model_of_these_sizes_has_as_many_parameters(model: Any) -> None:
 
 def test_lessons_are_served_and_unknown_names_are_not() -> None:
     client = TestClient(Starlette(routes=lesson_routes()))
-    index = client.get("/explorer/learn/index.json").json()
+    index = client.get("/gradio_api/explorer/learn/index.json").json()
     assert [item["id"] for item in index["lessons"]] == ["needle", "summary", "code"]
     assert [item["name"] for item in index["models"]] == [model.name for model in MODELS]
     for item in index["lessons"]:
-        served = client.get(f"/explorer/learn/{item['id']}.json").json()
+        served = client.get(f"/gradio_api/explorer/learn/{item['id']}.json").json()
         assert served == json.loads(json.dumps(lesson_payload(LESSONS[item["id"]])))
-    assert client.get("/explorer/learn/pair.json").status_code == 200
+    assert client.get("/gradio_api/explorer/learn/pair.json").status_code == 200
     for name in ("nothing", "..%2Frecords", "question"):
-        assert client.get(f"/explorer/learn/{name}.json").status_code == 404
+        assert client.get(f"/gradio_api/explorer/learn/{name}.json").status_code == 404
 
 
 def test_a_broken_lesson_is_left_out(tmp_path: Path) -> None:
