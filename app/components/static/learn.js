@@ -51,7 +51,7 @@
     function tell(lesson) {
       for (const place of learn.querySelectorAll("[data-number]")) place.textContent = lesson.numbers[place.dataset.number] ?? "";
       find("asked").textContent = `“${lesson.trace.record.prompt.question}”`;
-      find("recorded").textContent = `${lesson.trace.record.model.name}, ${lesson.trace.source}`;
+      find("recorded").textContent = `· ${lesson.trace.record.model.name}, ${lesson.trace.source}`;
       find("explore").href = exploreLink({});
       for (const button of find("lessons").children) button.setAttribute("aria-pressed", String(button.dataset.lesson === lesson.id));
       teach(lesson);

@@ -287,7 +287,7 @@
           make("td", { className: "dkv-sum" }, percent(shares.reduce((sum, share) => sum + share, 0) / layers)),
           ...shares.map((share, layer) => {
             const cell = make("td", { data: { layer }, title: `${run.label}, layer ${layer}: ${percent(share)}` }, percent(share));
-            cell.style.setProperty("--share", share);
+            cell.style.setProperty("--share", share ? 0.15 + 0.85 * share : 0); // a little is seen, too
             return cell;
           }));
         return row;
