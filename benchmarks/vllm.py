@@ -235,26 +235,50 @@ def throughput(folder: str) -> list[Row]:
 def concurrency(folder: str) -> list[Row]:
     """How many long prompts are answered at once in the room of a few whole ones."""
     tokens, layers = 48, 6
-    whole = -(-(LONG + tokens) // BLOCK) * layers
-    settings = {
-        "num_gpu_blocks_override": SPACE * whole + 1,
-        "max_model_len": LONG + tokens,
-        "max_num_batched_tokens": 8192,
-    }
+    whole = -(-(LONG + tokens) // BLOCK)
+    arguments = {"folder": folder, "count": 32, "length": LONG, "tokens": tokens}
     options = {"capacity": 256, "r_max": (CEILING - WINDOW) / (256 - WINDOW)}
-    with engines.started(folder, options, **settings) as engine:
-        found = engines.most_at_once(engine, 32, LONG, tokens)
+    children = [
+        Child(
+            "at_once",
+            plugin,
+            {
+                **arguments,
+                "count": 32 if plugin else 2 * SPACE,
+                "options": options if plugin else None,
+                "settings": {
+                    # The same bytes: without the plugin a block is one of all layers.
+                    "num_gpu_blocks_override": SPACE * whole * (layers if plugin else 1) + 1,
+                    "max_model_len": LONG + tokens,
+                    "max_num_batched_tokens": 8192,
+                },
+            },
+        )
+        for plugin in (False, True)
+    ]
+    full, found = [child.answer() for child in children]
+    for child in children:
+        child.close()
     ceiling = (CEILING // BLOCK + 3) * layers
-    note = f"{LONG} tokens, KV space of {SPACE} whole requests, capacity 256"
+    note = (
+        f"{found['requests']:.0f} and {full['requests']:.0f} of {LONG} tokens, capacity 256; "
+        "32 were sent"
+    )
     return [
-        Row("requests answered at once / FullKV's", found["requests"] / SPACE, "x", ">= 4", note),
+        Row(
+            "concurrent requests in the same KV space / vLLM without the plugin",
+            found["requests"] / full["requests"],
+            "x",
+            ">= 4",
+            note,
+        ),
         Row("blocks a compressed request holds, each layer its own", found["blocks"], "blocks"),
         Row(
             f"blocks it would hold with one ceiling of {CEILING} tokens per layer",
             ceiling,
             "blocks",
             "",
-            f"FullKV: {whole}",
+            f"without the plugin: {whole * layers}",
         ),
     ]
 

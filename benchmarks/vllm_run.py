@@ -1,7 +1,7 @@
 """One vLLM engine in one process: what the vLLM benchmark and the plugin's tests run. Needs vLLM's
 environment (make vllm).
 
-python -m benchmarks.vllm_run decode|tokens
+python -m benchmarks.vllm_run decode|tokens|at_once
 
 reads its arguments as one line of JSON and answers in lines that begin with JSON.
 """
@@ -216,9 +216,17 @@ def tokens(arguments: dict[str, Any]) -> None:
         _say(answers(engine, prompts, arguments["tokens"]))
 
 
+def at_once(arguments: dict[str, Any]) -> None:
+    """How many long prompts are answered at once."""
+    with started(arguments["folder"], arguments["options"], **arguments["settings"]) as engine:
+        _say(most_at_once(engine, arguments["count"], arguments["length"], arguments["tokens"]))
+
+
 def _say(value: Any) -> None:
     print(f"\nJSON {json.dumps(value)}", flush=True)
 
 
 if __name__ == "__main__":
-    {"decode": decode, "tokens": tokens}[sys.argv[1]](json.loads(sys.stdin.readline()))
+    {"decode": decode, "tokens": tokens, "at_once": at_once}[sys.argv[1]](
+        json.loads(sys.stdin.readline())
+    )

@@ -119,7 +119,7 @@ def test_every_block_comes_back_after_many_requests_and_aborts(folder, plain_ans
         assert found["least"] < found["before"] / 4
         assert found["after"] == found["before"]
         assert not get_kv_transfer_group().worker._requests
-        assert not any(get_kv_transfer_group().worker._by_block)
+        assert not get_kv_transfer_group().worker._by_block
         connector = scheduler_of(engine).connector
         assert not connector._prompts
         assert not connector._kept

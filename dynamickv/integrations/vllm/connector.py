@@ -138,8 +138,7 @@ class DynamicKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             preempted=frozenset(scheduler_output.preempted_req_ids or ()),
             finished=frozenset(scheduler_output.finished_req_ids),
             started=tuple(
-                Started(name, self._prompts[name], tuple(row[0] for row in blocks))
-                for name, blocks in started
+                Started(name, self._prompts[name], blocks[0][0]) for name, blocks in started
             ),
             restored=tuple(restored),
         )

@@ -16,8 +16,8 @@ class Started:
 
     name: str
     prompt_length: int
-    first_blocks: tuple[int, ...]
-    """Per cache group."""
+    first_block: int
+    """In the first cache group."""
 
 
 @dataclass(frozen=True, slots=True)

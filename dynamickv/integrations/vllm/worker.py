@@ -1,8 +1,8 @@
 """What happens to requests in the process that runs the model: prompts are watched while they are
 read, compressed after their last chunk, and from then on found in fewer blocks.
 
-A row of a batch is known by its first block: no two live requests share it, and it is freed no
-earlier than the request.
+A row of a batch is known by its first block in the first layer: no two live requests share it, and
+it is freed no earlier than the request.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ logger = init_logger("vllm.dynamickv")
 
 @dataclass
 class Watched:
-    """A request whose prompt does not fit its budget. Lists have one entry per layer."""
+    """A request whose prompt does not fit its budget."""
 
     name: str
     plan: BlockPlan
-    first_blocks: list[int]
+    first_block: int
+    """In the first layer; -1 while it is preempted."""
     queries: dict[int, Tensor] = field(default_factory=dict)
     """By layer, the last queries read so far, (tail, num_query_heads, head_dim)."""
     blocks: dict[int, Tensor] = field(default_factory=dict)
@@ -39,9 +40,9 @@ class Watched:
     length: int = 0
     """Tokens read and written up to the last step, those dropped since included."""
     kept: list[int] = field(default_factory=list)
-    """Blocks before the tail; empty until the prompt is compressed."""
+    """Per layer, blocks before the tail; empty until the prompt is compressed."""
     saved: list[Tensor] = field(default_factory=list)
-    """Contents of its blocks while it is preempted."""
+    """Per layer, the contents of its blocks while it is preempted."""
 
     def held_blocks(self, layer: int) -> int:
         """Blocks that hold its tokens in a layer."""
@@ -71,22 +72,30 @@ class Shape:
     places: Tensor
     """(rows, columns), which column of the scheduler's table each column is."""
     dropped: Tensor
-    """(rows,), tokens in the gap."""
+    """(rows,), tokens in the gap; on the CPU, and on the table's device."""
+    dropped_there: Tensor
 
     @classmethod
     def of(cls, kept: list[int], gaps: list[int], table: Tensor, block_size: int) -> Shape:
         """The shape of (rows, columns) `table` without its gaps."""
-        first, gap = torch.tensor([kept, gaps]).to(table.device, non_blocking=True)
-        columns = torch.arange(table.shape[1], device=table.device)
+        first, gap = torch.tensor([kept, gaps])
+        columns = torch.arange(table.shape[1])
         places = columns + torch.where(columns >= first[:, None], gap[:, None], 0)
-        return cls(kept, gaps, places.clamp_(max=table.shape[1] - 1), (gap * block_size).int())
+        dropped = (gap * block_size).int()
+        return cls(
+            kept,
+            gaps,
+            places.clamp_(max=table.shape[1] - 1).to(table.device),
+            dropped,
+            dropped.to(table.device),
+        )
 
     def apply(self, common: CommonAttentionMetadata) -> CommonAttentionMetadata:
         """The batch without the gaps."""
-        upper = common.seq_lens_cpu_upper_bound - self.dropped.cpu()
+        upper = common.seq_lens_cpu_upper_bound - self.dropped
         return common.replace(
             block_table_tensor=common.block_table_tensor.gather(1, self.places),
-            seq_lens=common.seq_lens - self.dropped,
+            seq_lens=common.seq_lens - self.dropped_there,
             seq_lens_cpu_upper_bound=upper,
             max_seq_len=int(upper.max()),
             _num_computed_tokens_cache=None,
@@ -102,7 +111,8 @@ class Worker:
         self._block_size = block_size
         self._pages: list[Pages] = []
         self._requests: dict[str, Watched] = {}
-        self._by_block: list[dict[int, Watched]] = [{} for _ in layers]
+        self._by_block: dict[int, Watched] = {}
+        self._rows: list[Watched | None] = []
         self._reading: list[Reading] = []
         self._shapes: list[Shape | None] = [None for _ in layers]
 
@@ -123,20 +133,21 @@ class Worker:
                 continue
             plan = BlockPlan.of(self.method, request.prompt_length, self._block_size)
             if plan.tail_block > 0:
-                watched = Watched(request.name, plan, list(request.first_blocks))
-                self._requests[request.name] = watched
-                self._find_by_blocks(watched)
+                watched = Watched(request.name, plan, request.first_block)
+                self._requests[request.name] = self._by_block[request.first_block] = watched
         for resumed in step.restored:
             self._restore(self._requests[resumed.name], resumed.blocks)
 
     def shortened(self, layer: int, common: CommonAttentionMetadata) -> CommonAttentionMetadata:
-        """A batch as one layer sees it: compressed rows without their gap, shorter by it."""
+        """A batch as one layer sees it: compressed rows without their gap, shorter by it. The first
+        layer is asked first: it knows the rows."""
         table = common.block_table_tensor
-        rows = [self._by_block[layer].get(block) for block in table[:, 0].tolist()]
+        if layer == 0:
+            self._rows = [self._by_block.get(block) for block in table[:, 0].tolist()]
+            self._note(self._rows, common)
+        rows = self._rows
         if not any(rows):
             return common
-        if layer == 0:
-            self._note(rows, common)
         kept = [row.kept[layer] if row and row.kept else 0 for row in rows]
         if any(kept):
             gaps = [
@@ -220,19 +231,10 @@ class Worker:
                 if not request.kept:
                     self._reading.append(Reading(request, starts[number], starts[number + 1]))
 
-    def _find_by_blocks(self, request: Watched) -> None:
-        for found, block in zip(self._by_block, request.first_blocks, strict=True):
-            found[block] = request
-
-    def _forget_blocks(self, request: Watched) -> None:
-        for found, block in zip(self._by_block, request.first_blocks, strict=True):
-            found.pop(block, None)
-        request.first_blocks = []
-
     def _forget(self, name: str) -> None:
         request = self._requests.pop(name, None)
-        if request is not None and request.first_blocks:
-            self._forget_blocks(request)
+        if request is not None:
+            self._by_block.pop(request.first_block, None)
 
     def _preempt(self, name: str) -> None:
         """Save what a compressed request holds; one that is still reading will read again."""
@@ -246,7 +248,8 @@ class Worker:
             pages.cache[request.blocks[layer][: request.held_blocks(layer)].long()]
             for layer, pages in enumerate(self._pages)
         ]
-        self._forget_blocks(request)
+        self._by_block.pop(request.first_block)
+        request.first_block = -1
 
     def _restore(self, request: Watched, table: Sequence[list[int]]) -> None:
         for layer, pages in enumerate(self._pages):
@@ -255,5 +258,5 @@ class Worker:
             blocks = torch.tensor(held[: request.held_blocks(layer)], device=pages.cache.device)
             pages.cache[blocks] = request.saved[layer]
         request.saved = []
-        request.first_blocks = [row[0] for row in table]
-        self._find_by_blocks(request)
+        request.first_block = table[0][0]
+        self._by_block[request.first_block] = request
