@@ -4,10 +4,12 @@ llm = load_model("smollm2-135m")
 trace = compare(llm, document, question, methods=[FullKV(), DynamicKV(capacity=128)])
 """
 
+from dynamickv import evaluate
 from dynamickv.answer import Preview, preview
 from dynamickv.compare import compare, compare_stream
 from dynamickv.conversation import Conversation
 from dynamickv.events import ComparisonFinished, Compressed, Event, Progress, RunFinished, Token
+from dynamickv.forcing import divergence, forced_logits
 from dynamickv.methods import (
     H2O,
     METHODS,
@@ -24,7 +26,7 @@ from dynamickv.methods import (
     build_methods,
 )
 from dynamickv.models import DEFAULT_MODEL, KNOWN_MODELS, Geometry, LoadedModel, load_model
-from dynamickv.prefill import prefill
+from dynamickv.prefill import prefill, prefill_text
 from dynamickv.prompt import require_longer_document
 from dynamickv.records import LayerObservation, Prefill, Retention
 from dynamickv.retain import retain
@@ -76,8 +78,12 @@ __all__ = [
     "compare",
     "compare_stream",
     "compress",
+    "divergence",
+    "evaluate",
+    "forced_logits",
     "load_model",
     "prefill",
+    "prefill_text",
     "preview",
     "require_longer_document",
     "retain",
