@@ -117,11 +117,12 @@ def test_one_prefill_per_cell_serves_every_method_and_capacity(
     assert len(prefills) == len(experiment.units()) == len(rows) == 2
     assert not any(prefills)
     assert [len(row["runs"]) for row in rows] == [5, 5]
-    (both,) = {
-        tuple((r["method"], r["parameters"].get("capacity")) for r in row["runs"]) for row in rows
-    }
-    assert both[0] == ("FullKV", None)
-    assert set(both[1:]) == {(name, size) for name in ("SnapKV", "DynamicKV") for size in (24, 48)}
+    first, second = (
+        [(r["method"], r["parameters"].get("capacity")) for r in row["runs"]] for row in rows
+    )
+    assert first == second
+    assert first[0] == ("FullKV", None)
+    assert set(first[1:]) == {(name, size) for name in ("SnapKV", "DynamicKV") for size in (24, 48)}
 
 
 def test_the_answers_are_those_of_the_library(llm: dkv.LoadedModel, tmp_path: Path) -> None:
@@ -183,7 +184,7 @@ def test_stopping_loses_only_the_cell_at_hand(llm: dkv.LoadedModel, tmp_path: Pa
     assert len(rows_of(Journal(path), experiment.units())) == 2
 
 
-def test_a_model_that_answers_right_scores_full_marks(
+def test_the_summary_counts_every_hidden_value(
     llm: dkv.LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(needle_module, "contains_all", lambda answer, expected: 0.5)
