@@ -39,6 +39,8 @@ from .inputs import (
     method_settings,
     offered_methods,
 )
+from .lab import Shared, build_lab
+from .lab_handlers import LabHandlers
 from .model_host import ModelHost
 from .views import VIEWS, plotly_source
 
@@ -129,6 +131,9 @@ def build_app(
             with gr.Tab("Explore", id="explore"), gr.Row(elem_id="dkv-workbench"):
                 inputs = build_inputs(host, examples, first, opening_line)
                 outputs = build_results(handlers, first)
+            with gr.Tab("Lab", id="lab"):
+                shared = Shared(inputs.document, inputs.question, inputs.model)
+                build_lab(LabHandlers(host, examples), shared, MODEL_QUEUE)
             with gr.Tab("Runs & API", id="runs") as runs:
                 build_runs(handlers, inputs, outputs, runs)
         wire_run(handlers, inputs, outputs)

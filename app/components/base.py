@@ -35,7 +35,7 @@ SCRIPTS = (
     "model_chip",
     "readout",
 )
-PAGE_SCRIPTS = ("links", "exports")
+PAGE_SCRIPTS = ("links", "exports", "lab_panel")
 """Those that a page without a server has no use for."""
 # Gradio looks for the names of a component's own events in this text.
 MOUNT = """

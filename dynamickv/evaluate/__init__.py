@@ -18,11 +18,12 @@ from dynamickv.evaluate.about import circumstances
 from dynamickv.evaluate.experiment import (
     Experiment,
     Measured,
+    Stopped,
     methods_at,
     rows_of,
     run,
 )
-from dynamickv.evaluate.journal import Journal
+from dynamickv.evaluate.journal import Journal, results_folder
 from dynamickv.evaluate.share import Share
 
 __all__ = [
@@ -30,12 +31,14 @@ __all__ = [
     "Journal",
     "Measured",
     "Share",
+    "Stopped",
     "circumstances",
     "datasets",
     "longbench",
     "methods_at",
     "metrics",
     "needle",
+    "results_folder",
     "rows_of",
     "run",
     "statistics",

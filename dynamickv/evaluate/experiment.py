@@ -125,8 +125,15 @@ def run(
         yield Measured(row, done + 1, len(missing), pace * sum(sizes[done + 1 :]))
 
 
-def rows_of(journal: Journal, units: Sequence[Unit]) -> list[Row]:
-    """What the journal holds of these units: one row a unit with every run once, in their order."""
+def rows_of(
+    journal: Journal,
+    units: Sequence[Unit],
+    methods: Sequence[CompressionMethod] | None = None,
+) -> list[Row]:
+    """What the journal holds of these units: one row a unit with every run once, in their order.
+
+    With `methods` only their runs, and only units that have some.
+    """
     merged: dict[str, Row] = {}
     for row in journal.read():
         if "unit" not in row:
@@ -137,7 +144,12 @@ def rows_of(journal: Journal, units: Sequence[Unit]) -> list[Row]:
             continue
         known = {_method_key(run) for run in merged[name]["runs"]}
         merged[name]["runs"] += [run for run in row["runs"] if _method_key(run) not in known]
-    return [merged[key(unit)] for unit in units if key(unit) in merged]
+    rows = [merged[key(unit)] for unit in units if key(unit) in merged]
+    if methods is None:
+        return rows
+    asked = {key([method.name, method.parameters]) for method in methods}
+    mine = [{**row, "runs": [r for r in row["runs"] if _method_key(r) in asked]} for row in rows]
+    return [row for row in mine if row["runs"]]
 
 
 def require_same_settings(rows: Sequence[Row], settings: dict[str, Any], journal: Journal) -> None:

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dynamickv.conversion import cache_folder
+
 
 class Journal:
     """The parts of one file: NAME.jsonl of process 0, NAME.1.jsonl of process 1 and so on.
@@ -70,6 +72,11 @@ class Journal:
             except OSError as error:
                 os.truncate(self.own, start)
                 raise OSError(error.errno, os.strerror(error.errno or 0), str(self.own)) from error
+
+
+def results_folder() -> Path:
+    """Where a program keeps journals that nobody gave a name for."""
+    return cache_folder() / "lab"
 
 
 def _mend(path: Path) -> None:

@@ -1,4 +1,5 @@
-"""Summaries as text: what the command line prints and writes, the paper's figures beside ours."""
+"""Summaries as lines of cells, which the page shows too, and as text; the paper's figures beside
+ours."""
 
 from __future__ import annotations
 
@@ -10,15 +11,26 @@ from typing import Any
 from dynamickv.evaluate.data import data_file
 
 Row = dict[str, Any]
+Lines = list[list[str]]
+"""A head and its rows."""
+
+ORDER = ("FullKV", "StreamingLLM", "H2O", "SnapKV", "PyramidKV", "DynamicKV")
+"""The columns of the paper's tables."""
 
 
-def needle_table(summary: Sequence[Row]) -> str:
-    """Method, capacity, exact score with its interval, fuzzy score, kept share, difference to
-    SnapKV; then the paper's row."""
-    lines = [
-        ["method", "capacity", "exact", "95 % interval", "fuzzy", "kept", "KV MiB", "over SnapKV"]
+def needle_lines(summary: Sequence[Row]) -> Lines:
+    """Method, capacity, exact score with its interval, fuzzy score, cost, difference to SnapKV."""
+    head = [
+        "method",
+        "capacity",
+        "exact",
+        "95 % interval",
+        "fuzzy",
+        "kept",
+        "KV MiB",
+        "over SnapKV",
     ]
-    lines += [
+    return [head] + [
         [
             row["method"],
             _capacity(row),
@@ -31,40 +43,77 @@ def needle_table(summary: Sequence[Row]) -> str:
         ]
         for row in summary
     ]
+
+
+def needle_paper_lines(summary: Sequence[Row]) -> Lines:
+    """The paper's percents, and ours in its layout: a row a capacity."""
     paper = data_file("paper.json")["needle"]
-    figures = ", ".join(f"{method} {value} %" for method, value in paper["percent"].items())
-    return f"{aligned(lines)}\n\nThe paper ({paper['title']}): {figures}"
+    ours = [
+        (f"here, capacity {size}", {row["method"]: row["exact"] for row in rows})
+        for size, rows in blocks_by_capacity(summary)
+    ]
+    theirs = {method: value / 100 for method, value in paper["percent"].items()}
+    return _beside([(f"paper: {paper['label']}", theirs), *ours], "{:.0f} %")
+
+
+def needle_table(summary: Sequence[Row]) -> str:
+    """All of it as text."""
+    return f"{aligned(needle_lines(summary))}\n\n{aligned(needle_paper_lines(summary))}"
+
+
+def longbench_lines(rows: Sequence[Row]) -> Lines:
+    """One capacity in the paper's layout: a row a method, a column a task; percents."""
+    tasks = list(dict.fromkeys(task for row in rows for task in row["tasks"]))
+    head = ["method", *tasks, "average", "95 % interval", "kept", "over SnapKV"]
+    return [head] + [
+        [
+            row["method"],
+            *(_score(row["tasks"].get(task)) for task in tasks),
+            _percent(row["average"], ""),
+            _range(row["interval"], ""),
+            _percent(row["kept_fraction"]),
+            _gain(row["over_snapkv"], ""),
+        ]
+        for row in rows
+    ]
+
+
+def longbench_paper_lines(summary: Sequence[Row]) -> Lines:
+    """The paper's averages at its capacity, and ours in its layout: a row a capacity."""
+    paper = data_file("paper.json")["longbench"]
+    theirs = [
+        (f"paper: {model}, {paper['capacity']}", {k: v / 100 for k, v in row.items()})
+        for model, row in paper["rows"].items()
+    ]
+    tasks = len({task for row in summary for task in row["tasks"]})
+    ours = [
+        (
+            f"here: {tasks} task{'' if tasks == 1 else 's'}, {size}",
+            {row["method"]: row["average"] for row in rows},
+        )
+        for size, rows in blocks_by_capacity(summary)
+    ]
+    return _beside([*theirs, *ours], "{:.2f}")
 
 
 def longbench_table(summary: Sequence[Row]) -> str:
-    """One block per capacity in the paper's layout: a row a method, a column a task, percents; then
-    the paper's rows at its capacity."""
-    tasks = list(dict.fromkeys(task for row in summary for task in row["tasks"]))
-    blocks = []
-    for capacity, rows in blocks_by_capacity(summary):
-        lines = [["method", *tasks, "average", "95 % interval", "kept", "over SnapKV"]]
-        lines += [
-            [
-                row["method"],
-                *(_score(row["tasks"].get(task)) for task in tasks),
-                _percent(row["average"], ""),
-                _range(row["interval"], ""),
-                _percent(row["kept_fraction"]),
-                _gain(row["over_snapkv"], ""),
-            ]
-            for row in rows
-        ]
-        title = "whole cache" if capacity is None else f"capacity {capacity}"
-        blocks.append(f"{title}\n{aligned(lines)}")
-    paper = data_file("paper.json")["longbench"]
-    methods = list(next(iter(paper["rows"].values())))
-    lines = [["model", *methods]]
-    lines += [
-        [model, *(f"{row[method]:.2f}" for method in methods)]
-        for model, row in paper["rows"].items()
+    """All of it as text: one block per capacity, then the paper's rows with ours."""
+    blocks = [
+        f"{'whole cache' if size is None else f'capacity {size}'}\n{aligned(longbench_lines(rows))}"
+        for size, rows in blocks_by_capacity(summary)
     ]
-    blocks.append(f"the paper: {paper['title']}\n{aligned(lines)}")
-    return "\n\n".join(blocks)
+    title = data_file("paper.json")["longbench"]["title"]
+    return "\n\n".join([*blocks, f"the paper: {title}\n{aligned(longbench_paper_lines(summary))}"])
+
+
+def _beside(rows: Sequence[tuple[str, Mapping[str, float]]], form: str) -> Lines:
+    """Rows of shares in the paper's order of methods, then others."""
+    methods = list(dict.fromkeys(method for _, shares in rows for method in shares))
+    methods.sort(key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
+    return [["", *methods]] + [
+        [title, *(form.format(100 * shares[m]) if m in shares else "-" for m in methods)]
+        for title, shares in rows
+    ]
 
 
 def longbench_csv(summary: Sequence[Row]) -> str:
@@ -105,10 +154,10 @@ def longbench_csv(summary: Sequence[Row]) -> str:
     return text.getvalue()
 
 
-def sweep_table(lines: Sequence[Row]) -> str:
+def sweep_lines(lines: Sequence[Row]) -> Lines:
     """Method, capacity, agreement with FullKV, KL and bytes."""
-    table = [["method", "capacity", "same tokens", "ROUGE-L", "KL nats", "kept", "KV MiB"]]
-    table += [
+    head = ["method", "capacity", "same tokens", "ROUGE-L", "KL nats", "kept", "KV MiB"]
+    return [head] + [
         [
             row["method"],
             str(row["capacity"]),
@@ -120,15 +169,25 @@ def sweep_table(lines: Sequence[Row]) -> str:
         ]
         for row in lines
     ]
-    return aligned(table)
 
 
-def tasks_table(summary: Mapping[str, Any]) -> str:
-    """The distances, and how many kept tokens one task has that another has not."""
-    distance, kinds = summary["distance"], summary["kinds"]
-    lines = [["kept for", *(f"not for {kind}" for kind in kinds)]]
-    lines += [[a, *(_percent(summary["moved"][a][b]) for b in kinds)] for a in kinds]
-    said = [f"{summary['method']} over {distance['documents']} documents, {len(kinds)} tasks"]
+def sweep_table(lines: Sequence[Row]) -> str:
+    """The same as text."""
+    return aligned(sweep_lines(lines))
+
+
+def tasks_lines(summary: Mapping[str, Any]) -> Lines:
+    """How many of the document tokens kept for one task are not kept for another."""
+    kinds = summary["kinds"]
+    head = ["kept for", *(f"not for {kind}" for kind in kinds)]
+    return [head] + [[a, *(_percent(summary["moved"][a][b]) for b in kinds)] for a in kinds]
+
+
+def tasks_sentences(summary: Mapping[str, Any]) -> list[str]:
+    """The distances in words."""
+    distance = summary["distance"]
+    documents, kinds = distance["documents"], len(summary["kinds"])
+    said = [f"{summary['method']} over {documents} documents, {kinds} tasks"]
     for name, meaning in (
         ("within", "same task, other document"),
         ("across", "other task, other document"),
@@ -141,7 +200,12 @@ def tasks_table(summary: Mapping[str, Any]) -> str:
             f"across minus within: {_percent(distance['separation'])}, "
             f"95 % interval {_range(distance['interval'])}"
         )
-    return "\n".join([*said, "", aligned(lines)])
+    return said
+
+
+def tasks_table(summary: Mapping[str, Any]) -> str:
+    """All of it as text."""
+    return "\n".join([*tasks_sentences(summary), "", aligned(tasks_lines(summary))])
 
 
 def blocks_by_capacity(summary: Sequence[Row]) -> list[tuple[int | None, list[Row]]]:

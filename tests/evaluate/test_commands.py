@@ -69,7 +69,7 @@ def test_needle_prints_its_table_and_writes_summary_and_lines(call: Command) -> 
     code, out, err = call(*NEEDLE, "--methods", "FullKV,SnapKV", "--output", "n.json")
     assert code == 0, err
     assert "SnapKV" in out
-    assert "The paper" in out
+    assert "paper: Mistral-7B, 32K, capacity 64" in out
     assert "n:" in err
     assert "unit" not in out
     record = json.loads(Path("n.json").read_text())

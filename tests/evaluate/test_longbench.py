@@ -373,8 +373,9 @@ def test_tables_show_the_papers_rows_beside_ours(rows: list[dict[str, Any]]) -> 
         names = [line.split()[0] for line in block.splitlines()[2:]]
         assert names == ["FullKV", "H2O", "SnapKV", "DynamicKV"]
         assert "qasper" in block.splitlines()[1]
-    assert "Llama-3-8B-Instruct" in blocks[2]
+    assert "paper: Llama-3-8B-Instruct, 512" in blocks[2]
     assert "40.73" in blocks[2]
+    assert "here: 3 tasks, 24" in blocks[2]
     lines = list(csv.DictReader(io.StringIO(tables.longbench_csv(summary))))
     assert len(lines) == 7 * 4
     assert {line["task"] for line in lines} == {
