@@ -19,7 +19,6 @@ from .views import lab_longbench, lab_needle, lab_sweep, lab_tasks
 log = logging.getLogger(__name__)
 tables = dkv.evaluate.tables
 Payload = dict[str, Any]
-Summary = Sequence[Mapping[str, Any]]
 
 PALETTE = {
     name: [method_style(name).light, method_style(name).dark]
@@ -39,7 +38,7 @@ def needle_panel(summary: Sequence[dict[str, Any]], source: str) -> Payload:
     return panel(
         "Needle in a haystack",
         source,
-        said=_said(summary, "exact", "finds", 100, " %"),
+        said=tables.standing(summary, "exact"),
         figure=lab_needle.render(summary).to_json(),
         tables=[
             _table(
@@ -62,7 +61,7 @@ def longbench_panel(summary: Sequence[dict[str, Any]], source: str) -> Payload:
     return panel(
         "LongBench",
         source,
-        said=_said(summary, "average", "scores", 100, ""),
+        said=tables.standing(summary, "average"),
         figure=lab_longbench.render(summary).to_json(),
         tables=[
             _table(
@@ -131,23 +130,6 @@ def source_words(circumstances: Mapping[str, str]) -> str:
         f"{at['date']}: {at['model']} ({at['dtype']}) on {at['device']}, {at['cores']} cores, "
         f"torch {at['torch']}, transformers {at['transformers']}, dynamickv {at['dynamickv']}."
     )
-
-
-def _said(summary: Summary, field: str, verb: str, factor: float, unit: str) -> list[str]:
-    """One sentence per capacity: how DynamicKV stands to SnapKV, which shares evenly."""
-    said = []
-    for line in summary:
-        gain = line["over_snapkv"]
-        if line["method"] != "DynamicKV" or gain is None:
-            continue
-        low, high = gain["interval"]
-        verdict = "ahead of" if low > 0 else "behind" if high < 0 else "not told apart from"
-        said.append(
-            f"Capacity {line['capacity']}: DynamicKV {verb} {factor * line[field]:.1f}{unit}, "
-            f"{100 * gain['mean']:+.1f} points to SnapKV "
-            f"(95 % interval {100 * low:+.1f} to {100 * high:+.1f}): {verdict} it."
-        )
-    return said
 
 
 def _table(caption: str, lines: list[list[str]]) -> dict[str, Any]:

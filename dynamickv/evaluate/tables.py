@@ -58,7 +58,9 @@ def needle_paper_lines(summary: Sequence[Row]) -> Lines:
 
 def needle_table(summary: Sequence[Row]) -> str:
     """All of it as text."""
-    return f"{aligned(needle_lines(summary))}\n\n{aligned(needle_paper_lines(summary))}"
+    said = standing(summary, "exact")
+    tables = [aligned(needle_lines(summary)), aligned(needle_paper_lines(summary))]
+    return "\n\n".join([*tables, *(["\n".join(said)] if said else [])])
 
 
 def longbench_lines(rows: Sequence[Row]) -> Lines:
@@ -152,6 +154,27 @@ def longbench_csv(summary: Sequence[Row]) -> str:
                  f"{row['kept_fraction']:.6f}", f"{row['kv_bytes']:.0f}"]
             )  # fmt: skip
     return text.getvalue()
+
+
+def standing(summary: Sequence[Row], field: str) -> list[str]:
+    """One sentence per capacity: how DynamicKV stands to SnapKV, which shares the budget evenly.
+
+    Args:
+        field: "exact" of a needle grid or "average" of LongBench.
+    """
+    said = []
+    for row in summary:
+        gain = row["over_snapkv"]
+        if row["method"] != "DynamicKV" or gain is None:
+            continue
+        low, high = gain["interval"]
+        verdict = "ahead of" if low > 0 else "behind" if high < 0 else "not told apart from"
+        said.append(
+            f"Capacity {row['capacity']}: DynamicKV has {100 * row[field]:.1f} %, "
+            f"{100 * gain['mean']:+.1f} points to SnapKV "
+            f"(95 % interval {100 * low:+.1f} to {100 * high:+.1f}): {verdict} it."
+        )
+    return said
 
 
 def sweep_lines(lines: Sequence[Row]) -> Lines:
