@@ -45,6 +45,8 @@ from .inputs import (
     method_settings,
     offered_methods,
 )
+from .lab import Shared, build_lab
+from .lab_handlers import LabHandlers
 from .learn import lesson_routes
 from .method_cards import method_cards
 from .model_host import ModelHost
@@ -150,6 +152,9 @@ def build_app(
             with gr.Tab("Explore", id="explore"), gr.Row(elem_id="dkv-workbench"):
                 inputs = build_inputs(host, examples, first, opening_line)
                 outputs = build_results(handlers, first)
+            with gr.Tab("Lab", id="lab"):
+                shared = Shared(inputs.document, inputs.question, inputs.model)
+                build_lab(LabHandlers(host, examples), shared, MODEL_QUEUE)
             with gr.Tab("Learn", id="learn"):
                 Learn(elem_id="dkv-learn")
             with gr.Tab("Runs & API", id="runs") as runs:

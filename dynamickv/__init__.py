@@ -4,11 +4,13 @@ llm = load_model("smollm2-135m")
 trace = compare(llm, document, question, methods=[FullKV(), DynamicKV(capacity=128)])
 """
 
+from dynamickv import evaluate
 from dynamickv.answer import Preview, preview
 from dynamickv.catalogue import DEFAULT_MODEL, KNOWN_MODELS, KnownModel
 from dynamickv.compare import compare, compare_stream
 from dynamickv.conversation import Conversation
 from dynamickv.events import ComparisonFinished, Compressed, Event, Progress, RunFinished, Token
+from dynamickv.forcing import divergence, forced_logits
 from dynamickv.memory import (
     OutOfMemory,
     free_memory,
@@ -30,7 +32,7 @@ from dynamickv.methods import (
     build_methods,
 )
 from dynamickv.models import Geometry, LoadedModel, load_model
-from dynamickv.prefill import prefill
+from dynamickv.prefill import prefill, prefill_text
 from dynamickv.prompt import require_longer_document
 from dynamickv.records import LayerObservation, Prefill, Retention
 from dynamickv.retain import retain
@@ -84,9 +86,13 @@ __all__ = [
     "compare",
     "compare_stream",
     "compress",
+    "divergence",
+    "evaluate",
+    "forced_logits",
     "free_memory",
     "load_model",
     "prefill",
+    "prefill_text",
     "preview",
     "release_memory",
     "require_longer_document",

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from dynamickv.catalogue import KnownModel
 from dynamickv.compare import compare_stream
+from dynamickv.evaluate.options import add_commands
 from dynamickv.events import ComparisonFinished, Progress, Token
 from dynamickv.memory import bytes_per_value, free_memory
 from dynamickv.methods import METHODS, CompressionMethod, build_methods
@@ -89,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         "--quantization", metavar="|".join(QUANTIZATIONS), help="pack the weights (bitsandbytes)"
     )
     compare.add_argument("--output", metavar="FILE", help="the run record, .json or .json.gz")
+    add_commands(commands, _read_text)
     models = commands.add_parser("models", help="list what can be loaded here, or prepare one")
     models.set_defaults(command=_models)
     models.add_argument(

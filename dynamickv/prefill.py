@@ -16,7 +16,7 @@ from torch import Tensor
 from dynamickv.cache import KVCache, KVLayer
 from dynamickv.models import LoadedModel
 from dynamickv.observe import observed
-from dynamickv.prompt import EncodedPrompt, encode_prompt
+from dynamickv.prompt import EncodedPrompt, encode_prompt, encode_text
 from dynamickv.records import LayerObservation, Prefill
 from dynamickv.scoring import attention_mass
 
@@ -62,6 +62,35 @@ def prefill(
     )
     if question is None or question_aware is False:
         prompt = prompt.document_part(question or "")
+    return prefill_prompt(llm, prompt, tail=tail, mass=mass, on_layer=on_layer)
+
+
+def prefill_text(
+    llm: LoadedModel,
+    text: str,
+    *,
+    limit: int | None = None,
+    chat_template: bool = False,
+    tail: int = TAIL,
+    mass: bool = False,
+    on_layer: Callable[[int], None] | None = None,
+) -> Prefill:
+    """`prefill` of a prompt that is laid out already, question included, such as a benchmark's.
+
+    Args:
+        limit: a text of more tokens keeps its first and last limit // 2, as LongBench does.
+        chat_template: True makes the text the user's message.
+
+    Raises:
+        ValueError: empty text, or a prompt longer than the model reads.
+    """
+    prompt = encode_text(llm.tokenizer, text, limit=limit, chat_template=chat_template)
+    most = llm.geometry.max_positions
+    if prompt.length > most:
+        raise ValueError(
+            f"the prompt has {prompt.length:,} tokens and this model reads {most:,}; "
+            "shorten it or set a lower limit"
+        )
     return prefill_prompt(llm, prompt, tail=tail, mass=mass, on_layer=on_layer)
 
 

@@ -112,6 +112,41 @@ def encode_prompt(
     return _truncated(tokenizer, parts, encoded, document, question, limit)
 
 
+def encode_text(
+    tokenizer: Any, text: str, *, limit: int | None = None, chat_template: bool = False
+) -> EncodedPrompt:
+    """Tokenize a prompt that is laid out already, question included, such as a benchmark's.
+
+    Args:
+        tokenizer: a fast transformers tokenizer.
+        limit: a text of more tokens keeps its first and last limit // 2, which are decoded, joined
+            and tokenized again, as LongBench does; the result may have a few tokens more or less.
+        chat_template: True makes the text the user's message in the model's chat template, which
+            comes on top of `limit`.
+
+    Raises:
+        ValueError: if there is no text, or `limit` leaves nothing of it.
+    """
+    require_text("prompt", text)
+    text = _valid_text(text)
+    whole = _encode(tokenizer, ("", "", ""), text, "", False)
+    shorter = text
+    if limit is not None and whole.length > limit:
+        if limit < 2:
+            raise ValueError(f"a prompt needs at least 2 tokens to keep both ends, got {limit}")
+        halves = whole.token_ids[: limit // 2], whole.token_ids[-(limit // 2) :]
+        shorter = "".join(tokenizer.decode(half, skip_special_tokens=True) for half in halves)
+    before, after = _message_parts(tokenizer) if chat_template else ("", "")
+    encoded = _encode(tokenizer, (before, "", after), shorter, "", bool(before or after))
+    cut = max(whole.length - limit, 0) if limit is not None else 0
+    # The question lies somewhere in the text; an empty one at its end says that it was read.
+    return replace(
+        encoded,
+        question_span=(encoded.length, encoded.length),
+        original_length=encoded.length + cut,
+    )
+
+
 def follow_up_ids(tokenizer: Any, question: str) -> list[int]:
     """Tokens that lead from the end of an answer to the next answer, the new question between.
 
@@ -208,6 +243,17 @@ def _template_parts(tokenizer: Any, chat_template: bool) -> tuple[str, str, str]
             "choose an instruction model"
         )
     return before, between, after
+
+
+def _message_parts(tokenizer: Any) -> tuple[str, str]:
+    """What the chat template puts around one message of the user; nothing without a template."""
+    if not getattr(tokenizer, "chat_template", None):
+        return "", ""
+    rendered = tokenizer.apply_chat_template(
+        [{"role": "user", "content": _DOCUMENT}], tokenize=False, add_generation_prompt=True
+    )
+    before, _, after = rendered.partition(_DOCUMENT)
+    return before, after
 
 
 def _encode(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.evidence import section as evidence_section
 from benchmarks.readme import section as measured_section
 from dynamickv import METHODS
 
@@ -72,3 +73,7 @@ def test_the_space_has_what_its_front_matter_names() -> None:
 
 def test_the_measured_tables_are_those_of_the_results() -> None:
     assert measured_section() in README
+
+
+def test_the_recorded_evidence_is_that_of_the_files() -> None:
+    assert evidence_section() in README

@@ -82,12 +82,26 @@ class Learn(Component):
     view, template = "learn", "learn"
 
 
+class LabPanel(Component):
+    """One measurement of the Lab: sentences, a chart, tables, a CSV file."""
+
+    view, template = "lab", "lab_panel"
+
+
+class LabStatus(Component):
+    """How far a measurement is."""
+
+    view, template = "labstatus", "status_line"
+
+
 __all__ = [
     "AnswerCards",
     "Component",
     "DocumentView",
     "Evidence",
     "FigureView",
+    "LabPanel",
+    "LabStatus",
     "LayerMap",
     "Learn",
     "ModelChip",

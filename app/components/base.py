@@ -38,6 +38,7 @@ SCRIPTS = (
 PAGE_SCRIPTS = (
     "links",
     "exports",
+    "lab_panel",
     "learn",
     "learn_figures",
     "learn_choice",

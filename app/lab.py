@@ -1,0 +1,127 @@
+"""The Lab: four measurements with a form, a status line and a panel each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from .components import LabPanel, LabStatus
+from .inputs import DEFAULT_CAPACITY, offered_methods
+from .lab_handlers import LabHandlers
+from .lab_model import recorded
+
+SIX = ("FullKV", "StreamingLLM", "H2O", "SnapKV", "PyramidKV", "DynamicKV")
+PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+COMMANDS = """The same from a terminal, for longer runs, other models, several GPUs or hosts:
+
+```text
+python -m dynamickv longbench --data DIR --capacity 128,512 --output results
+accelerate launch -m dynamickv longbench --data DIR --model organisation/model --output results
+```
+
+`DIR` holds LongBench's files, one per task, or RULER's. A run that was stopped goes on from there.
+"""
+
+
+@dataclass(slots=True)
+class Shared:
+    """What the Lab takes from Explore."""
+
+    document: gr.Textbox
+    question: gr.Textbox
+    model: gr.Dropdown
+
+
+@dataclass(slots=True)
+class Part:
+    """Widgets that every measurement has."""
+
+    measure: gr.Button
+    stop: gr.Button
+    status: LabStatus
+    panel: LabPanel
+
+
+def build_lab(handlers: LabHandlers, shared: Shared, queue: str) -> None:
+    """The tab's content; measurements wait in the queue of the page's runs."""
+    models = [shared.model]
+    with gr.Tabs(elem_id="dkv-lab-tabs"):
+        with gr.Tab("Needle", id="lab-needle"), gr.Row(elem_classes=["dkv-lab-row"]):
+            with gr.Column(scale=3, min_width=300, elem_classes=["dkv-lab-form"]):
+                gr.Markdown(
+                    "Hide a number at every depth of texts of every length, and ask for it."
+                )
+                methods = _methods(SIX)
+                sizes = gr.Textbox("64, 128", label="Capacities", elem_id="dkv-lab-capacities")
+                lengths = gr.Textbox("512, 1024", label="Lengths, in tokens")
+                depths = gr.Slider(1, 11, value=3, step=1, label="Depths")
+                samples = gr.Slider(1, 10, value=1, step=1, label="Texts per cell")
+                needles = gr.Slider(1, 4, value=1, step=1, label="Needles per text")
+                buttons = _buttons("needle")
+            part = _part("needle", *buttons)
+            fields = [*models, methods, sizes, lengths, depths, samples, needles]
+            _wire(handlers, handlers.needle, fields, part, queue)
+        with gr.Tab("Sweep", id="lab-sweep"), gr.Row(elem_classes=["dkv-lab-row"]):
+            with gr.Column(scale=3, min_width=300, elem_classes=["dkv-lab-form"]):
+                gr.Markdown(
+                    "Explore's document and question, read once, at 16 tokens per layer, at its "
+                    "doubles and at the whole prompt. KL is taken while FullKV's answer is fed."
+                )
+                methods = _methods(SIX[1:])
+                longest = gr.Slider(8, 128, value=48, step=8, label="Longest answer, in tokens")
+                buttons = _buttons("sweep")
+            part = _part("sweep", *buttons)
+            fields = [shared.document, shared.question, *models, methods, longest]
+            _wire(handlers, handlers.sweep, fields, part, queue)
+        with gr.Tab("Tasks", id="lab-tasks"), gr.Row(elem_classes=["dkv-lab-row"]):
+            with gr.Column(scale=3, min_width=300, elem_classes=["dkv-lab-form"]):
+                gr.Markdown(
+                    "The example documents, five kinds of question each. If budgets follow the "
+                    "task, those of one task lie closer together than those of different tasks."
+                )
+                names = [name for name in offered_methods() if name != "FullKV"]
+                method = gr.Dropdown(names, value="DynamicKV", label="Method")
+                capacity = gr.Slider(
+                    16, 1024, value=DEFAULT_CAPACITY, step=8, label="Capacity (tokens per layer)"
+                )
+                buttons = _buttons("tasks")
+            part = _part("tasks", *buttons)
+            _wire(handlers, handlers.tasks, [*models, method, capacity], part, queue)
+        with gr.Tab("LongBench", id="lab-longbench"), gr.Column():
+            LabPanel(recorded("longbench"), elem_id="dkv-lab-longbench")
+            gr.Markdown(COMMANDS, elem_classes=["dkv-lab-commands"])
+
+
+def _methods(chosen: tuple[str, ...]) -> gr.CheckboxGroup:
+    offered = [name for name in SIX if name in chosen]
+    return gr.CheckboxGroup(offered, value=offered, label="Methods")
+
+
+def _buttons(kind: str) -> tuple[gr.Button, gr.Button, LabStatus]:
+    with gr.Row():
+        measure = gr.Button(
+            "Measure", variant="primary", min_width=80, elem_id=f"dkv-lab-{kind}-run"
+        )
+        stop = gr.Button("Stop", interactive=False, min_width=80, elem_id=f"dkv-lab-{kind}-stop")
+    idle = {"state": "idle", "message": "", "detail": ""}
+    return measure, stop, LabStatus(idle, elem_id=f"dkv-lab-{kind}-status")
+
+
+def _part(kind: str, measure: gr.Button, stop: gr.Button, status: LabStatus) -> Part:
+    with gr.Column(scale=9, min_width=300):
+        panel = LabPanel(recorded(kind), elem_id=f"dkv-lab-{kind}")
+    return Part(measure=measure, stop=stop, status=status, panel=panel)
+
+
+def _wire(handlers: LabHandlers, handler: Any, fields: list[Any], part: Part, queue: str) -> None:
+    part.measure.click(
+        handler,
+        fields,
+        [part.status, part.panel, part.measure, part.stop],
+        concurrency_id=queue,
+        concurrency_limit=1,
+        **PRIVATE,
+    )
+    part.stop.click(handlers.stop, None, part.status, queue=False, **PRIVATE)

@@ -1,0 +1,251 @@
+"""What the Lab does when asked: measure, tell how far it is, stop. What was measured of a needle
+grid or of tasks is kept on disk, so that the same settings go on where they were stopped; texts of
+users are not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+import dynamickv as dkv
+
+from . import inputs
+from .examples import Example
+from .handlers import busy_buttons, failed, idle_buttons, running, session
+from .lab_model import Payload, needle_panel, source_words, sweep_panel, tasks_panel
+from .live import Speed
+from .model_host import ModelHost
+from .view_model import seconds
+
+log = logging.getLogger(__name__)
+lab = dkv.evaluate
+MOST_CELLS = 2000
+MOST_NUMBERS = 12
+Build = Callable[[list[dict[str, Any]], str], Payload]
+Outputs = tuple[Any, ...]
+"""Status, panel, Measure, Stop."""
+
+
+class LabHandlers:
+    """The Lab's events, bound to the page's models and examples."""
+
+    def __init__(
+        self, host: ModelHost, examples: dict[str, Example], folder: Path | None = None
+    ) -> None:
+        self.host, self.examples = host, examples
+        self._folder = folder
+        self._stops: dict[tuple[str, str], threading.Event] = {}
+        traces = [example.trace for example in examples.values() if example.trace]
+        self._speed = Speed.of(traces[0], "the recorded run") if traces else None
+
+    def stop(self, request: gr.Request) -> dict[str, Any]:
+        """Ask this tab's measurements to end; output: status."""
+        for (who, _), stop in list(self._stops.items()):
+            if who == session(request):
+                stop.set()
+        return {"state": "running", "message": "Stopping …", "detail": "", "stopping": True}
+
+    def needle(
+        self,
+        request: gr.Request,
+        model: str,
+        methods: list[str],
+        capacities: str,
+        lengths: str,
+        depths: float,
+        samples: float,
+        needles: float,
+    ) -> Iterator[Outputs]:
+        """Measure a needle grid."""
+
+        def work(stop: threading.Event) -> Iterator[Outputs]:
+            sizes, longest = numbers("capacity", capacities), numbers("length", lengths)
+            chosen = lab.methods_at(listed(methods), sizes)
+            grid = lab.needle.NeedleGrid(
+                lengths=tuple(longest),
+                depths=lab.needle.even_depths(inputs.whole_number("depths", depths, 1, 21)),
+                samples=inputs.whole_number("samples", samples, 1, 50),
+                needles=inputs.whole_number("needles", needles, 1, 8),
+            )
+            cells = len(grid.lengths) * len(grid.depths) * grid.samples
+            if cells > MOST_CELLS:
+                raise ValueError(f"{cells:,} cells are more than {MOST_CELLS:,}; choose fewer")
+            lab.metrics.require_libraries()
+            each = sum(longest) * len(grid.depths) * grid.samples
+            guess = self._guess(each, cells * len(chosen), grid.max_new_tokens)
+            yield running(f"Loading {model}"), gr.skip(), *busy_buttons()
+            llm = self.host.get(model)
+            experiment = lab.needle.NeedleExperiment(llm, grid)
+            yield from self._measure(
+                llm, experiment, chosen, stop, guess, "cell",
+                lambda rows, source: needle_panel(lab.summary.needle_summary(rows), source),
+                self._kept("needle", experiment.settings),
+            )  # fmt: skip
+
+        yield from self._guarded(request, "needle", work)
+
+    def sweep(
+        self,
+        request: gr.Request,
+        document: str,
+        question: str,
+        model: str,
+        methods: list[str],
+        new_tokens: float,
+    ) -> Iterator[Outputs]:
+        """Measure every capacity on the document of Explore."""
+
+        def work(stop: threading.Event) -> Iterator[Outputs]:
+            longest = inputs.whole_number("new tokens", new_tokens, 1, inputs.MAX_NEW_TOKENS)
+            inputs.build_request(document, question, ["FullKV"], longest, {"capacity": 128})
+            chosen = lab.methods_at([m for m in listed(methods) if m != "FullKV"], [16])
+            yield running(f"Loading {model}"), gr.skip(), *busy_buttons()
+            llm = self.host.get(model)
+            experiment = lab.sweep.SweepExperiment(llm, document, question, max_new_tokens=longest)
+            yield running("Reading the prompt"), gr.skip(), *busy_buttons()
+            experiment.prepare(any(m.needs_mass for m in chosen), stop=stop.is_set)
+            # The journal would hold answers about somebody's text: it goes when this ends.
+            with tempfile.TemporaryDirectory(prefix="dynamickv-") as folder:
+                yield from self._measure(
+                    llm, experiment, chosen, stop, "", "capacity",
+                    lambda rows, source: sweep_panel(lab.sweep.sweep_summary(rows), source),
+                    lab.Journal(Path(folder) / "sweep.jsonl"),
+                )  # fmt: skip
+
+        yield from self._guarded(request, "sweep", work)
+
+    def tasks(
+        self, request: gr.Request, model: str, method: str, capacity: float
+    ) -> Iterator[Outputs]:
+        """Ask every example document every kind of question."""
+
+        def work(stop: threading.Event) -> Iterator[Outputs]:
+            size = inputs.whole_number("capacity", capacity, 16, 2048)
+            chosen = lab.methods_at(listed([method]), [size])
+            yield running(f"Loading {model}"), gr.skip(), *busy_buttons()
+            llm = self.host.get(model)
+            texts = {example.title: example.document for example in self.examples.values()}
+            experiment = lab.tasks.TaskExperiment(llm, texts)
+            tokens = sum(len(text) for text in texts.values()) * len(experiment.units())
+            guess = self._guess(round(tokens / max(len(texts), 1) / 4.2), 0, 0)
+
+            yield from self._measure(
+                llm, experiment, chosen, stop, guess, "question",
+                lambda rows, source: tasks_panel(
+                    [lab.tasks.tasks_summary(rows, chosen[0].name)], source
+                ),
+                self._kept("tasks", experiment.settings),
+            )  # fmt: skip
+
+        yield from self._guarded(request, "tasks", work)
+
+    def _measure(
+        self,
+        llm: dkv.LoadedModel,
+        experiment: lab.Experiment,
+        methods: Sequence[dkv.CompressionMethod],
+        stop: threading.Event,
+        guess: str,
+        noun: str,
+        build: Build,
+        journal: lab.Journal,
+    ) -> Iterator[Outputs]:
+        source = f"Measured here {source_words(lab.circumstances(llm))}"
+        step = None
+        for step in lab.run(experiment, methods, journal, stop=stop.is_set):
+            left = (
+                guess if step.seconds_left is None else f"about {seconds(step.seconds_left)} left"
+            )
+            status = running(
+                f"Measured {step.done} of {step.total} {noun}s"
+                if step.total
+                else "All is measured",
+                step.done / max(step.total, 1),
+            )
+            rows = lab.rows_of(journal, experiment.units(), methods)
+            shown = build(rows, source) if rows else gr.skip()
+            yield {**status, "detail": left}, shown, *busy_buttons()
+        stopped = step is not None and step.done < step.total
+        end = {
+            "state": "idle",
+            "message": "Stopped: what was measured is kept, Measure goes on from here."
+            if stopped
+            else "Done.",
+            "detail": "",
+        }
+        yield end, gr.skip(), *idle_buttons()
+
+    def _guarded(
+        self,
+        request: gr.Request,
+        kind: str,
+        work: Callable[[threading.Event], Iterator[Outputs]],
+    ) -> Iterator[Outputs]:
+        key = (session(request), kind)
+        stop = self._stops[key] = threading.Event()
+        try:
+            yield from work(stop)
+        except lab.Stopped:
+            idle = {"state": "idle", "message": "Stopped.", "detail": ""}
+            yield idle, gr.skip(), *idle_buttons()
+        except (ValueError, OSError) as error:
+            yield failed(error), gr.skip(), *idle_buttons()
+        except Exception as error:
+            log.exception("a measurement failed")
+            cause = type(error).__name__
+            yield (
+                failed(
+                    f"The measurement failed ({cause}): choose shorter prompts or fewer methods."
+                ),
+                gr.skip(),
+                *idle_buttons(),
+            )
+        finally:
+            if self._stops.get(key) is stop:
+                del self._stops[key]
+
+    def _guess(self, prefill_tokens: int, answers: int, new_tokens: int) -> str:
+        if self._speed is None:
+            return ""
+        return self._speed.estimate(prefill_tokens, answers, new_tokens)
+
+    def _kept(self, kind: str, settings: dict[str, Any]) -> lab.Journal:
+        """The journal of these settings."""
+        folder = self._folder or lab.results_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+        return lab.Journal(folder / f"{kind}-{name}.jsonl")
+
+
+def numbers(name: str, text: str) -> list[int]:
+    """A list such as "64, 128".
+
+    Raises:
+        ValueError: no numbers, too many, or one that is out of bounds.
+    """
+    try:
+        found = sorted({int(part) for part in str(text).replace(",", " ").split()})
+    except ValueError:
+        found = []
+    if not found or found[0] < 1 or len(found) > MOST_NUMBERS:
+        raise ValueError(
+            f"{name} takes 1 to {MOST_NUMBERS} whole numbers, such as 64, 128; "
+            f"got {str(text)[:40]!r}"
+        )
+    return found
+
+
+def listed(methods: Any) -> list[str]:
+    """Method names; anything else a browser may send is refused."""
+    if not isinstance(methods, list) or not all(isinstance(name, str) for name in methods):
+        raise ValueError("methods must be a list of names; tick at least one")
+    return methods

@@ -1,0 +1,61 @@
+"""What six methods cost more than FullKV alone: python -m benchmarks.evaluate [--runs N]
+ One example, the whole way as the LongBench command goes it: prefill, choosing, decoding, scoring
+left out. The prefill is shared, the compressed caches are decoded together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+
+import dynamickv as dkv
+from benchmarks.prompts import prompt_of
+from benchmarks.report import Row, paired_seconds, publish, ratio
+from dynamickv.evaluate.experiment import answers
+from dynamickv.prefill import prefill_prompt
+from dynamickv.prompt import EncodedPrompt
+
+SIX = ("FullKV", "StreamingLLM", "H2O", "SnapKV", "PyramidKV", "DynamicKV")
+CAPACITY = 512
+NEW_TOKENS = 64
+
+
+def measure(llm: dkv.LoadedModel, length: int, runs: int) -> list[Row]:
+    """Seconds for FullKV alone and for six methods at one prompt length, in turn."""
+    prompt = prompt_of(llm, length)
+    full = dkv.evaluate.methods_at(["FullKV"], [CAPACITY])
+    six = dkv.evaluate.methods_at(SIX, [CAPACITY])
+    alone, all_six = paired_seconds(
+        [lambda: example(llm, prompt, full), lambda: example(llm, prompt, six)], runs
+    )
+    at = f"{round(length / 1024)}K tokens, {NEW_TOKENS} new"
+    return [
+        Row(f"one example, FullKV, {at}", statistics.median(alone), "s"),
+        Row(f"one example, six methods, {at}", statistics.median(all_six), "s"),
+        Row(f"six methods / FullKV, {at}", ratio(all_six, alone), "x", "<= 1.6"),
+    ]
+
+
+def example(
+    llm: dkv.LoadedModel, prompt: EncodedPrompt, methods: list[dkv.CompressionMethod]
+) -> None:
+    """What an experiment does with one example."""
+    read = prefill_prompt(llm, prompt, mass=any(method.needs_mass for method in methods))
+    answers(llm, read, methods, NEW_TOKENS)
+
+
+def main() -> None:
+    """Measure, print, write benchmarks/results/evaluate.json."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.evaluate")
+    parser.add_argument("--lengths", default="2048,4096")
+    parser.add_argument("--runs", type=int, default=3)
+    options = parser.parse_args()
+    llm = dkv.load_model()
+    rows: list[Row] = []
+    for length in map(int, options.lengths.split(",")):
+        rows += measure(llm, length, options.runs)
+    publish("evaluate", rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""README's account of recorded measurements, from assets/evidence: python -m benchmarks.evidence.
+
+They were recorded with these commands; --output leads to a .jsonl file of all answers beside the
+summary, and a command that was stopped goes on where it was when it is started again.
+
+python -m dynamickv needle --lengths 1024,2048,3072,4096 --depths 5 --capacity 64,128,256
+    --max-new-tokens 20 --output benchmarks/results/lab/needle.json
+python -m dynamickv longbench --data benchmarks/data --capacity 64,128,256,512
+    --output benchmarks/results/lab/multi_news
+python -m dynamickv tasks --documents assets/examples --capacity 128 --output tasks.json
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import dynamickv as dkv
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+EVIDENCE = ROOT / "assets" / "evidence"
+START, END = "<!-- evidence: python -m benchmarks.evidence writes this -->", "<!-- /evidence -->"
+tables = dkv.evaluate.tables
+
+
+def section() -> str:
+    """Every recorded measurement that exists."""
+    parts = [
+        *_part("needle", "Needle in a haystack, per cent found", _needle),
+        *_part("longbench", "LongBench, mean scores", _longbench),
+        *_part("tasks", "Budgets and tasks", _tasks),
+    ]
+    return "\n".join([START, "\n\n".join(parts), END]) if parts else f"{START}\n{END}"
+
+
+def _part(name: str, title: str, build: Any) -> list[str]:
+    path = EVIDENCE / f"{name}.json"
+    if not path.is_file():
+        return []
+    record = json.loads(path.read_text("utf-8"))
+    at = record["circumstances"]
+    where = (
+        f"{title}: {at['model']}, {at['dtype']}, {at['device']}, {at['cores']} cores, "
+        f"{at['date']}, torch {at['torch']}, transformers {at['transformers']}."
+    )
+    return [where, build(record["summary"])]
+
+
+def _needle(summary: list[dict[str, Any]]) -> str:
+    cells = {(c["length"], c["depth"]) for row in summary for c in row["cells"]}
+    trials = max(row["trials"] for row in summary)
+    intervals = {
+        f"{row['method']} {row['capacity'] or ''}".strip(): row["interval"]
+        for row in summary
+        if row["method"] in ("FullKV", "SnapKV", "DynamicKV")
+    }
+    ranges = ", ".join(
+        f"{name} {100 * low:.0f}-{100 * high:.0f} %" for name, (low, high) in intervals.items()
+    )
+    said = " ".join(tables.standing(summary, "exact"))
+    return (
+        f"{_markdown(tables.needle_paper_lines(summary))}\n\n"
+        f"{trials} trials in {len(cells)} cells. Wilson's 95 % intervals: {ranges}. {said}"
+    )
+
+
+def _longbench(summary: list[dict[str, Any]]) -> str:
+    said = " ".join(tables.standing(summary, "average"))
+    return f"{_markdown(tables.longbench_paper_lines(summary))}\n\n{said}"
+
+
+def _tasks(summary: list[dict[str, Any]]) -> str:
+    return "\n".join(f"- {sentence}" for sentence in tables.tasks_sentences(summary[0]))
+
+
+def _markdown(lines: list[list[str]]) -> str:
+    rows = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+
+
+def main() -> None:
+    """Put it into README."""
+    text = README.read_text("utf-8")
+    before, _, rest = text.partition(START)
+    README.write_text(before + section() + rest.partition(END)[2], "utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+"""The commands needle, longbench, sweep and tasks of `python -m dynamickv`.
+ Each writes what it measures to a .jsonl file at once and continues such a file when started again.
+Under `accelerate launch` the processes share the work, and the first one writes the tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from dynamickv.evaluate import tables
+from dynamickv.evaluate.about import circumstances
+from dynamickv.evaluate.datasets import hub_folder, read_tasks
+from dynamickv.evaluate.experiment import Experiment, Row, methods_at, rows_of, run
+from dynamickv.evaluate.haystack import Hidden
+from dynamickv.evaluate.journal import Journal, write_whole
+from dynamickv.evaluate.longbench import LongBenchExperiment, Protocol
+from dynamickv.evaluate.metrics import require_libraries
+from dynamickv.evaluate.needle import NeedleExperiment, NeedleGrid, even_depths
+from dynamickv.evaluate.share import Share
+from dynamickv.evaluate.summary import longbench_summary, needle_summary
+from dynamickv.evaluate.sweep import SweepExperiment, sweep_csv, sweep_summary
+from dynamickv.evaluate.tasks import TaskExperiment, read_documents, tasks_summary
+from dynamickv.methods import CompressionMethod
+from dynamickv.models import LoadedModel, load_model
+from dynamickv.prompt import require_longer_document, require_text
+
+
+def needle(options: argparse.Namespace) -> None:
+    """A needle grid."""
+    require_libraries()
+    methods = _methods(options)
+    custom = None
+    if options.needle is not None:
+        if options.question is None or options.expected is None:
+            raise ValueError("--needle needs --question and --expected; give all three")
+        custom = Hidden((options.needle,), options.question, (options.expected,))
+    grid = NeedleGrid(
+        lengths=tuple(_numbers("--lengths", options.lengths)),
+        depths=_depths(options.depths),
+        samples=options.samples,
+        needles=options.needles,
+        haystack=options.haystack,
+        custom=custom,
+        max_new_tokens=options.max_new_tokens,
+        chat_template=not options.no_chat_template,
+        seed=options.seed,
+    )
+    output = _output_file(options.output)
+    share = Share.of_this_process()
+    llm = _load(options, share)
+    rows = _measured(NeedleExperiment(llm, grid), methods, output.with_suffix(".jsonl"), share)
+    if rows is not None:
+        summary = needle_summary(rows)
+        _write(output, llm, share, summary)
+        print(tables.needle_table(summary))
+
+
+def longbench(options: argparse.Namespace) -> None:
+    """LongBench's or RULER's files."""
+    require_libraries()
+    methods = _methods(options)
+    protocol = Protocol.official(
+        options.prompts,
+        options.answer_lengths,
+        chat_template=options.chat_template,
+        max_length=options.max_length,
+        max_new_tokens=options.max_new_tokens,
+    )
+    tasks = [task.strip() for task in (options.tasks or "").split(",") if task.strip()]
+    folder = hub_folder() if options.data is None else options.data
+    examples = read_tasks(folder, tasks, options.limit, options.skip_malformed)
+    output = Path(options.output)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output} is a file; give the name of a folder for the results")
+    output.mkdir(parents=True, exist_ok=True)
+    share = Share.of_this_process()
+    llm = _load(options, share)
+    experiment = LongBenchExperiment(llm, examples, protocol)
+    rows = _measured(experiment, methods, output / "results.jsonl", share)
+    if rows is not None:
+        summary = longbench_summary(rows)
+        _write(output / "summary.json", llm, share, summary)
+        write_whole(output / "scores.csv", tables.longbench_csv(summary))
+        print(tables.longbench_table(summary))
+
+
+def sweep(options: argparse.Namespace) -> None:
+    """One document at many capacities."""
+    document = options.read_text(options.document)
+    require_text("document", document)
+    require_text("question", options.question)
+    require_longer_document(document, options.question)
+    names = [name for name in _names(options.methods) if name != "FullKV"]
+    capacities = None if options.capacity is None else _numbers("--capacity", options.capacity)
+    methods = methods_at(names, [(capacities or [16])[0]])
+    output = _output_file(options.output)
+    llm = _load(options, Share())
+    experiment = SweepExperiment(
+        llm, document, options.question, capacities, options.max_new_tokens, options.truncate
+    )
+    experiment.prepare(
+        any(method.needs_mass for method in methods), max(method.tail for method in methods)
+    )
+    rows = _measured(experiment, methods, output.with_suffix(".jsonl"), Share())
+    lines = sweep_summary(rows or [])
+    _write(output, llm, Share(), lines)
+    write_whole(output.with_suffix(".csv"), sweep_csv(lines))
+    print(tables.sweep_table(lines))
+
+
+def tasks(options: argparse.Namespace) -> None:
+    """Budgets of several tasks over several documents."""
+    documents = read_documents(Path(options.documents))
+    questions = None
+    if options.questions is not None:
+        questions = json.loads(options.read_text(options.questions))
+        if not isinstance(questions, dict) or not all(map(str.strip, map(str, questions.values()))):
+            raise ValueError(f"{options.questions} is no table from a task's name to its question")
+    methods = _methods(options)
+    output = _output_file(options.output)
+    share = Share.of_this_process()
+    llm = _load(options, share)
+    experiment = TaskExperiment(llm, documents, questions)
+    rows = _measured(experiment, methods, output.with_suffix(".jsonl"), share)
+    if rows is not None:
+        summary = [tasks_summary(rows, method.name) for method in methods]
+        _write(output, llm, share, summary)
+        print("\n\n".join(map(tables.tasks_table, summary)))
+
+
+def _measured(
+    experiment: Experiment, methods: Sequence[CompressionMethod], path: Path, share: Share
+) -> list[Row] | None:
+    """Measure what is missing, with a progress bar; all rows in the first process, None in
+    others."""
+    journal = Journal(path, share.rank)
+    with tqdm(desc=path.stem, unit="unit", disable=not share.first) as bar:
+        for step in run(experiment, methods, journal, share):
+            bar.total = step.total
+            bar.update(step.done - bar.n)
+            if step.seconds_left is not None:
+                bar.set_postfix_str(f"about {step.seconds_left / 60:.1f} min left")
+    share.wait()
+    if not share.first:
+        return None
+    return rows_of(journal, experiment.units())
+
+
+def _write(path: Path, llm: LoadedModel, share: Share, summary: Any) -> None:
+    where = {**circumstances(llm), "processes": str(share.world)}
+    record = {"circumstances": where, "summary": summary}
+    write_whole(path, json.dumps(record, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+
+
+def _load(options: argparse.Namespace, share: Share) -> LoadedModel:
+    spread = options.device_map
+    return load_model(
+        options.model,
+        device="auto" if spread else share.device,
+        dtype=options.dtype,
+        device_map=spread,
+        quantization=options.quantization,
+    )
+
+
+def _methods(options: argparse.Namespace) -> list[CompressionMethod]:
+    return methods_at(
+        _names(options.methods),
+        _numbers("--capacity", options.capacity),
+        window_size=options.window_size,
+        kernel_size=options.kernel_size,
+        pooling=options.pooling,
+        granularity=options.granularity,
+        r_max=options.r_max,
+        update_interval=options.update_interval,
+    )
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise ValueError(f"{option} takes whole numbers, such as 64,128, got {text!r}") from None
+    if not numbers or min(numbers) < 1:
+        raise ValueError(f"{option} takes numbers of at least 1, such as 64,128, got {text!r}")
+    return numbers
+
+
+def _depths(text: str) -> tuple[float, ...]:
+    try:
+        if "," not in text and "." not in text:
+            return even_depths(int(text))
+        return tuple(float(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise ValueError(
+            f"--depths takes a number of depths, such as 5, or depths such as 0,0.5,1, got {text!r}"
+        ) from None
+
+
+def _output_file(name: str) -> Path:
+    path = Path(name)
+    if path.suffix != ".json":
+        raise ValueError(f"--output takes a name that ends in .json, got {name!r}")
+    if not path.resolve().parent.is_dir():
+        raise ValueError(f"the folder of {name} does not exist; create it first")
+    if path.is_dir():
+        raise ValueError(f"{name} is a folder; give the name of a file in it")
+    return path

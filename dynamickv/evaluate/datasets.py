@@ -1,0 +1,204 @@
+"""Benchmark files -> examples: LongBench's JSONL, one file per task, and RULER's.
+
+A line that cannot be used is an error with its file and line; it is skipped only on request.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+
+from dynamickv.conversion import cache_folder
+from dynamickv.evaluate.data import data_file
+
+log = logging.getLogger(__name__)
+
+HUB_DATASET = "THUDM/LongBench"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """One line of a benchmark."""
+
+    task: str
+    id: str
+    fields: dict[str, str]
+    """LongBench: `context` and `input` for the task's prompt template. RULER: `input`, the
+    prompt."""
+    answers: list[str]
+    all_classes: list[str] | None
+    ruler: bool
+
+
+def task_names(folder: str | os.PathLike[str]) -> list[str]:
+    """Every task that the folder has a file for: LongBench's in its order, then the others.
+
+    Raises:
+        ValueError: no such folder, or no task in it.
+    """
+    place = Path(folder)
+    if not place.is_dir():
+        raise ValueError(f"there is no folder {folder}; give one with LongBench's .jsonl files")
+    found = {path.stem for path in place.glob("*.jsonl")}
+    found |= {path.parent.name for path in place.glob("*/validation.jsonl")}
+    if not found:
+        raise ValueError(
+            f"the folder {folder} holds no .jsonl files; put one file per task into it"
+        )
+    known = [task for task in data_file("longbench_tasks.json") if task in found]
+    return known + sorted(found - set(known))
+
+
+def read_tasks(
+    folder: str | os.PathLike[str],
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
+    skip_malformed: bool = False,
+) -> list[Example]:
+    """The first `limit` examples of every task; all tasks of the folder if none is named.
+
+    Raises:
+        ValueError: an unknown task, a malformed line, or a task without examples.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1 example, got {limit}")
+    held = task_names(folder)
+    examples: list[Example] = []
+    for task in dict.fromkeys(tasks or held):
+        if task not in held:
+            raise ValueError(
+                f"there is no task {task!r} in {folder}; choose from {', '.join(held)}"
+            )
+        path = Path(folder) / f"{task}.jsonl"
+        path = path if path.is_file() else Path(folder) / task / "validation.jsonl"
+        examples += _read(path, task, limit, skip_malformed)
+    return examples
+
+
+def _read(path: Path, task: str, limit: int | None, skip_malformed: bool) -> list[Example]:
+    examples: list[Example] = []
+    skipped = 0
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if limit is not None and len(examples) == limit:
+                break
+            if not line.strip():
+                continue
+            try:
+                examples.append(_example(line, task, number))
+            except ValueError as fault:
+                if not skip_malformed:
+                    raise ValueError(
+                        f"{path}, line {number}: {fault}; mend the line or skip malformed lines "
+                        "with --skip-malformed"
+                    ) from None
+                skipped += 1
+                log.warning("%s, line %d: %s; skipped", path, number, fault)
+    if not examples:
+        rest = f", {skipped} malformed ones left out" if skipped else ""
+        raise ValueError(f"{path} holds no examples{rest}; choose a file that has some")
+    return examples
+
+
+def _example(line: bytes, task: str, number: int) -> Example:
+    try:
+        row = json.loads(line)
+    except UnicodeDecodeError:
+        raise ValueError("the line is not UTF-8") from None
+    except ValueError as error:
+        raise ValueError(f"the line is not JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"the line is JSON, but {type(row).__name__} and no object")
+    ruler = "outputs" in row
+    if not ruler and task_of(task) is None:
+        known = ", ".join(data_file("longbench_tasks.json"))
+        raise ValueError(
+            f"{task!r} is no task of LongBench ({known}), and without 'outputs' it is none of RULER"
+        )
+    needed = ("input",) if ruler else ("context", "input")
+    fields = {name: _text(row, name) for name in needed}
+    if ruler:
+        fields["input"] += row.get("answer_prefix") or ""
+    if not any(text.strip() for text in fields.values()):
+        raise ValueError("the prompt is empty")
+    answers = _texts(row, "outputs" if ruler else "answers")
+    classes = None if row.get("all_classes") is None else _texts(row, "all_classes")
+    if not ruler and task_of(task)["metric"] == "classification" and not classes:
+        raise ValueError("'all_classes' is missing, which this task needs")
+    name = row.get("_id") or row.get("index")
+    digest = hashlib.sha256(line.strip()).hexdigest()[:16]
+    return Example(
+        task=task,
+        id=str(digest if name is None else name),
+        fields=fields,
+        answers=answers,
+        all_classes=classes,
+        ruler=ruler,
+    )
+
+
+def task_of(name: str) -> Any:
+    """What is known of a LongBench task (its length-balanced "_e" variant is scored alike), or
+    None."""
+    return data_file("longbench_tasks.json").get(name.removesuffix("_e"))
+
+
+def _text(row: dict[str, Any], name: str) -> str:
+    if not isinstance(row.get(name), str):
+        raise ValueError(f"'{name}' is not a text")
+    return str(row[name])
+
+
+def _texts(row: dict[str, Any], name: str) -> list[str]:
+    value = row.get(name)
+    if not isinstance(value, list) or not value or not all(isinstance(v, str) for v in value):
+        raise ValueError(f"'{name}' is not a list of texts")
+    return list(value)
+
+
+def hub_folder() -> Path:
+    """LongBench from the hub, unpacked once into the cache folder.
+
+    Raises:
+        ValueError: the hub cannot be reached, or what it gave is no archive of tasks.
+    """
+    target = cache_folder() / "longbench"
+    if target.is_dir():
+        return target
+    try:
+        archive = huggingface_hub.hf_hub_download(HUB_DATASET, "data.zip", repo_type="dataset")
+    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError):
+        raise ValueError(
+            f"the dataset {HUB_DATASET} is not on this machine and the hub cannot be reached; "
+            "give --data DIR with LongBench's .jsonl files"
+        ) from None
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unpacked = Path(tempfile.mkdtemp(dir=target.parent, prefix=".longbench."))
+    try:
+        with zipfile.ZipFile(archive) as file:
+            for member in file.infolist():
+                name = Path(member.filename).name
+                if name.endswith(".jsonl") and not name.startswith("."):
+                    with file.open(member) as source, open(unpacked / name, "wb") as copy:
+                        shutil.copyfileobj(source, copy)
+        task_names(unpacked)
+        unpacked.chmod(0o755)
+        unpacked.rename(target)
+    except (zipfile.BadZipFile, ValueError):
+        raise ValueError(
+            f"the hub's archive of {HUB_DATASET} holds no tasks; give --data DIR"
+        ) from None
+    finally:
+        shutil.rmtree(unpacked, ignore_errors=True)
+    return target

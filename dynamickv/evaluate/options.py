@@ -1,0 +1,111 @@
+"""The options of the measuring commands. What runs them is imported when one is chosen."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from dynamickv.methods import METHODS
+from dynamickv.models import DEFAULT_MODEL, QUANTIZATIONS
+
+SIX = "FullKV,StreamingLLM,H2O,SnapKV,PyramidKV,DynamicKV"
+"""The methods of the paper's tables, in its order."""
+FIVE = SIX.partition(",")[2]
+
+
+def add_commands(commands: Any, read_text: Callable[[str], str]) -> None:
+    """Add needle, longbench, sweep and tasks to the command line.
+
+    Args:
+        commands: what `add_subparsers` returned.
+        read_text: reads a text file by name, or raises ValueError.
+    """
+    for name, explanation, add in (
+        ("needle", "hide facts at every depth of long texts and ask for them", _needle),
+        ("longbench", "score LongBench's or RULER's files", _longbench),
+        ("sweep", "one document at every capacity: agreement, KL, bytes", _sweep),
+        ("tasks", "how budgets per layer follow the task", _tasks),
+    ):
+        parser = commands.add_parser(name, help=explanation, description=explanation)
+        parser.set_defaults(command=_chosen(name), read_text=read_text)
+        parser.add_argument("--model", default=DEFAULT_MODEL, metavar="NAME", help="as in compare")
+        parser.add_argument("--dtype", default="auto", metavar="auto|float32|bfloat16|float16")
+        parser.add_argument("--device-map", metavar="auto", help="spread the model over all GPUs")
+        parser.add_argument("--quantization", metavar="|".join(QUANTIZATIONS))
+        add(parser)
+
+
+def _chosen(name: str) -> Callable[[argparse.Namespace], None]:
+    def run(options: argparse.Namespace) -> None:
+        from dynamickv.evaluate import command
+
+        getattr(command, name)(options)
+
+    return run
+
+
+def _needle(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--lengths", default="1024,2048,4096", metavar="N,N", help="prompt tokens")
+    parser.add_argument(
+        "--depths", default="5", metavar="N|X,X", help="how many, or which (0 to 1)"
+    )
+    _add_methods(parser, SIX, "64,128,256")
+    parser.add_argument("--samples", type=int, default=1, metavar="N", help="texts per cell")
+    parser.add_argument("--needles", type=int, default=1, metavar="N", help="facts per text")
+    parser.add_argument("--haystack", metavar="DIR", help=".txt files; otherwise made up")
+    parser.add_argument("--needle", metavar="TEXT", help="a fact of your own")
+    parser.add_argument("--question", metavar="TEXT", help="which asks for it")
+    parser.add_argument("--expected", metavar="TEXT", help="what the answer must contain")
+    parser.add_argument("--max-new-tokens", type=int, default=32, metavar="N")
+    parser.add_argument("--no-chat-template", action="store_true", help="feed plain text")
+    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    parser.add_argument("--output", default="needle.json", metavar="FILE.json")
+
+
+def _longbench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data", metavar="DIR", help="one TASK.jsonl per task; otherwise LongBench from the hub"
+    )
+    parser.add_argument("--tasks", metavar="A,B", help="otherwise all in the folder")
+    parser.add_argument("--limit", type=int, metavar="N", help="first N examples of every task")
+    _add_methods(parser, SIX, "512")
+    parser.add_argument("--prompts", metavar="FILE", help="templates in LongBench's format")
+    parser.add_argument("--answer-lengths", metavar="FILE", help="tokens per task, in its format")
+    parser.add_argument("--chat-template", action="store_true", help="not for few-shot and code")
+    parser.add_argument("--max-length", type=int, metavar="N", help="longest prompt in tokens")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="for all tasks")
+    parser.add_argument("--skip-malformed", action="store_true", help="leave out unusable lines")
+    parser.add_argument("--output", default="longbench", metavar="DIR")
+
+
+def _sweep(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--document", required=True, metavar="FILE", help="UTF-8 text")
+    parser.add_argument("--question", required=True, metavar="TEXT")
+    parser.add_argument("--methods", default=FIVE, metavar="A,B")
+    parser.add_argument("--capacity", metavar="N,N", help="otherwise 16, its doubles, the prompt")
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    parser.add_argument("--truncate", action="store_true", help="cut a long document's middle out")
+    parser.add_argument("--output", default="sweep.json", metavar="FILE.json")
+
+
+def _tasks(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--documents", required=True, metavar="DIR", help=".txt files, 5 or more")
+    parser.add_argument("--questions", metavar="FILE", help="JSON, a task's name to its question")
+    _add_methods(parser, "DynamicKV", "128")
+    parser.add_argument("--output", default="tasks.json", metavar="FILE.json")
+
+
+def _add_methods(parser: argparse.ArgumentParser, methods: str, capacity: str) -> None:
+    parser.add_argument(
+        "--methods", default=methods, metavar="A,B", help=f"from {', '.join(METHODS)}"
+    )
+    parser.add_argument(
+        "--capacity", default=capacity, metavar="N,N", help="mean prompt tokens per layer"
+    )
+    parser.add_argument("--window-size", type=int, metavar="N")
+    parser.add_argument("--kernel-size", type=int, metavar="N")
+    parser.add_argument("--pooling", metavar="max|avg")
+    parser.add_argument("--granularity", metavar="kv_head|query_head")
+    parser.add_argument("--r-max", type=float, metavar="X", help="DynamicKV")
+    parser.add_argument("--update-interval", type=int, metavar="N", help="DynamicKV")

@@ -1,0 +1,121 @@
+"""Measured rows -> tables: plain JSON-ready data, which the command line prints and the page draws.
+ Knows neither models nor files. Scores are shares from 0 to 1 here; LongBench's tables show
+percents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from statistics import mean
+from typing import Any
+
+from dynamickv.evaluate.statistics import bootstrap, wilson
+
+Row = dict[str, Any]
+Series = dict[tuple[str, int | None], list[tuple[Row, Row]]]
+"""(method, capacity) -> (unit's row, that method's run) in the units' order."""
+
+YARDSTICK = "SnapKV"
+"""The method whose difference at equal capacity is shown: it shares the budget evenly."""
+
+
+def series(rows: Iterable[Row]) -> Series:
+    """Runs by method and capacity; FullKV's capacity is None."""
+    found: Series = {}
+    for row in rows:
+        for run in row["runs"]:
+            place = (run["method"], run["parameters"].get("capacity"))
+            found.setdefault(place, []).append((row, run))
+    return found
+
+
+def needle_summary(rows: Sequence[Row]) -> list[Row]:
+    """Per method and capacity: mean exact score with Wilson's interval over all hidden values,
+    fuzzy score, cost, difference to SnapKV, and the cells of its heatmap."""
+    found = series(rows)
+    lines = []
+    for (method, capacity), pairs in found.items():
+        cells: dict[tuple[int, float], list[Row]] = {}
+        for row, run in pairs:
+            place = (row["unit"]["length"], row["unit"]["depth"])
+            cells.setdefault(place, []).append(run)
+        hits = sum(run["exact"] * len(row["expected"]) for row, run in pairs)
+        trials = sum(len(row["expected"]) for row, _ in pairs)
+        lines.append(
+            {
+                **_head(method, capacity, pairs),
+                "trials": trials,
+                "exact": hits / trials,
+                "interval": list(wilson(hits, trials)),
+                "fuzzy": mean(run["fuzzy"] for _, run in pairs),
+                "over_snapkv": _difference(found, method, capacity, lambda run: run["exact"]),
+                "cells": [
+                    {
+                        "length": length,
+                        "depth": depth,
+                        "exact": mean(run["exact"] for run in runs),
+                        "fuzzy": mean(run["fuzzy"] for run in runs),
+                        "samples": len(runs),
+                    }
+                    for (length, depth), runs in cells.items()
+                ],
+            }
+        )
+    return lines
+
+
+def longbench_summary(rows: Sequence[Row]) -> list[Row]:
+    """Per method and capacity: every task's mean score with a bootstrap interval, the mean over
+    tasks with its own, cost, and difference to SnapKV."""
+    found = series(rows)
+    lines = []
+    for (method, capacity), pairs in found.items():
+        tasks: dict[str, list[float]] = {}
+        for row, run in pairs:
+            tasks.setdefault(row["unit"]["task"], []).append(run["score"])
+        lines.append(
+            {
+                **_head(method, capacity, pairs),
+                "tasks": {
+                    task: {
+                        "score": mean(scores),
+                        "interval": list(bootstrap([scores])),
+                        "examples": len(scores),
+                    }
+                    for task, scores in tasks.items()
+                },
+                "average": mean(mean(scores) for scores in tasks.values()),
+                "interval": list(bootstrap(list(tasks.values()))),
+                "over_snapkv": _difference(found, method, capacity, lambda run: run["score"]),
+            }
+        )
+    return lines
+
+
+def _head(method: str, capacity: int | None, pairs: Sequence[tuple[Row, Row]]) -> Row:
+    runs = [run for _, run in pairs]
+    matches = [run["agreement"]["token_match"] for run in runs if "agreement" in run]
+    return {
+        "method": method,
+        "capacity": capacity,
+        "kept_fraction": mean(run["kept_fraction"] for run in runs),
+        "kv_bytes": mean(run["kv_bytes"] for run in runs),
+        "token_match": mean(matches) if matches else None,
+    }
+
+
+def _difference(
+    found: Series, method: str, capacity: int | None, score: Callable[[Row], float]
+) -> Row | None:
+    """Mean score above SnapKV's on the same units at the same capacity, with a bootstrap interval
+    over the paired differences; None where there is none."""
+    theirs = {str(row["unit"]): score(run) for row, run in found.get((YARDSTICK, capacity), [])}
+    gains: dict[str, list[float]] = {}
+    for row, run in found[method, capacity]:
+        if str(row["unit"]) in theirs:
+            task = str(row["unit"].get("task"))
+            gains.setdefault(task, []).append(score(run) - theirs[str(row["unit"])])
+    if not gains or method == YARDSTICK:
+        return None
+    groups = list(gains.values())
+    return {"mean": mean(mean(group) for group in groups), "interval": list(bootstrap(groups))}
