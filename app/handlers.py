@@ -34,7 +34,7 @@ from .model_host import ModelHost
 from .sealed import sealed
 from .shelf import Held, Shelf
 from .snippets import snippets
-from .turns import Place, Ticket, Turns
+from .turns import Place, Turns
 from .views import render_figures
 from .zero_gpu import estimate, is_zero_gpu, on_gpu
 
@@ -130,7 +130,7 @@ class Handlers:
         stop = self._stops.setdefault(key, threading.Event())
         try:
             with self.turns.join(key, address(request), stop=stop) as ticket:
-                for place in self._waiting(ticket):
+                for place in ticket.places(WAIT):
                     yield waiting(place), gr.skip(), gr.skip(), *busy_buttons()
                 yield from work(stop)
         except (ValueError, OSError, MemoryError) as error:
@@ -143,18 +143,6 @@ class Handlers:
         finally:
             if self._stops.get(key) is stop:
                 del self._stops[key]
-
-    @staticmethod
-    def _waiting(ticket: Ticket) -> Iterator[Place]:
-        """Where a ticket stands, again and again, until it is its turn.
-
-        Raises:
-            ValueError: it was stopped meanwhile.
-        """
-        while not ticket.wait(WAIT):
-            if ticket.stop.is_set():
-                raise ValueError("Stopped while waiting: nothing was run.")
-            yield ticket.place()
 
     def _run(
         self,
@@ -746,7 +734,7 @@ class Handlers:
             )
             model = self.host.check(model)
             with self.turns.join(session(request), address(request)) as ticket:
-                for _ in self._waiting(ticket):
+                for _ in ticket.places(WAIT):
                     pass
                 trace = last_trace(self._stream(model, job, ticket.stop, scores=False))
             told_run(trace)
@@ -777,7 +765,7 @@ class Handlers:
             if size is None:
                 # Loading it takes the place of the model that may be running.
                 with self.turns.join(session(request), address(request)) as ticket:
-                    for _ in self._waiting(ticket):
+                    for _ in ticket.places(WAIT):
                         pass
                     self.host.get(model)
                     size = self.host.measure(model, document, question if question.strip() else "?")

@@ -44,8 +44,8 @@ class Part:
     panel: LabPanel
 
 
-def build_lab(handlers: LabHandlers, shared: Shared, queue: str) -> None:
-    """The tab's content; measurements wait in the queue of the page's runs."""
+def build_lab(handlers: LabHandlers, shared: Shared) -> None:
+    """The tab's content; measurements and the page's runs take turns."""
     models = [shared.model]
     with gr.Tabs(elem_id="dkv-lab-tabs"):
         with gr.Tab("Needle", id="lab-needle"), gr.Row(elem_classes=["dkv-lab-row"]):
@@ -62,7 +62,7 @@ def build_lab(handlers: LabHandlers, shared: Shared, queue: str) -> None:
                 buttons = _buttons("needle")
             part = _part("needle", *buttons)
             fields = [*models, methods, sizes, lengths, depths, samples, needles]
-            _wire(handlers, handlers.needle, fields, part, queue)
+            _wire(handlers, handlers.needle, fields, part)
         with gr.Tab("Sweep", id="lab-sweep"), gr.Row(elem_classes=["dkv-lab-row"]):
             with gr.Column(scale=3, min_width=300, elem_classes=["dkv-lab-form"]):
                 gr.Markdown(
@@ -74,7 +74,7 @@ def build_lab(handlers: LabHandlers, shared: Shared, queue: str) -> None:
                 buttons = _buttons("sweep")
             part = _part("sweep", *buttons)
             fields = [shared.document, shared.question, *models, methods, longest]
-            _wire(handlers, handlers.sweep, fields, part, queue)
+            _wire(handlers, handlers.sweep, fields, part)
         with gr.Tab("Tasks", id="lab-tasks"), gr.Row(elem_classes=["dkv-lab-row"]):
             with gr.Column(scale=3, min_width=300, elem_classes=["dkv-lab-form"]):
                 gr.Markdown(
@@ -88,7 +88,7 @@ def build_lab(handlers: LabHandlers, shared: Shared, queue: str) -> None:
                 )
                 buttons = _buttons("tasks")
             part = _part("tasks", *buttons)
-            _wire(handlers, handlers.tasks, [*models, method, capacity], part, queue)
+            _wire(handlers, handlers.tasks, [*models, method, capacity], part)
         with gr.Tab("LongBench", id="lab-longbench"), gr.Column():
             LabPanel(recorded("longbench"), elem_id="dkv-lab-longbench")
             gr.Markdown(COMMANDS, elem_classes=["dkv-lab-commands"])
@@ -115,13 +115,12 @@ def _part(kind: str, measure: gr.Button, stop: gr.Button, status: LabStatus) -> 
     return Part(measure=measure, stop=stop, status=status, panel=panel)
 
 
-def _wire(handlers: LabHandlers, handler: Any, fields: list[Any], part: Part, queue: str) -> None:
+def _wire(handlers: LabHandlers, handler: Any, fields: list[Any], part: Part) -> None:
     part.measure.click(
         handler,
         fields,
         [part.status, part.panel, part.measure, part.stop],
-        concurrency_id=queue,
-        concurrency_limit=1,
+        concurrency_limit=None,
         **PRIVATE,
     )
     part.stop.click(handlers.stop, None, part.status, queue=False, **PRIVATE)

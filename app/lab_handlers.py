@@ -10,7 +10,8 @@ import json
 import logging
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,24 @@ import dynamickv as dkv
 
 from . import inputs
 from .examples import Example
-from .handlers import busy_buttons, failed, idle_buttons, running, session
+from .handlers import (
+    WAIT,
+    address,
+    busy_buttons,
+    failed,
+    idle_buttons,
+    page_error,
+    running,
+    session,
+    waiting,
+)
 from .lab_model import Payload, needle_panel, source_words, sweep_panel, tasks_panel
 from .live import Speed
 from .model_host import ModelHost
+from .sealed import sealed
+from .turns import Turns
 from .view_model import seconds
+from .zero_gpu import is_zero_gpu
 
 log = logging.getLogger(__name__)
 lab = dkv.evaluate
@@ -35,13 +49,19 @@ Outputs = tuple[Any, ...]
 """Status, panel, Measure, Stop."""
 
 
+@sealed(gr.Error, lambda sentence: page_error(sentence))
 class LabHandlers:
-    """The Lab's events, bound to the page's models and examples."""
+    """The Lab's events, bound to the page's models, examples and turns."""
 
     def __init__(
-        self, host: ModelHost, examples: dict[str, Example], folder: Path | None = None
+        self,
+        host: ModelHost,
+        examples: dict[str, Example],
+        turns: Turns | None = None,
+        folder: Path | None = None,
     ) -> None:
         self.host, self.examples = host, examples
+        self.turns = turns or Turns()
         self._folder = folder
         self._stops: dict[tuple[str, str], threading.Event] = {}
         traces = [example.trace for example in examples.values() if example.trace]
@@ -67,7 +87,7 @@ class LabHandlers:
     ) -> Iterator[Outputs]:
         """Measure a needle grid."""
 
-        def work(stop: threading.Event) -> Iterator[Outputs]:
+        def work(stop: threading.Event) -> Generator[Outputs, None, None]:
             sizes, longest = numbers("capacity", capacities), numbers("length", lengths)
             chosen = lab.methods_at(listed(methods), sizes)
             grid = lab.needle.NeedleGrid(
@@ -104,7 +124,7 @@ class LabHandlers:
     ) -> Iterator[Outputs]:
         """Measure every capacity on the document of Explore."""
 
-        def work(stop: threading.Event) -> Iterator[Outputs]:
+        def work(stop: threading.Event) -> Generator[Outputs, None, None]:
             longest = inputs.whole_number("new tokens", new_tokens, 1, inputs.MAX_NEW_TOKENS)
             inputs.build_request(document, question, ["FullKV"], longest, {"capacity": 128})
             chosen = lab.methods_at([m for m in listed(methods) if m != "FullKV"], [16])
@@ -128,7 +148,7 @@ class LabHandlers:
     ) -> Iterator[Outputs]:
         """Ask every example document every kind of question."""
 
-        def work(stop: threading.Event) -> Iterator[Outputs]:
+        def work(stop: threading.Event) -> Generator[Outputs, None, None]:
             size = inputs.whole_number("capacity", capacity, 16, 2048)
             chosen = lab.methods_at(listed([method]), [size])
             yield running(f"Loading {model}"), gr.skip(), *busy_buttons()
@@ -188,19 +208,24 @@ class LabHandlers:
         self,
         request: gr.Request,
         kind: str,
-        work: Callable[[threading.Event], Iterator[Outputs]],
+        work: Callable[[threading.Event], Generator[Outputs, None, None]],
     ) -> Iterator[Outputs]:
         key = (session(request), kind)
         stop = self._stops[key] = threading.Event()
         try:
-            yield from work(stop)
+            if is_zero_gpu():
+                raise ValueError(
+                    "This Space lends its GPU for seconds at a time: measure on a machine of your "
+                    f"own with python -m dynamickv {kind}."
+                )
+            yield from self._in_turns(request, stop, work(stop))
         except lab.Stopped:
             idle = {"state": "idle", "message": "Stopped.", "detail": ""}
             yield idle, gr.skip(), *idle_buttons()
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, MemoryError) as error:
             yield failed(error), gr.skip(), *idle_buttons()
         except Exception as error:
-            log.exception("a measurement failed")
+            log.error("a measurement failed", exc_info=error)
             cause = type(error).__name__
             yield (
                 failed(
@@ -212,6 +237,20 @@ class LabHandlers:
         finally:
             if self._stops.get(key) is stop:
                 del self._stops[key]
+
+    def _in_turns(
+        self, request: gr.Request, stop: threading.Event, steps: Generator[Outputs, None, None]
+    ) -> Iterator[Outputs]:
+        """A turn for each step: a measurement may take hours, and others go in between."""
+        with closing(steps):
+            while True:
+                with self.turns.join(session(request), address(request), stop=stop) as ticket:
+                    for place in ticket.places(WAIT):
+                        yield waiting(place), gr.skip(), *busy_buttons()
+                    shown = next(steps, None)
+                if shown is None:
+                    return
+                yield shown
 
     def _guess(self, prefill_tokens: int, answers: int, new_tokens: int) -> str:
         if self._speed is None:

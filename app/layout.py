@@ -154,7 +154,7 @@ def build_app(
                 outputs = build_results(handlers, first)
             with gr.Tab("Lab", id="lab"):
                 shared = Shared(inputs.document, inputs.question, inputs.model)
-                build_lab(LabHandlers(host, examples), shared, MODEL_QUEUE)
+                build_lab(LabHandlers(host, examples, handlers.turns), shared)
             with gr.Tab("Learn", id="learn"):
                 Learn(elem_id="dkv-learn")
             with gr.Tab("Runs & API", id="runs") as runs:

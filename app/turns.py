@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
 from types import TracebackType
@@ -59,6 +60,17 @@ class Ticket:
     def place(self) -> Place:
         """Where it stands now."""
         return self.turns.place(self)
+
+    def places(self, seconds: float) -> Iterator[Place]:
+        """Where it stands, every so many seconds until it is its turn.
+
+        Raises:
+            ValueError: it was stopped meanwhile, or has left the queue.
+        """
+        while not self.wait(seconds):
+            if self.stop.is_set():
+                raise ValueError("Stopped while waiting: nothing was run.")
+            yield self.place()
 
     def __enter__(self) -> Ticket:
         return self

@@ -34,7 +34,7 @@ def examples() -> dict[str, Example]:
 @pytest.fixture
 def handlers(examples: dict[str, Example], tmp_path: Path) -> LabHandlers:
     host = ModelHost("tiny", loader=lambda name: tiny_llm())
-    return LabHandlers(host, examples, tmp_path / "kept")
+    return LabHandlers(host, examples, folder=tmp_path / "kept")
 
 
 def last(steps: list[Any]) -> tuple[Any, Any]:
@@ -200,3 +200,24 @@ def test_longbench_has_the_papers_rows_and_a_file() -> None:
 
 def test_numbers_are_read_in_any_order() -> None:
     assert numbers("capacity", "128, 64 64") == [64, 128]
+
+
+def test_others_go_between_two_steps_of_a_measurement(handlers: LabHandlers) -> None:
+    steps = handlers.needle(None, *NEEDLE)
+    for step in steps:
+        if step[0]["message"] == "Measured 1 of 4 cells":
+            break
+    with handlers.turns.join("somebody else") as ticket:
+        assert ticket.wait(0)
+        waits = next(steps)[0]["message"]
+    assert waits == "Waiting for your turn: 1 run before yours"
+    assert list(steps)[-1][0]["message"] == "Done."
+
+
+def test_a_borrowed_gpu_is_not_held_for_a_measurement(
+    handlers: LabHandlers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPACES_ZERO_GPU", "true")
+    status, panel = last(list(handlers.needle(None, *NEEDLE)))
+    assert "python -m dynamickv needle" in status["message"]
+    assert panel is None
