@@ -50,6 +50,7 @@ def _part(name: str, title: str, build: Any) -> list[str]:
 
 def _needle(summary: list[dict[str, Any]]) -> str:
     cells = {(c["length"], c["depth"]) for row in summary for c in row["cells"]}
+    lengths = sorted({length for length, _ in cells})
     trials = max(row["trials"] for row in summary)
     intervals = {
         f"{row['method']} {row['capacity'] or ''}".strip(): row["interval"]
@@ -62,7 +63,8 @@ def _needle(summary: list[dict[str, Any]]) -> str:
     said = " ".join(tables.standing(summary, "exact"))
     return (
         f"{_markdown(tables.needle_paper_lines(summary))}\n\n"
-        f"{trials} trials in {len(cells)} cells. Wilson's 95 % intervals: {ranges}. {said}"
+        f"{trials} trials in {len(cells)} cells, prompts of {', '.join(f'{n:,}' for n in lengths)} "
+        f"tokens. Wilson's 95 % intervals: {ranges}. {said}"
     )
 
 

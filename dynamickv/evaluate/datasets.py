@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,7 @@ def read_tasks(
 
 def _read(path: Path, task: str, limit: int | None, skip_malformed: bool) -> list[Example]:
     examples: list[Example] = []
+    known: set[str] = set()
     skipped = 0
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
@@ -96,7 +97,11 @@ def _read(path: Path, task: str, limit: int | None, skip_malformed: bool) -> lis
             if not line.strip():
                 continue
             try:
-                examples.append(_example(line, task, number))
+                example = _example(line, task)
+                if example.id in known:
+                    example = replace(example, id=f"{example.id}, line {number}")
+                known.add(example.id)
+                examples.append(example)
             except ValueError as fault:
                 if not skip_malformed:
                     raise ValueError(
@@ -111,7 +116,7 @@ def _read(path: Path, task: str, limit: int | None, skip_malformed: bool) -> lis
     return examples
 
 
-def _example(line: bytes, task: str, number: int) -> Example:
+def _example(line: bytes, task: str) -> Example:
     try:
         row = json.loads(line)
     except UnicodeDecodeError:
@@ -194,7 +199,11 @@ def hub_folder() -> Path:
                         shutil.copyfileobj(source, copy)
         task_names(unpacked)
         unpacked.chmod(0o755)
-        unpacked.rename(target)
+        try:
+            unpacked.rename(target)
+        except OSError:
+            if not target.is_dir():  # another process was faster
+                raise
     except (zipfile.BadZipFile, ValueError):
         raise ValueError(
             f"the hub's archive of {HUB_DATASET} holds no tasks; give --data DIR"

@@ -72,6 +72,11 @@ def test_tasks_are_read_in_longbenchs_order_and_limited(tmp_path: Path) -> None:
     assert [e.task for e in read_tasks(tmp_path, ["vt", "vt"])] == ["vt"]
 
 
+def test_examples_of_one_name_stay_apart(tmp_path: Path) -> None:
+    write(tmp_path, qasper=[LINE, {**LINE, "input": "Another?"}])
+    assert [e.id for e in read_tasks(tmp_path)] == ["a1", "a1, line 2"]
+
+
 def test_rulers_own_folders_are_read(tmp_path: Path) -> None:
     (tmp_path / "niah_single_1").mkdir()
     row = {**RULER, "answer_prefix": " The answer is"}
