@@ -12,7 +12,9 @@ import torch
 
 pytest.importorskip("vllm", reason="vLLM pins its own torch; run make vllm")
 
+from transformers import MistralConfig, MistralForCausalLM
 from vllm.distributed.kv_transfer import get_kv_transfer_group
+from vllm.utils.import_utils import resolve_obj_by_qualname
 
 import dynamickv as dkv
 from benchmarks.vllm import at_whole_blocks, engine_answer, recorded
@@ -30,6 +32,7 @@ from benchmarks.vllm_run import (
     write_tiny_model,
 )
 from dynamickv.integrations import vllm as plugin
+from dynamickv.integrations.vllm.plugin import BACKENDS
 
 LAYERS = 6
 
@@ -144,6 +147,27 @@ def test_vllm_refuses_to_start_with_prefix_caching(folder, plain_answers):
     refused = pytest.raises(ValueError, match="does not work with prefix caching")
     with refused, started(folder, {"capacity": 64}, enable_prefix_caching=True):
         pass
+
+
+def test_a_model_with_sliding_windows_is_refused(tmp_path, plain_answers):
+    geometry = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    config = MistralConfig(**geometry, **heads, vocab_size=512, sliding_window=64)
+    MistralForCausalLM(config).save_pretrained(tmp_path)
+    refused = pytest.raises(ValueError, match="full attention in every layer only")
+    with refused, started(str(tmp_path), {"capacity": 64}):
+        pass
+
+
+def test_every_backend_extends_vllms_own(plain_answers):
+    """Also those that need a GPU to run."""
+    for backend, path in BACKENDS.items():
+        ours, theirs = map(resolve_obj_by_qualname, (path, backend.value))
+        assert issubclass(ours, theirs)
+        assert issubclass(ours.get_impl_cls(), theirs.get_impl_cls())
+        assert issubclass(ours.get_builder_cls(), theirs.get_builder_cls())
+        assert backend.get_class() is ours
+        assert ours.get_name() == backend.name
 
 
 def test_another_version_of_vllm_is_refused(monkeypatch):
