@@ -124,21 +124,34 @@ class Answer:
 
 
 @torch.inference_mode()
-def next_probabilities(
+def probabilities_along(
     llm: LoadedModel,
     prefill: Prefill,
     prompt: EncodedPrompt,
     retention: Retention,
-    answered: Sequence[int],
-    token_ids: Sequence[int],
-) -> list[float]:
-    """How probable each of `token_ids` is after `answered`, with the cache of that retention."""
-    fed = [*prompt.token_ids[prefill.length :], *answered]
-    logits = prefill.logits
-    if fed:
-        logits = extend(llm, prune(prefill, retention, len(fed)), fed, prefill.length)
-    shares = logits.float().softmax(dim=-1)
-    return [float(shares[token_id]) for token_id in token_ids]
+    answer: Sequence[int],
+    wanted: Sequence[tuple[int, Sequence[int]]],
+) -> list[list[float]]:
+    """How probable tokens are along an answer, with the cache of that retention.
+
+    Args:
+        answer: token ids that are fed.
+        wanted: (how many of them come before, the token ids that are asked for).
+
+    Returns:
+        for each of `wanted`, one probability per token id.
+    """
+    later = prompt.token_ids[prefill.length :]
+    fed = [*later, *answer[: max((before for before, _ in wanted), default=0)]]
+    cache = prune(prefill, retention, len(fed)) if fed else None
+    logits, done = prefill.logits, 0
+    shares: dict[int, Tensor] = {}
+    for before in sorted({before for before, _ in wanted}):
+        end = len(later) + before
+        if cache is not None and end > done:
+            logits, done = extend(llm, cache, fed[done:end], prefill.length + done), end
+        shares[before] = logits.float().softmax(dim=-1)
+    return [[float(shares[before][token]) for token in tokens] for before, tokens in wanted]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

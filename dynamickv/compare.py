@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from dynamickv.agreement import agreement
-from dynamickv.answer import Answer, next_probabilities
+from dynamickv.answer import Answer, probabilities_along
 from dynamickv.cuda_graph import graphable
 from dynamickv.events import ComparisonFinished, Event, Progress, RunFinished
 from dynamickv.memory import ANSWERING, CHOOSING, READING, memory_watched
@@ -153,13 +153,7 @@ def compare_stream(
                 yield RunFinished(index, finished[index])
     runs = [*earlier, *(finished[index] for index in range(len(answers)))]
     runs = _with_agreement(runs, len(earlier))
-    runs = [
-        *earlier,
-        *(
-            _with_divergence(llm, prefill, prompt, answer, run, runs)
-            for answer, run in zip(answers, runs[len(earlier) :], strict=True)
-        ),
-    ]
+    runs = _with_divergences(llm, prefill, prompt, answers, runs)
     yield ComparisonFinished(_trace(llm, prefill, prompt, runs))
 
 
@@ -276,34 +270,49 @@ def _with_agreement(runs: list[Run], first: int) -> list[Run]:
     return [*runs[:first], *compared]
 
 
-def _with_divergence(
+def _with_divergences(
     llm: LoadedModel,
     prefill: Prefill,
     prompt: EncodedPrompt,
-    answer: Answer,
-    run: Run,
-    runs: Sequence[Run],
-) -> Run:
-    """Add how probable both tokens were where this answer leaves FullKV's.
+    answers: Sequence[Answer],
+    runs: list[Run],
+) -> list[Run]:
+    """Add how probable both tokens were where the last runs, those of `answers`, leave FullKV's.
 
     One short pass per cache over the words that both answers share; decoding itself is not touched.
     """
     yardstick = _yardstick(runs)
-    at = run.agreement.first_divergence if run.agreement else None
-    if yardstick is None or at is None or at >= min(len(run.token_ids), len(yardstick.token_ids)):
-        return run
-    both = [run.token_ids[at], yardstick.token_ids[at]]
-    shared = run.token_ids[:at]
-    divergence = Divergence(
-        token_ids=both,
-        pieces=[run.pieces[at], yardstick.pieces[at]],
-        probabilities=next_probabilities(llm, prefill, prompt, answer.retention, shared, both),
-        probabilities_full=next_probabilities(
-            llm, prefill, prompt, FullKV().select(prefill.layers), shared, both
-        ),
-    )
-    assert run.agreement is not None
-    return replace(run, agreement=replace(run.agreement, divergence=divergence))
+    if yardstick is None:
+        return runs
+    first = len(runs) - len(answers)
+    places: dict[int, int] = {}
+    for index, run in enumerate(runs[first:], first):
+        at = run.agreement.first_divergence if run.agreement else None
+        if at is not None and at < min(len(run.token_ids), len(yardstick.token_ids)):
+            places[index] = at
+    both = {
+        index: [runs[index].token_ids[at], yardstick.token_ids[at]] for index, at in places.items()
+    }
+    wanted = [(at, both[index]) for index, at in places.items()]
+    if not wanted:
+        return runs
+    everything = FullKV().select(prefill.layers)
+    full = probabilities_along(llm, prefill, prompt, everything, yardstick.token_ids, wanted)
+    made = list(runs)
+    for (index, at), whole in zip(places.items(), full, strict=True):
+        run, retention = runs[index], answers[index - first].retention
+        own = probabilities_along(
+            llm, prefill, prompt, retention, run.token_ids, [(at, both[index])]
+        )
+        divergence = Divergence(
+            token_ids=both[index],
+            pieces=[run.pieces[at], yardstick.pieces[at]],
+            probabilities=own[0],
+            probabilities_full=whole,
+        )
+        assert run.agreement is not None
+        made[index] = replace(run, agreement=replace(run.agreement, divergence=divergence))
+    return made
 
 
 def _trace(llm: LoadedModel, prefill: Prefill, prompt: EncodedPrompt, runs: list[Run]) -> Trace:

@@ -110,13 +110,20 @@ def extend(llm: LoadedModel, cache: KVCache, token_ids: Sequence[int], position:
     return _forward(llm, cache, [list(token_ids)], [position])[0]
 
 
+def has_mkl() -> bool:
+    """Whether torch multiplies matrices with MKL here."""
+    return bool(torch.backends.mkl.is_available())  # type: ignore[no-untyped-call]
+
+
 def feeder(llm: LoadedModel, plain: bool) -> Feed:
     """The fastest way to feed single tokens without a graph.
 
     Args:
         plain: whether all caches will be.
     """
-    if plain and llm.device.type == "cpu" and llm.attention == "sdpa" and steppable(llm):
+    # Other formats gain little there, and their own pass rounds as `generate` does.
+    reads_faster = llm.device.type == "cpu" and llm.model.dtype == torch.float32 and has_mkl()
+    if plain and reads_faster and llm.attention == "sdpa" and steppable(llm):
         return partial(step_rows, llm)
     return partial(_feed, llm)
 

@@ -136,23 +136,15 @@ class PlainOps(Ops[Slots]):
 
 
 class CpuOps(Ops[Sequence[KVLayer]]):
-    """Torch operations on a row for each of several caches, and on the rows of padding behind them,
-    which no cache sees."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        # A step is bound by reading weights. As the left factor of a product with few columns, but
-        # two at least, MKL reads float32 weights with all cores; for F.linear's product with few
-        # rows it uses one.
-        self._weights_left = (
-            dtype == torch.float32 and torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
-        )
-        self.least_rows = 2 if self._weights_left else 1
+    """Torch operations in float32 on a row for each of several caches, and on a row of padding
+    behind a single one, which no cache sees."""
 
     def linear(self, x: Tensor, linear: nn.Linear) -> Tensor:
         """One projection."""
-        if not self._weights_left:
-            return F.linear(x, linear.weight, linear.bias)
-        # The next product is several times slower unless its input's rows are contiguous.
+        # A step is bound by reading weights. As the left factor of a product with few columns, but
+        # two at least, MKL reads float32 weights with all cores; for F.linear's product with few
+        # rows it uses one. The next product is several times slower unless its input's rows are
+        # contiguous.
         out = torch.mm(linear.weight, x.t()).t().contiguous()
         return out if linear.bias is None else out + linear.bias
 
@@ -225,7 +217,8 @@ def _head_norms(attention: Any) -> HeadNorms | None:
 def step_rows(
     llm: LoadedModel, caches: Sequence[KVCache], token_ids: Sequence[int], positions: Sequence[int]
 ) -> Tensor:
-    """Feed one token to each of several caches, on the CPU; what a step changes is in the caches.
+    """Feed one token to each of several caches, on the CPU in float32; all that a step changes is in
+    the caches.
 
     Args:
         caches: `plain`, of a model that is `steppable`; each grows by its token.
@@ -235,12 +228,11 @@ def step_rows(
         next-token logits, (caches, vocabulary).
     """
     decoder: Any = llm.model.model
-    ops = CpuOps(decoder.embed_tokens.weight.dtype)
-    padding = [0] * (ops.least_rows - len(caches))
+    padding = [0] * (2 - len(caches))
     x = decoder.embed_tokens(torch.tensor([*token_ids, *padding]))
     rotation = decoder.rotary_emb(x, torch.tensor([*positions, *padding])[:, None])
     layers = list(zip(*(cache.whole_layers() for cache in caches), strict=True))
-    return _next_logits(llm, ops, x, rotation, layers)[: len(caches)].contiguous()
+    return _next_logits(llm, CpuOps(), x, rotation, layers)[: len(caches)].contiguous()
 
 
 class DecodeStep:

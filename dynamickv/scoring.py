@@ -77,14 +77,21 @@ def attention_mass(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
     grouped = queries.view(num_kv_heads, group, length, head_dim)
     mass = torch.zeros(num_kv_heads, group, length, dtype=torch.float32, device=keys.device)
     block = max(16, _BLOCK_ELEMENTS[keys.device.type == "cpu"] // (group * length))
+    # Written over for every block: fresh memory costs a CPU as much time as the softmax.
+    room = torch.empty(group * min(block, length) * length, device=keys.device)
     for head in range(num_kv_heads):
         columns = keys[head].float().mul(scaling).t().contiguous()
         for start in range(0, length, block):
             end = min(start + block, length)
-            logits = grouped[head, :, start:end].float() @ columns[:, :end]
-            future = torch.ones(end - start, end - start, dtype=torch.bool, device=keys.device)
-            logits[..., start:].masked_fill_(future.triu_(1), float("-inf"))
-            mass[head, :, :end] += logits.softmax(dim=-1).sum(dim=1)
+            rows = end - start
+            block_queries = grouped[head, :, start:end].float().reshape(group * rows, head_dim)
+            shares = room[: group * rows * end].view(group * rows, end)
+            torch.mm(block_queries, columns[:, :end], out=shares)
+            by_query = shares.view(group, rows, end)
+            future = torch.ones(rows, rows, dtype=torch.bool, device=keys.device)
+            by_query[..., start:].masked_fill_(future.triu_(1), float("-inf"))
+            torch.softmax(shares, dim=-1, out=shares)
+            mass[head, :, :end] += by_query.sum(dim=1)
     return mass.view(num_query_heads, length)
 
 

@@ -112,17 +112,10 @@ def test_a_step_for_several_caches_computes_what_the_model_does(family: str, row
         torch.testing.assert_close(*after, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rows", [1, 3])
-def test_a_step_rounds_half_precision_where_the_model_does(dtype: torch.dtype, rows: int) -> None:
+def half() -> dkv.LoadedModel:
     llm = tiny_llm()
-    llm.model.to(dtype)
-    prefill = dkv.prefill(llm, DOCUMENT, QUESTION)
-    stepped, expected = (caches_of(prefill, ROWS[:rows]) for _ in range(2))
-    logits = step_rows(llm, stepped, [40] * rows, [prefill.length] * rows)
-    assert logits.dtype == dtype
-    own = torch.stack([extend(llm, cache, [40], prefill.length) for cache in expected])
-    assert (logits - own).float().norm() < 4 * torch.finfo(dtype).eps * own.float().norm()
+    llm.model.to(torch.bfloat16)
+    return llm
 
 
 def offloaded() -> dkv.LoadedModel:
@@ -139,9 +132,17 @@ def offloaded() -> dkv.LoadedModel:
         (partial(tiny_llm, "llama", "eager"), True),
         (partial(tiny_llm, hidden_act="gelu"), True),
         (offloaded, True),
+        (half, True),
         (tiny_llm, False),
     ],
-    ids=["sliding layers", "eager attention", "gelu", "offloaded", "heads of unequal length"],
+    ids=[
+        "sliding layers",
+        "eager attention",
+        "gelu",
+        "offloaded",
+        "half precision",
+        "heads of unequal length",
+    ],
 )
 def test_what_the_step_does_not_compute_is_left_to_the_model(make: Any, plain: bool) -> None:
     assert not takes_the_step(make(), plain)
