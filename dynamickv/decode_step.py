@@ -217,8 +217,7 @@ def _head_norms(attention: Any) -> HeadNorms | None:
 def step_rows(
     llm: LoadedModel, caches: Sequence[KVCache], token_ids: Sequence[int], positions: Sequence[int]
 ) -> Tensor:
-    """Feed one token to each of several caches, on the CPU in float32; all that a step changes is in
-    the caches.
+    """Feed one token to each of several caches, on the CPU in float32; what changes is in them.
 
     Args:
         caches: `plain`, of a model that is `steppable`; each grows by its token.
