@@ -48,7 +48,7 @@ def build_lab(handlers: LabHandlers, shared: Shared) -> None:
     """The tab's content; measurements and the page's runs take turns."""
     models = [shared.model]
     with gr.Tabs(elem_id="dkv-lab-tabs"):
-        with gr.Tab("Needle", id="lab-needle"), gr.Row(elem_classes=["dkv-lab-row"]):
+        with gr.Tab("Needle", id="lab-needle"), gr.Row(elem_classes=["dkv-split"]):
             with gr.Column(scale=3, min_width=300, elem_classes=["dkv-lab-form"]):
                 gr.Markdown(
                     "Hide a number at every depth of texts of every length, and ask for it."
@@ -63,7 +63,7 @@ def build_lab(handlers: LabHandlers, shared: Shared) -> None:
             part = _part("needle", *buttons)
             fields = [*models, methods, sizes, lengths, depths, samples, needles]
             _wire(handlers, handlers.needle, fields, part)
-        with gr.Tab("Sweep", id="lab-sweep"), gr.Row(elem_classes=["dkv-lab-row"]):
+        with gr.Tab("Sweep", id="lab-sweep"), gr.Row(elem_classes=["dkv-split"]):
             with gr.Column(scale=3, min_width=300, elem_classes=["dkv-lab-form"]):
                 gr.Markdown(
                     "Explore's document and question, read once, at 16 tokens per layer, at its "
@@ -75,7 +75,7 @@ def build_lab(handlers: LabHandlers, shared: Shared) -> None:
             part = _part("sweep", *buttons)
             fields = [shared.document, shared.question, *models, methods, longest]
             _wire(handlers, handlers.sweep, fields, part)
-        with gr.Tab("Tasks", id="lab-tasks"), gr.Row(elem_classes=["dkv-lab-row"]):
+        with gr.Tab("Tasks", id="lab-tasks"), gr.Row(elem_classes=["dkv-split"]):
             with gr.Column(scale=3, min_width=300, elem_classes=["dkv-lab-form"]):
                 gr.Markdown(
                     "The example documents, five kinds of question each. If budgets follow the "
@@ -95,8 +95,9 @@ def build_lab(handlers: LabHandlers, shared: Shared) -> None:
 
 
 def _methods(chosen: tuple[str, ...]) -> gr.CheckboxGroup:
-    offered = [name for name in SIX if name in chosen]
-    return gr.CheckboxGroup(offered, value=offered, label="Methods")
+    """The papers' methods ticked, the others offered."""
+    offered = [name for name in offered_methods() if name in chosen or name not in SIX]
+    return gr.CheckboxGroup(offered, value=list(chosen), label="Methods")
 
 
 def _buttons(kind: str) -> tuple[gr.Button, gr.Button, LabStatus]:

@@ -24,7 +24,7 @@ PALETTE = {
     name: [method_style(name).light, method_style(name).dark]
     for name in dict.fromkeys([*METHOD_STYLES, *dkv.METHODS])
 }
-NOTHING = "Nothing is recorded: press Measure."
+NOTHING = "Nothing measured yet: press Measure."
 
 
 def panel(title: str, source: str, **parts: Any) -> Payload:

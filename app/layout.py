@@ -397,7 +397,7 @@ def build_runs(handlers: Handlers, inputs: Inputs, outputs: Outputs, tab: gr.Tab
         ("curl", "curl", "shell"),
         ("mcp", "MCP client settings (the page needs gradio[mcp])", "json"),
     ]
-    with gr.Row():
+    with gr.Row(elem_classes=["dkv-split"]):
         with gr.Column(scale=2, min_width=300):
             gr.Markdown(
                 "### Run files\nA run file holds the prompt, what every method kept, "

@@ -38,7 +38,7 @@ class Speed:
     def estimate(self, tokens: int, methods: int, max_new_tokens: int) -> str:
         """One phrase; the answers may end earlier, hence "up to"."""
         total = self.prefill_per_token * tokens + self.decode_per_token * methods * max_new_tokens
-        return f"up to {vm.seconds(total)}, judging by {self.origin}"
+        return f"up to {vm.seconds(total)}, at the speed of {self.origin}"
 
 
 class LiveRun:
@@ -104,7 +104,7 @@ class LiveRun:
     def payload(self) -> dict[str, Any]:
         """The cards now."""
         return {
-            "source": "running now",
+            "source": "running now · the views below show the run before",
             "question": self.question,
             "notice": "",
             "cards": [*self.before, *self.cards],

@@ -33,4 +33,4 @@ def test_events_fill_the_cards() -> None:
 
 def test_the_estimate_says_what_it_rests_on() -> None:
     speed = Speed.of(synthetic_trace(tokens=300), "the recorded run")
-    assert speed.estimate(1000, 2, 64).endswith("judging by the recorded run")
+    assert speed.estimate(1000, 2, 64).endswith("at the speed of the recorded run")
