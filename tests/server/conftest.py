@@ -34,9 +34,10 @@ class Server:
     http: httpx.Client
 
     def function(self, handler: str) -> int:
-        """The number of the page's event that calls a handler of that name."""
+        """The number of the page's event that calls Explore's handler of that name."""
         for number, function in self.demo.fns.items():
-            if function.name == handler:
+            lab = getattr(function.fn, "__qualname__", "").startswith("LabHandlers.")
+            if function.name == handler and not lab:
                 return int(number)
         raise LookupError(handler)
 
