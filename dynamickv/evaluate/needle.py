@@ -31,7 +31,7 @@ class NeedleGrid:
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     """0 is the text's start, 1 its end."""
     samples: int = 1
-    """Different texts and facts per cell."""
+    """Trials per cell, each with a text and facts of its own."""
     needles: int = 1
     haystack: str | None = None
     """Folder of .txt files; None makes sentences up."""
@@ -81,6 +81,7 @@ class NeedleExperiment:
         custom = grid.custom and [list(grid.custom.facts), grid.custom.question]
         return {
             "experiment": "needle",
+            "texts": "one per trial",
             "model": llm.name,
             "revision": llm.revision,
             "dtype": llm.dtype,
@@ -106,9 +107,9 @@ class NeedleExperiment:
         return float(unit["length"] * (1 + unit["length"] / 16384))
 
     def document(self, unit: Unit) -> tuple[str, Hidden]:
-        """A cell's text and what is hidden in it. Depths of a sample share text and facts."""
+        """A trial's text and what is hidden in it, shared with no other trial: intervals assume that."""
         grid = self._grid
-        rng = random.Random(key([grid.seed, unit["length"], unit["sample"]]))
+        rng = random.Random(key([grid.seed, unit["length"], unit["depth"], unit["sample"]]))
         hidden = grid.custom or invent(grid.needles, rng)
 
         def count(text: str) -> int:

@@ -65,13 +65,13 @@ def test_a_cell_fits_its_length_and_asks_for_what_it_hides(
         assert unit["length"] - 60 <= length <= unit["length"]
 
 
-def test_cells_differ_by_sample_and_share_their_text_over_depths(llm: dkv.LoadedModel) -> None:
+def test_no_two_trials_share_their_text_or_facts(llm: dkv.LoadedModel) -> None:
     experiment = NeedleExperiment(llm, grid(samples=2, lengths=(500,)))
-    facts = {}
-    for unit in experiment.units():
-        facts.setdefault(unit["sample"], set()).add(experiment.document(unit)[1].facts)
-    assert [len(held) for held in facts.values()] == [1, 1]
-    assert facts[0] != facts[1]
+    units = experiment.units()
+    trials = [experiment.document(unit) for unit in units]
+    assert len({hidden.facts for _, hidden in trials}) == len(units)
+    assert len({document[:40] for document, _ in trials}) == len(units)
+    assert [experiment.document(unit) for unit in units] == trials
 
 
 def test_the_haystack_may_be_a_folder_of_texts(llm: dkv.LoadedModel, tmp_path: Path) -> None:
