@@ -103,17 +103,18 @@ class Buckets:
 
 class Guard:
     """The middleware; `on_leave` is called with the session of a client that went away while it
-    waited for something.
+    waited for something, `on_ask` with that of one who sends work.
     """
 
     def __init__(
         self,
         app: ASGIApp,
         on_leave: Callable[[str], None] | None = None,
+        on_ask: Callable[[str], None] | None = None,
         buckets: Buckets | None = None,
     ) -> None:
         self.app = app
-        self.on_leave = on_leave
+        self.on_leave, self.on_ask = on_leave, on_ask
         self.buckets = buckets or Buckets()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -133,7 +134,9 @@ class Guard:
                 raise too_large()
             receive = _limited(receive)
             if scope["method"] == "POST" and any(part in scope["path"] for part in WITH_VALUES):
-                receive = await _matched(scope, receive)
+                receive, session = await _matched(scope, receive)
+                if self.on_ask and session:
+                    self.on_ask(session)
             await self.app(scope, receive, answer.send)
         except Refused as refusal:
             await answer.refuse(refusal.status, str(refusal))
@@ -243,8 +246,8 @@ def _session(scope: Scope) -> str | None:
     return path.rpartition("/")[2] if CALL in path else None
 
 
-async def _matched(scope: Scope, receive: Receive) -> Receive:
-    """The same body again, read and found to fit a function of the page.
+async def _matched(scope: Scope, receive: Receive) -> tuple[Receive, str | None]:
+    """The same body again, read and found to fit a function of the page, and its session.
 
     Raises:
         Refused: it does not.
@@ -253,7 +256,7 @@ async def _matched(scope: Scope, receive: Receive) -> Receive:
     while True:
         message = await receive()
         if message["type"] != "http.request":
-            return receive  # the client is gone
+            return receive, None  # the client is gone
         body += message.get("body", b"")
         if not message.get("more_body"):
             break
@@ -273,7 +276,8 @@ async def _matched(scope: Scope, receive: Receive) -> Receive:
         replayed = True
         return {"type": "http.request", "body": body, "more_body": False}
 
-    return again
+    session = sent.get("session_hash")
+    return again, session if isinstance(session, str) else None
 
 
 def _check_values(scope: Scope, sent: dict[str, Any]) -> None:

@@ -588,7 +588,13 @@ def launch_options(host: ModelHost | None = None, turns: Turns | None = None) ->
         # Needs gradio's extra: pip install "gradio[mcp]". Without it the page runs as ever.
         "mcp_server": importlib.util.find_spec("mcp") is not None,
         "app_kwargs": {
-            "middleware": [Middleware(Guard, on_leave=turns.stop if turns else None)],
+            "middleware": [
+                Middleware(
+                    Guard,
+                    on_leave=turns.left if turns else None,
+                    on_ask=turns.back if turns else None,
+                )
+            ],
             "routes": [
                 *watched,
                 # Under a prefix that Gradio's Node server hands on when it renders the page (SSR).

@@ -24,6 +24,8 @@ STALE = 30.0
 """Seconds after which a ticket that nobody asks about has left the queue."""
 REMEMBERED = 8
 """Finished turns that an estimate looks back on."""
+LEFT = 1024
+"""Sessions that are known to have left."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +100,7 @@ class Turns:
         self._running: Ticket | None = None
         self._numbers = count()
         self._took: deque[float] = deque(maxlen=REMEMBERED)
+        self._left: deque[str] = deque(maxlen=LEFT)
 
     def join(
         self,
@@ -139,6 +142,8 @@ class Turns:
                 stop=stop or threading.Event(),
                 expected=expected,
             )
+            if session in self._left:
+                ticket.stop.set()
             self._waiting.append(ticket)
             self._waiting.sort(key=lambda t: (t.round, t.number))
             return ticket
@@ -197,6 +202,19 @@ class Turns:
                 if ticket.session == session:
                     ticket.stop.set()
             self._changed.notify_all()
+
+    def left(self, session: str) -> None:
+        """Its client is gone: end everything of it, also what was sent before and joins after."""
+        with self._changed:
+            if session not in self._left:
+                self._left.append(session)
+        self.stop(session)
+
+    def back(self, session: str) -> None:
+        """Its client is there: it sends work."""
+        with self._changed:
+            if session in self._left:
+                self._left.remove(session)
 
     def counts(self) -> dict[str, int]:
         """How many run and wait."""

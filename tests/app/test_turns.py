@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from app.turns import Ticket, Turns
+from app.turns import LEFT, Ticket, Turns
 
 
 def test_one_at_a_time_in_the_order_of_coming() -> None:
@@ -139,3 +139,20 @@ def test_an_error_gives_the_turn_back() -> None:
     with pytest.raises(ZeroDivisionError), ticket:
         1 / 0  # noqa: B018
     assert turns.join("b").wait(0)
+
+
+def test_work_sent_before_its_client_left_and_joining_after_is_stopped() -> None:
+    turns = Turns()
+    turns.left("a")
+    assert turns.join("a").stop.is_set()
+    assert not turns.join("b").stop.is_set()
+    turns.back("a")
+    assert not turns.join("a").stop.is_set()
+
+
+def test_only_so_many_who_left_are_remembered() -> None:
+    turns = Turns()
+    for number in range(LEFT + 1):
+        turns.left(f"s{number}")
+    assert not turns.join("s0").stop.is_set()
+    assert turns.join(f"s{LEFT}").stop.is_set()

@@ -148,6 +148,37 @@ def test_a_client_that_goes_away_stops_its_comparison(server: Server, slow: list
     assert len(slow) < 256
 
 
+def test_a_client_that_leaves_before_its_comparison_joins_the_queue_is_stopped_too(
+    server: Server, slow: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check, entered, gone = server.host.check, threading.Event(), threading.Event()
+
+    def waits(model: str) -> str:
+        entered.set()
+        assert gone.wait(20)
+        return check(model)
+
+    monkeypatch.setattr(server.host, "check", waits)
+    monkeypatch.setattr(server.turns, "stop", lambda session: (stop(session), gone.set()))
+    stop = type(server.turns).stop.__get__(server.turns)
+    body = {
+        "fn_index": server.function("compare"),
+        "data": [DOCUMENT, QUESTION, ["SnapKV"], 40, 512, "tiny"],
+        "session_hash": "early",
+    }
+    server.http.post("gradio_api/queue/join", json=body)
+    parameters = {"session_hash": "early"}
+    with server.http.stream("GET", "gradio_api/queue/data", params=parameters) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        assert entered.wait(20)
+    assert gone.wait(20)
+    wait_for(lambda: free(server))
+    time.sleep(0.5)
+    assert free(server)
+    assert len(slow) < 5
+
+
 def test_stop_ends_a_run_long_before_its_last_token(server: Server, slow: list[int]) -> None:
     begin_slow(server, "stopped")
     asked = False
