@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,8 @@ class Soak:
     threads: list[int] = field(default_factory=list)
     files: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    worked: list[float] = field(default_factory=list)
+    """Processor seconds of the server so far: what others do on the machine is not in them."""
     lost: int = 0
     """Answers that gradio_client lost and asked for again."""
 
@@ -56,6 +59,8 @@ class Soak:
         self.resident.append(process.memory_info().rss)
         self.threads.append(process.num_threads())
         self.files.append(process.num_fds())
+        times = process.cpu_times()
+        self.worked.append(times.user + times.system)
 
     def rows(self, name: str) -> list[Row]:
         """The figures: the last fifth against the first one after the warm-up."""
@@ -69,16 +74,25 @@ class Soak:
             return 100 * (late / statistics.median(values[skip : skip + fifth]) - 1)
 
         slower = statistics.median(timed[-part:]) / statistics.median(timed[:part])
+        costs = [later - earlier for earlier, later in pairwise(self.worked[skip - 1 :])]
+        dearer = statistics.median(costs[-fifth:]) / statistics.median(costs[:fifth])
         return [
             Row(f"{name}: resident memory after", self.resident[-1] / 2**20, "MiB"),
             Row(f"{name}: its growth", grown(self.resident), "%", "< 5"),
             Row(
-                f"{name}: threads, median, more", self._more(self.threads, skip, fifth), "", "<= 0"
+                f"{name}: threads at the end, more than after the warm-up",
+                self._more(self.threads, skip, fifth),
+                "",
+                "<= 0",
             ),
             Row(
-                f"{name}: open files, median, more", self._more(self.files, skip, fifth), "", "<= 0"
+                f"{name}: open files at the end, more than after the warm-up",
+                self._more(self.files, skip, fifth),
+                "",
+                "<= 0",
             ),
             Row(f"{name}: seconds each, last / first fifth", slower, "x", "<= 1.1"),
+            Row(f"{name}: processor seconds each, last / first fifth", dearer, "x", "<= 1.1"),
             Row(f"{name}: answers asked for twice", self.lost, ""),
         ]
 
