@@ -115,21 +115,24 @@ class Handlers:
     ) -> Iterator[tuple[Any, ...]]:
         """Run the comparison; outputs: status, cards, store, Run, Stop."""
         yield from self._guarded(
-            request, lambda stop: self._run(stop, document, question, methods, *settings)
+            request,
+            lambda stop: self._run(stop, document, question, methods, *settings),
+            lambda: self._expected(*self._request(document, question, methods, *settings)),
         )
 
     def _guarded(
         self,
         request: gr.Request,
         work: Callable[[threading.Event], Iterator[tuple[Any, ...]]],
+        expect: Callable[[], float | None] = lambda: None,
     ) -> Iterator[tuple[Any, ...]]:
         """Do something when its turn comes; it can be stopped and can fail, and the page stays
-        usable and says so.
+        usable and says so. `expect` says how many seconds it will take, for those who wait.
         """
         key = session(request)
         stop = self._stops.setdefault(key, threading.Event())
         try:
-            with self.turns.join(key, address(request), stop=stop) as ticket:
+            with self.turns.join(key, address(request), stop=stop, expected=expect()) as ticket:
                 for place in ticket.places(WAIT):
                     yield waiting(place), gr.skip(), gr.skip(), *busy_buttons()
                 yield from work(stop)
@@ -161,7 +164,7 @@ class Handlers:
             question,
             job.max_new_tokens,
             llm.geometry.num_layers,
-            self._estimate(model_name, job),
+            self._estimate(job, model_name),
         )
         prefills: list[dkv.Prefill] = []
         start = time.perf_counter()
@@ -455,15 +458,20 @@ class Handlers:
         )
         return job, self.host.check(model)
 
-    def _estimate(self, model: str, job: inputs.Request) -> str:
-        if self._speed is None:
-            return ""
+    def _estimate(self, job: inputs.Request, model: str) -> str:
+        work = self._work(job, model)
+        return self._speed.estimate(*work) if self._speed and work else ""
+
+    def _expected(self, job: inputs.Request, model: str) -> float | None:
+        work = self._work(job, model)
+        return self._speed.seconds(*work) if self._speed and work else None
+
+    def _work(self, job: inputs.Request, model: str) -> tuple[int, int, int] | None:
+        """Prompt tokens, answers and their longest length; None until the model is loaded."""
         size = self.host.measure(model, job.document, job.question)
         if size is None:
-            return ""
-        return self._speed.estimate(
-            min(size.prompt, size.limit), len(job.methods), job.max_new_tokens
-        )
+            return None
+        return min(size.prompt, size.limit), len(job.methods), job.max_new_tokens
 
     def stop(self, request: gr.Request) -> Any:
         """Ask this session's run to end after the current layer or token; output: status."""
@@ -733,7 +741,8 @@ class Handlers:
                 document, question, methods, max_new_tokens, {"capacity": capacity}
             )
             model = self.host.check(model)
-            with self.turns.join(session(request), address(request)) as ticket:
+            expected = self._expected(job, model)
+            with self.turns.join(session(request), address(request), expected=expected) as ticket:
                 for _ in ticket.places(WAIT):
                     pass
                 trace = last_trace(self._stream(model, job, ticket.stop, scores=False))

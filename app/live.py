@@ -35,9 +35,13 @@ class Speed:
             origin=origin,
         )
 
+    def seconds(self, tokens: int, methods: int, max_new_tokens: int) -> float:
+        """Seconds that a comparison takes at most; its answers may end earlier."""
+        return self.prefill_per_token * tokens + self.decode_per_token * methods * max_new_tokens
+
     def estimate(self, tokens: int, methods: int, max_new_tokens: int) -> str:
-        """One phrase; the answers may end earlier, hence "up to"."""
-        total = self.prefill_per_token * tokens + self.decode_per_token * methods * max_new_tokens
+        """The same as one phrase."""
+        total = self.seconds(tokens, methods, max_new_tokens)
         return f"up to {vm.seconds(total)}, at the speed of {self.origin}"
 
 

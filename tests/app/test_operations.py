@@ -12,6 +12,7 @@ import sys
 import types
 import weakref
 from collections.abc import Generator, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,24 @@ def test_a_run_is_logged_without_its_text(llm: dkv.LoadedModel, log: io.StringIO
     assert runs[0]["prompt_tokens"] > 100
     assert SECRET not in log.getvalue()
     assert answer not in log.getvalue()
+
+
+def test_who_waits_is_told_how_long_the_run_before_takes_itself(llm: dkv.LoadedModel) -> None:
+    turns = Turns()
+    handlers = Handlers(ModelHost("tiny", loader=lambda _: llm), {}, turns=turns)
+
+    def told(max_new_tokens: int) -> float:
+        """Seconds that the queue says while a run of so many tokens is in it."""
+        settings = (*SETTINGS[:7], max_new_tokens, *SETTINGS[8:])
+        going = handlers.run(gr.Request(session_hash="a"), DOCUMENT, QUESTION, [], *settings)
+        next(going)
+        with closing(going), turns.join("b") as behind:
+            seconds = behind.place().seconds
+            assert seconds is not None
+            return seconds
+
+    list(handlers.run(gr.Request(session_hash="a"), DOCUMENT, QUESTION, [], *SETTINGS))
+    assert told(500) > 3 * told(2)
 
 
 def test_a_failed_run_is_logged_without_its_text(
