@@ -45,7 +45,7 @@ run: setup
 
 test: setup
 	@command -v chromium chromium-browser google-chrome >/dev/null || echo "Chromium is not installed, so the browser tests are skipped here (they fail where CI=true); on Debian: apt-get install chromium." >&2
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(ARGS)
 
 check: setup
 	$(BIN)/ruff check .

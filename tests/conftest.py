@@ -1,16 +1,24 @@
-"""What all tests share: no network, and a reason when Chromium or the embedded model is missing."""
+"""What all tests share: no network, a reason when Chromium or the embedded model is missing, and a
+machine of its own for a test that measures time.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import shutil
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 # Before any test imports the libraries that read them.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Threads of several processes that wait for one another spin on the same cores.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome")
 
@@ -45,6 +53,21 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     for marker, reason in what_is_missing().items():
         if item.get_closest_marker(marker):
             pytest.fail(reason, pytrace=False)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Tests marked `timed` run while no other worker runs a test."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return (yield)
+    folder = Path(item.config.option.basetemp).parent  # the worker's own folder is in the run's
+    kind = fcntl.LOCK_EX if item.get_closest_marker("timed") else fcntl.LOCK_SH
+    with (folder / "gate").open("w") as gate, (folder / "lock").open("w") as lock:
+        # Who waits to be alone holds the gate, so that others cannot keep passing.
+        fcntl.flock(gate, fcntl.LOCK_EX)
+        fcntl.flock(lock, kind)
+        fcntl.flock(gate, fcntl.LOCK_UN)
+        return (yield)
 
 
 @pytest.fixture(scope="session")

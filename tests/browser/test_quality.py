@@ -41,6 +41,7 @@ def large_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     yield from serve(ModelHost(loader=no_model), examples)  # type: ignore[arg-type]
 
 
+@pytest.mark.timed
 def test_a_recorded_run_is_painted_soon(page: Page, page_url: str) -> None:
     open_page(page.context.new_page(), page_url)  # the server's first page is not the rule
     start = time.perf_counter()
@@ -50,6 +51,7 @@ def test_a_recorded_run_is_painted_soon(page: Page, page_url: str) -> None:
     assert time.perf_counter() - start < 2 * 2.5
 
 
+@pytest.mark.timed
 def test_32k_tokens_stay_quick_and_small(page: Page, large_url: str) -> None:
     open_page(page, large_url)
     pick(page, "32k")
@@ -59,6 +61,7 @@ def test_32k_tokens_stay_quick_and_small(page: Page, large_url: str) -> None:
     assert page.evaluate(ELEMENTS) < 3000
 
 
+@pytest.mark.timed
 def test_no_task_after_load_freezes_the_page(page: Page, page_url: str) -> None:
     open_page(page, page_url)
     pick(page, "Long")

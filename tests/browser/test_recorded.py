@@ -84,6 +84,7 @@ def test_the_chart_follows_the_theme_live(page: Page, page_url: str) -> None:
     )
 
 
+@pytest.mark.timed
 def test_the_layer_slider_is_quick_at_8k_tokens(page: Page, page_url: str) -> None:
     open_page(page, page_url)
     pick(page, "Long")

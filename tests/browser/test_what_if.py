@@ -152,6 +152,7 @@ SLIDE = """async () => {
 }"""
 
 
+@pytest.mark.timed
 def test_a_slider_is_answered_at_once(page: Page, tiny_url: str) -> None:
     run(page, tiny_url)
     assert page.evaluate(SLIDE) < 2 * 100

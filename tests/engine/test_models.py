@@ -476,6 +476,7 @@ def test_a_missing_gguf_file_is_named() -> None:
     assert "there is no file missing.gguf" in sentence
 
 
+@pytest.mark.timed
 def test_a_hub_model_without_network_is_refused_at_once() -> None:
     start = time.monotonic()
     sentence = refusal_of("some-organisation/some-model")
