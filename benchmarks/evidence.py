@@ -3,8 +3,8 @@
 They were recorded with these commands; --output leads to a .jsonl file of all answers beside the
 summary, and a command that was stopped goes on where it was when it is started again.
 
-python -m dynamickv needle --lengths 1024,2048,3072,4096 --depths 5 --samples 2 --capacity 64,128,256
-    --max-new-tokens 20 --output benchmarks/results/lab/needle.json
+python -m dynamickv needle --lengths 1024,2048,3072,4096 --depths 5 --samples 2
+    --capacity 64,128,256 --max-new-tokens 20 --output benchmarks/results/lab/needle.json
 python -m dynamickv longbench --data benchmarks/data --capacity 64,128,256,512
     --output benchmarks/results/lab/multi_news
 python -m dynamickv tasks --documents assets/examples --capacity 128 --output tasks.json

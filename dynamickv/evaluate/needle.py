@@ -107,7 +107,7 @@ class NeedleExperiment:
         return float(unit["length"] * (1 + unit["length"] / 16384))
 
     def document(self, unit: Unit) -> tuple[str, Hidden]:
-        """A trial's text and what is hidden in it, shared with no other trial: intervals assume that."""
+        """A trial's text and what is hidden in it; intervals assume that no other shares them."""
         grid = self._grid
         rng = random.Random(key([grid.seed, unit["length"], unit["depth"], unit["sample"]]))
         hidden = grid.custom or invent(grid.needles, rng)
