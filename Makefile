@@ -64,12 +64,12 @@ soak: setup
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.soak $(ARGS)
 	$(BIN)/python -m benchmarks.readme
 
-# pip judges markers by the Python it runs on; uv judges them for another one.
+# pip judges markers by the Python it runs on; uv judges them for another one. jieba has no wheel.
 resolve: .venv-tools/.done
 	@for python in 3.10 3.12; do for torch in 2.8.0 2.9.1 2.10.0 2.11.0; do \
 		echo "torch==$$torch" > .venv-tools/torch.txt; \
 		.venv-tools/bin/uv pip compile --quiet requirements.txt --constraint .venv-tools/torch.txt --python-version $$python \
-			--python-platform x86_64-manylinux_2_28 --only-binary :all: --output-file .venv-tools/resolved.txt >/dev/null || exit 1; \
+			--python-platform x86_64-manylinux_2_28 --only-binary :all: --no-binary jieba --output-file .venv-tools/resolved.txt >/dev/null || exit 1; \
 		echo "Python $$python, torch $$torch: $$(grep -c == .venv-tools/resolved.txt) packages"; \
 	done; done
 
