@@ -67,9 +67,11 @@ def render(summary: Sequence[Mapping[str, Any]]) -> Figure:
                     },
                 }
             )
+            # Once a row: beside one another, long names would overlap on a phone.
+            name = f"<b>{method}</b><br>" if column == 0 else ""
             size_words = "" if line["capacity"] is None else f"{line['capacity']}: "
             figure.add_annotation(
-                text=f"<b>{method}</b><br>{size_words}{100 * line['exact']:.0f} %",
+                text=f"{name}{size_words}{100 * line['exact']:.0f} %",
                 align="left",
                 x=left,
                 y=top,
