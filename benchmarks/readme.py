@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.report import RESULTS
 
 README = Path(__file__).parent.parent / "README.md"
-NAMES = ("start", "engine", "kvpress", "vllm", "soak-tiny", "soak-real")
+NAMES = ("start", "engine", "what-if", "kvpress", "vllm", "soak-tiny", "soak-real")
 START, END = "<!-- measured: python -m benchmarks.readme writes this -->", "<!-- /measured -->"
 
 

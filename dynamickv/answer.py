@@ -169,7 +169,8 @@ class Preview:
 
 @torch.inference_mode()
 def preview(method: CompressionMethod, prefill: Prefill, length: int | None = None) -> Preview:
-    """A method's choice over a prefill, as its run would record it.
+    """A method's choice over a prefill, as its run would record it; the prefill recalls the
+    attention it took, so that the next choice is quicker.
 
     Args:
         length: tokens of the whole prompt, where a question follows what was read.
@@ -183,7 +184,7 @@ def preview(method: CompressionMethod, prefill: Prefill, length: int | None = No
             "prefill with mass=True"
         )
     length = prefill.length if length is None else length
-    retention = select(method, prefill)
+    retention = method.select(prefill.recalling)
     chosen = retained_mask(retention, length)
     held = {
         place: min(length, state.window - 1) for place, state in sorted(prefill.sliding.items())
@@ -245,7 +246,7 @@ def layer_scores(method: CompressionMethod, prefill: Prefill, length: int) -> np
     if not isinstance(method, ScoredMethod) or prefill.length <= method.window_size:
         return None
     table = np.zeros((len(prefill.layers) + len(prefill.sliding), length), np.uint8)
-    for place, layer in zip(prefill.compressed_layers, prefill.layers, strict=True):
+    for place, layer in zip(prefill.compressed_layers, prefill.recalling, strict=True):
         scores: Tensor = method.score(layer).mean(dim=0)
         scaled = scores / scores.max().clamp_min(torch.finfo(torch.float32).tiny) * 255
         table[place, : scores.shape[0]] = scaled.round().to(torch.uint8).cpu().numpy()

@@ -6,6 +6,7 @@ Tensors here have no batch dimension: the engine reads one prompt at a time.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -13,7 +14,11 @@ import torch
 from torch import Tensor
 
 from dynamickv.prompt import EncodedPrompt
+from dynamickv.scoring import window_attention
 
+RECALLED = 4
+"""Attentions that a `RecallingLayer` keeps: one takes a few per cent of the layer's keys and
+values."""
 Heads = Tensor | tuple[Tensor, ...]
 """Positions per head: (heads, kept), or one (kept,) per head where heads keep different numbers."""
 
@@ -47,6 +52,39 @@ class LayerObservation:
     def num_query_heads(self) -> int:
         """Query heads."""
         return self.queries.shape[0]
+
+    def attention(self, first: int, last: int = 0) -> Tensor:
+        """Attention mass that the queries from `first` to `last` tokens before the prompt's end pay
+        to each position before them, (num_query_heads, prompt_length - first) float32.
+
+        `attention(window_size)` is what the observation window pays to the prefix.
+        """
+        end = self.queries.shape[1] - last
+        queries = self.queries[:, end - (first - last) : end]
+        return window_attention(queries, self.keys[:, : self.prompt_length - last], self.scaling)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecallingLayer(LayerObservation):
+    """A layer that keeps the attentions it was asked for last, so that choosing again is quick.
+
+    They depend on the window alone: any capacity, kernel or allocation follows from them.
+    """
+
+    recalled: OrderedDict[tuple[int, int], Tensor] = field(
+        default_factory=OrderedDict, compare=False, repr=False
+    )
+
+    def attention(self, first: int, last: int = 0) -> Tensor:
+        """The same tensor as `LayerObservation.attention`, computed once; not to be changed."""
+        # Taken out and put back, so that threads which ask at once never find it half done.
+        found = self.recalled.pop((first, last), None)
+        if found is None:
+            found = LayerObservation.attention(self, first, last)
+        self.recalled[first, last] = found
+        while len(self.recalled) > RECALLED:
+            self.recalled.popitem(last=False)
+        return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +160,17 @@ class Prefill:
     """Without `mass_seconds`."""
     mass_seconds: float = 0.0
     """Time spent on the attention of all queries, when it was recorded."""
+    recalling: tuple[RecallingLayer, ...] = field(init=False, compare=False, repr=False)
+    """The same layers, for choosing again and again."""
+
+    def __post_init__(self) -> None:
+        layers = (
+            RecallingLayer(
+                queries=layer.queries, keys=layer.keys, scaling=layer.scaling, mass=layer.mass
+            )
+            for layer in self.layers
+        )
+        object.__setattr__(self, "recalling", tuple(layers))
 
     @property
     def question_aware(self) -> bool:
@@ -155,11 +204,15 @@ class Prefill:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of every tensor this record holds."""
+        """Bytes of every tensor this record holds, and of all that its layers may recall."""
+        recalled = sum(
+            RECALLED * layer.num_query_heads * layer.prompt_length * 4 for layer in self.layers
+        )
         observed = sum(
             tensor.numel() * tensor.element_size()
             for layer in self.layers
             for tensor in (layer.queries, layer.mass)
             if tensor is not None
         )
-        return self.kv_bytes + observed + self.logits.numel() * self.logits.element_size()
+        logits = self.logits.numel() * self.logits.element_size()
+        return self.kv_bytes + observed + recalled + logits

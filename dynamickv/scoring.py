@@ -16,6 +16,8 @@ from torch import Tensor
 _BLOCK_ELEMENTS = (2**26, 2**20)
 """Attention weights computed at a time: on accelerators, and on CPUs, where they should stay in
 the cache."""
+_SAMPLED = 64
+"""One value in so many is looked at to guess a threshold."""
 
 
 def window_attention(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
@@ -44,7 +46,9 @@ def window_attention(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
     )
     future = torch.ones(window, window, dtype=torch.bool, device=keys.device).triu_(1)
     logits[..., prompt_length - window :].masked_fill_(future, torch.finfo(torch.float32).min)
-    return logits.softmax(dim=-1)[..., : prompt_length - window].sum(dim=1)
+    # In place: fresh memory costs a CPU as much time as the softmax.
+    shares = torch.softmax(logits, dim=-1, out=logits)
+    return shares[..., : prompt_length - window].sum(dim=1)
 
 
 def _wide_products(left: Tensor, right: Tensor) -> Tensor:
@@ -206,6 +210,19 @@ def share_among_heads(scores: Tensor, budget: int, floor: float) -> list[int]:
     return [least + count for count in count_global_top(list(ranked), (budget - least) * heads)]
 
 
+def _least_of_best(values: Tensor, count: int) -> Tensor:
+    """The least of the `count` best of (n,) values."""
+    if values.device.type != "cpu":
+        return values.topk(count, sorted=False).values.min()
+    # A sample says about where the place lies, so that little more than the best is searched.
+    sample = values[::_SAMPLED]
+    rank = min(2 * count // _SAMPLED + 8, sample.shape[0])
+    best = values[values >= sample.kthvalue(sample.shape[0] - rank + 1).values]
+    if best.shape[0] < count:
+        best = values
+    return best.kthvalue(best.shape[0] - count + 1).values
+
+
 def count_global_top(scores: Sequence[Tensor], count: int) -> list[int]:
     """How many of the `count` best scores over all layers together lie in each layer.
 
@@ -220,7 +237,7 @@ def count_global_top(scores: Sequence[Tensor], count: int) -> list[int]:
     table = torch.stack([layer.to(device).reshape(-1) for layer in scores])
     if count >= table.numel():
         return [table.shape[1]] * table.shape[0]
-    threshold = table.reshape(-1).topk(count, sorted=False).values.min()
+    threshold = _least_of_best(table.reshape(-1), count)
     above, equal = (table > threshold).sum(dim=1), (table == threshold).sum(dim=1)
     counts: list[int]
     ties: list[int]

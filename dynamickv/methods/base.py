@@ -31,7 +31,6 @@ from dynamickv.scoring import (
     share_among_heads,
     top_positions,
     top_positions_of_layers,
-    window_attention,
 )
 
 HEAD_FLOOR = 0.2
@@ -241,9 +240,7 @@ class ScoredMethod(EvictingMethod):
                 f"window_size={self.window_size} needs as many queries, and {tail} were recorded; "
                 f"prefill with tail={self.window_size} or lower window_size"
             )
-        return window_attention(
-            layer.queries[:, tail - self.window_size :], layer.keys, layer.scaling
-        )
+        return layer.attention(self.window_size)
 
     def score(self, layer: LayerObservation) -> Tensor:
         """Importance per head and prefix position, (heads, prompt_length - window_size),

@@ -21,7 +21,6 @@ from dynamickv.methods.base import (
     require_positive,
 )
 from dynamickv.records import LayerObservation
-from dynamickv.scoring import window_attention
 
 SINKS = 4
 """First tokens left out of the comparison: they take attention in every layer, whatever is read."""
@@ -80,13 +79,7 @@ class ShiftKV(ScoredMethod):
         compared = layer.prompt_length - tail
         if tail <= window or compared <= SINKS:
             return 0.0
-        queries = layer.queries[:, layer.queries.shape[1] - tail :]
-        before = window_attention(
-            queries[:, : tail - window],
-            layer.keys[:, : layer.prompt_length - window],
-            layer.scaling,
-        )
-        now = window_attention(queries[:, tail - window :], layer.keys, layer.scaling)
+        before, now = layer.attention(tail, window), layer.attention(window)
         shares = [
             attention.sum(dim=0)[SINKS:compared] / attention[:, SINKS:compared].sum()
             for attention in (before, now)

@@ -19,6 +19,7 @@ from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_play
 from app.examples import Example
 from app.layout import build_app, launch_options
 from app.model_host import ModelHost
+from app.shelf import Shelf
 from dynamickv.trace import Scores, Trace
 from tests.app.synthetic import synthetic_trace
 
@@ -60,12 +61,14 @@ def scored(trace: Trace) -> Trace:
     return replace(trace, runs=runs)
 
 
-def serve(host: ModelHost, examples: dict[str, Example]) -> Iterator[str]:
+def serve(
+    host: ModelHost, examples: dict[str, Example], shelf: Shelf | None = None
+) -> Iterator[str]:
     """The page on a free port until the tests are done."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    demo = build_app(host, examples, url=f"http://127.0.0.1:{port}")
+    demo = build_app(host, examples, url=f"http://127.0.0.1:{port}", shelf=shelf)
     demo.queue(max_size=24)
     demo.launch(
         server_name="127.0.0.1",

@@ -97,6 +97,21 @@ def test_global_counts_equal_a_sort_with_ties_across_layers(seed: int) -> None:
         assert scoring.count_global_top(scores, count) == expected
 
 
+@pytest.mark.parametrize("sampled", ["like the rest", "the best", "the worst", "all equal"])
+def test_global_counts_equal_a_sort_whatever_a_sample_suggests(sampled: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    scores = [torch.randint(1, 900, (2, 1500), generator=generator).float() for _ in range(3)]
+    if sampled != "like the rest":
+        value = {"the best": 1000.0, "the worst": 0.0, "all equal": 450.0}[sampled]
+        flat = torch.stack(scores).flatten()
+        flat[:: scoring._SAMPLED] = value
+        scores = list(flat.view(3, 2, 1500))
+    ranked = torch.stack(scores).flatten().sort(descending=True, stable=True).indices // 3000
+    for count in (1, 20, 141, 300, 4000, 8999):
+        expected = ranked[:count].bincount(minlength=3).tolist()
+        assert scoring.count_global_top(scores, count) == expected
+
+
 SHAPES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"num_layers": 6}, {}),
     ({"num_layers": 6}, {"update_interval": 1}),

@@ -283,6 +283,7 @@
       scroll.scrollTop = 0;
       for (const box of Object.values(folds)) box.open = false;
       redraw();
+      minimap.measure();
     };
     function redraw() {
       if (!store.trace) return;
@@ -310,8 +311,8 @@
     on("theme", minimap.draw);
     // "dkv:reveal" scrolls to a position: the layer map and the evidence send it.
     on("reveal", reveal);
-    for (const box of Object.values(folds)) box.addEventListener("toggle", minimap.draw);
-    new ResizeObserver(minimap.draw).observe(scroll);
+    for (const box of Object.values(folds)) box.addEventListener("toggle", minimap.measure);
+    new ResizeObserver(minimap.measure).observe(scroll);
     if (store.trace) show(store.trace);
     return () => {};
   });

@@ -16,9 +16,10 @@
   // Greatest share of heads per layer and column, as Uint8 0..heads.
   DynamicKV.binned = (kept, layers, length, columns) => {
     const bins = new Uint8Array(layers * columns);
+    const column = Uint32Array.from({ length }, (_, position) => Math.floor((position * columns) / length));
     for (let layer = 0; layer < layers; layer += 1) {
       for (let position = 0; position < length; position += 1) {
-        const at = layer * columns + Math.floor((position * columns) / length);
+        const at = layer * columns + column[position];
         const value = kept[layer * length + position];
         if (value > bins[at]) bins[at] = value;
       }
@@ -29,12 +30,14 @@
   // Draw kept heads, (layers x length), into a canvas of so many columns, one pixel row per layer.
   DynamicKV.drawMap = (canvas, kept, layers, length, columns, heads) => {
     const bins = DynamicKV.binned(kept, layers, length, columns);
-    const palette = Array.from({ length: heads + 1 }, (_, i) => color(i / heads));
+    // A pixel at a time: red, green, blue and opaque.
+    const palette = new Uint32Array(Uint8Array.from(Array.from({ length: heads + 1 }, (_, i) => [...color(i / heads), 255]).flat()).buffer);
     canvas.width = columns;
     canvas.height = layers;
     const context = canvas.getContext("2d");
     const image = context.createImageData(columns, layers);
-    bins.forEach((value, i) => image.data.set([...palette[value], 255], i * 4));
+    const pixels = new Uint32Array(image.data.buffer);
+    for (let i = 0; i < bins.length; i += 1) pixels[i] = palette[bins[i]];
     context.putImageData(image, 0, 0);
   };
 

@@ -5,9 +5,16 @@
 
   // A run's bits, most significant first, in the order (layer, head, position). Runs that keep everything travel without them.
   DynamicKV.bytesOf = (run, layers, length) => {
-    if (run.retained.bits) return Uint8Array.from(atob(run.retained.bits), (char) => char.charCodeAt(0));
-    return onesOf(layers * run.retained.heads * length);
+    return run.retained.bits ? bytesIn(run.retained.bits) : onesOf(layers * run.retained.heads * length);
   };
+
+  // Base64 to bytes; a plain loop, because Uint8Array.from with a function takes ten times as long.
+  function bytesIn(base64) {
+    const text = atob(base64);
+    const bytes = new Uint8Array(text.length);
+    for (let i = 0; i < text.length; i += 1) bytes[i] = text.charCodeAt(i);
+    return bytes;
+  }
 
   // `size` ones, then zeros to the end of the last byte, as numpy.packbits writes them.
   function onesOf(size) {

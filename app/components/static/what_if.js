@@ -134,7 +134,7 @@
     }
 
     function changed() {
-      tellDraft();
+      if (drawn) tellDraft(); // otherwise the outline is the last prediction's and stays until the next
       say();
       predict();
     }

@@ -1,0 +1,79 @@
+"""A prefill recalls the attention that choosing took: the same choice, sooner, within bounds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import dynamickv as dkv
+from dynamickv.answer import select
+from dynamickv.records import RECALLED
+from tests.engine.tiny import DOCUMENT, QUESTION, tiny_llm
+
+
+@pytest.fixture
+def prefill() -> dkv.Prefill:
+    return dkv.prefill(tiny_llm(), DOCUMENT, QUESTION)
+
+
+@pytest.mark.parametrize(("first", "last"), [(8, 0), (64, 8), (9, 0)])
+def test_what_is_recalled_is_what_was_computed(prefill: dkv.Prefill, first: int, last: int) -> None:
+    recalling, plain = prefill.recalling[2], prefill.layers[2]
+    once = recalling.attention(first, last)
+    assert torch.equal(once, plain.attention(first, last))
+    assert recalling.attention(first, last) is once
+    assert plain.attention(first, last) is not once
+
+
+def test_a_choice_is_the_same_after_any_number_of_others(prefill: dkv.Prefill) -> None:
+    methods = [
+        *(dkv.DynamicKV(capacity=capacity) for capacity in (40, 24, 64)),
+        dkv.SnapKV(capacity=40, window_size=16, kernel_size=3, pooling="avg"),
+        dkv.PyramidKV(capacity=40, granularity="query_head"),
+        dkv.ShiftKV(capacity=40),
+        dkv.SnapKV(capacity=40, head_budgets="adaptive", evicted=[[3, 9]]),
+    ]
+    for method in (*methods, *methods):
+        fresh = select(method, prefill)
+        seen = dkv.preview(method, prefill)
+        assert seen.budgets == list(fresh.budgets)
+        for layer, heads in enumerate(fresh.indices):
+            for head, kept in enumerate(heads):
+                assert seen.mask[layer, head].nonzero()[0].tolist() == kept.tolist()
+
+
+def test_moving_the_budget_takes_no_attention_again(prefill: dkv.Prefill) -> None:
+    dkv.preview(dkv.DynamicKV(capacity=40), prefill)
+    kept = [dict(layer.recalled) for layer in prefill.recalling]
+    assert [len(found) for found in kept] == [1] * len(prefill.layers)
+    for method in (
+        dkv.DynamicKV(capacity=24, r_max=3, update_interval=2),
+        dkv.SnapKV(capacity=64, kernel_size=3, pooling="avg", granularity="query_head"),
+    ):
+        dkv.preview(method, prefill)
+    for layer, found in zip(prefill.recalling, kept, strict=True):
+        assert {key: id(tensor) for key, tensor in layer.recalled.items()} == {
+            key: id(tensor) for key, tensor in found.items()
+        }
+
+
+def test_what_is_recalled_is_bounded_and_counted(prefill: dkv.Prefill) -> None:
+    before = prefill.nbytes
+    for window_size in range(1, 12):
+        dkv.preview(dkv.SnapKV(capacity=40, window_size=window_size), prefill)
+    layers = prefill.recalling
+    assert [list(layer.recalled) for layer in layers] == [[(8, 0), (9, 0), (10, 0), (11, 0)]] * 6
+    recalled = sum(tensor.nbytes for layer in layers for tensor in layer.recalled.values())
+    assert prefill.nbytes == before
+    assert before - prefill.kv_bytes > recalled
+    assert len(layers[0].recalled) == RECALLED
+
+
+@pytest.mark.parametrize("scores", [False, True])
+def test_recorded_scores_are_recalled_and_the_timed_choice_is_not(
+    prefill: dkv.Prefill, scores: bool
+) -> None:
+    method = dkv.DynamicKV(capacity=40)
+    dkv.compare(tiny_llm(), prefill=prefill, methods=[method], max_new_tokens=1, scores=scores)
+    recalled = [list(layer.recalled) for layer in prefill.recalling]
+    assert recalled == [[(8, 0)] if scores else []] * 6
