@@ -14,6 +14,7 @@ import dynamickv as dkv
 
 from .examples import ASSETS
 from .theme import METHOD_STYLES, method_style
+from .view_model import version_words
 from .views import lab_longbench, lab_needle, lab_sweep, lab_tasks
 
 log = logging.getLogger(__name__)
@@ -128,7 +129,7 @@ def source_words(circumstances: Mapping[str, str]) -> str:
     at = circumstances
     return (
         f"{at['date']}: {at['model']} ({at['dtype']}) on {at['device']}, {at['cores']} cores, "
-        f"torch {at['torch']}, transformers {at['transformers']}, dynamickv {at['dynamickv']}."
+        f"{version_words(at)}."
     )
 
 

@@ -214,6 +214,7 @@ def cards_payload(trace: Trace, source: str) -> dict[str, Any]:
     return {
         "final": True,
         "source": source,
+        "circumstances": circumstances(trace),
         "question": trace.prompt.question,
         "notice": fits_notice(trace),
         "cards": cards(trace),
@@ -400,6 +401,27 @@ def source_label(kind: str, created: str) -> str:
         "file": f"opened from a file, run on {day}",
         "run": f"run here, {day} {moment:%H:%M} UTC",
     }.get(kind, f"{kind}, {day}")
+
+
+def circumstances(trace: Trace) -> str:
+    """On what a record was made, in words: model, number format, device and versions."""
+    model = trace.model
+    names = [shortened(name) for name in (model.revision, model.dtype, model.device)]
+    return (
+        f"{model.name}, revision {names[0]}, {names[1]} on {names[2]}, "
+        f"attention {shortened(model.attention)}, {version_words(trace.versions)}"
+    )
+
+
+def version_words(versions: Mapping[str, str]) -> str:
+    """The versions that were recorded: "torch 2.13.0, dynamickv 0.1.0 (commit 1a2b3c4d)"."""
+    words = [
+        f"{name} {shortened(versions[name])}"
+        for name in ("torch", "transformers", "dynamickv")
+        if name in versions
+    ]
+    commit = f" (commit {versions['commit'][:8]})" if "commit" in versions else ""
+    return ", ".join(words) + commit
 
 
 def capacity_line(

@@ -26,7 +26,7 @@ from dynamickv.prompt import EncodedPrompt, encode_prompt, require_text
 from dynamickv.records import Prefill
 from dynamickv.together import Together
 from dynamickv.trace import Divergence, ModelInfo, Prompt, Run, Trace
-from dynamickv.version import __version__
+from dynamickv.version import engine_version
 
 
 class Cancelled(Exception):
@@ -320,7 +320,7 @@ def _trace(llm: LoadedModel, prefill: Prefill, prompt: EncodedPrompt, runs: list
     return Trace(
         created=datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z"),
         versions={
-            "dynamickv": __version__,
+            **engine_version(),
             "python": platform.python_version(),
             "torch": str(torch.__version__),
             "transformers": transformers.__version__,

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from dynamickv.models import LoadedModel
-from dynamickv.version import __version__
+from dynamickv.version import engine_version
 
 
 def circumstances(llm: LoadedModel) -> dict[str, str]:
@@ -27,7 +27,7 @@ def circumstances(llm: LoadedModel) -> dict[str, str]:
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
-        "dynamickv": __version__,
+        **engine_version(),
     }
 
 

@@ -164,3 +164,14 @@ def test_partings_show_both_tokens_and_their_probabilities(trace: Trace) -> None
     assert found["here"] == ["41 %", "< 0.1 %"]
     assert found["full"] == ["2.0 %", "90 %"]
     assert vm.partings(trace) == []
+
+
+def test_circumstances_name_model_versions_and_commit(trace: Trace) -> None:
+    words = vm.circumstances(trace)
+    assert words == (
+        "synthetic-model, revision none, float32 on cpu, attention sdpa, dynamickv 0.1.0"
+    )
+    versions = {"dynamickv": "0.2.0", "commit": "0123456789abcdef" * 4, "torch": "2.13.0+cpu"}
+    assert vm.version_words(versions) == "torch 2.13.0+cpu, dynamickv 0.2.0 (commit 01234567)"
+    assert vm.cards_payload(trace, "here")["circumstances"] == words
+    assert len(vm.version_words({"torch": "x" * 10_000, "commit": "<b>" * 999})) < 100

@@ -94,6 +94,7 @@
       link.hidden = !payload.final || !DynamicKV.store.trace?.example;
       put(find("question"), payload.question);
       put(find("source"), payload.source);
+      find("source").title = payload.circumstances ?? "";
       find("notice").hidden = !payload.notice;
       put(find("notice"), payload.notice);
       const cards = find("cards");
