@@ -85,3 +85,27 @@ def blank_figure(height: int, **layout: Any) -> go.Figure:
         **layout,
     )
     return figure
+
+
+def layer_bars(num_layers: int, height: int, limit: float) -> go.Figure:
+    """An empty chart for horizontal bars of kept tokens, layer 0 on top, up to `limit` tokens."""
+    return blank_figure(
+        height,
+        barmode="overlay",
+        showlegend=False,
+        margin={"l": 40, "r": 14, "t": 8, "b": 42},
+        yaxis={
+            "title": {"text": "Layer", "standoff": 6},
+            "range": [num_layers - 0.4, -0.6],
+            "dtick": 5,
+            "zeroline": False,
+            "showgrid": False,
+            "fixedrange": True,
+        },
+        xaxis={
+            "title": {"text": "Prompt tokens kept per head, window included"},
+            "range": [0, limit],
+            "zeroline": False,
+            "fixedrange": True,
+        },
+    )

@@ -12,7 +12,7 @@ from app.theme import method_style
 from app.view_model import count, run_names, window_tokens
 from dynamickv.trace import Run, Trace
 
-from .base import Figure, Step, View, blank_figure
+from .base import Figure, Step, View, layer_bars
 
 BAR_SPAN = 0.84
 WINDOW_OPACITY = 0.45
@@ -22,34 +22,14 @@ def render(trace: Trace) -> Figure:
     """Horizontal bars, layer 0 on top; every method has its lane, its window part is hatched."""
     layers = list(range(trace.model.num_layers))
     height = max(420, 17 * len(layers) + 90)
-    figure = blank_figure(
-        height,
-        barmode="overlay",
-        showlegend=False,
-        margin={"l": 40, "r": 14, "t": 8, "b": 42},
-        yaxis={
-            "title": {"text": "Layer", "standoff": 6},
-            "range": [len(layers) - 0.4, -0.6],
-            "dtick": 5,
-            "zeroline": False,
-            "showgrid": False,
-            "fixedrange": True,
-        },
-        xaxis={
-            "title": {"text": "Prompt tokens kept per head, window included"},
-            "rangemode": "tozero",
-            "zeroline": False,
-            "fixedrange": True,
-        },
-    )
+    limit = axis_limit(trace)
+    figure = layer_bars(len(layers), height, limit)
     lane = BAR_SPAN / max(len(trace.runs), 1)
     for index, (run, names) in enumerate(zip(trace.runs, run_names(trace.runs), strict=True)):
         offset = -BAR_SPAN / 2 + index * lane
         window = window_tokens(run, trace.prompt)
         sliding = trace.model.sliding_layers
         add_run(figure, run, names, window, layers, offset, lane * 0.9, sliding)
-    limit = axis_limit(trace)
-    figure.update_xaxes(range=[0, limit])
     return Figure(
         plot=figure,
         height=height,

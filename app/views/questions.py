@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from app.theme import method_style
 from dynamickv.trace import Trace
 
-from .base import Figure, blank_figure
+from .base import Figure, layer_bars
 
 LABELS = ("question A", "question B")
 COLOURS = ("DynamicKV", "SnapKV")
@@ -18,29 +18,10 @@ COLOURS = ("DynamicKV", "SnapKV")
 
 def render_questions(first: Trace, second: Trace) -> Figure:
     """Horizontal bars, layer 0 on top; every layer has one bar per question."""
-    layers = list(range(first.model.num_layers))
     runs = [trace.run("DynamicKV") for trace in (first, second)]
-    height = max(420, 17 * len(layers) + 60)
-    figure = blank_figure(
-        height,
-        barmode="overlay",
-        showlegend=False,
-        margin={"l": 40, "r": 14, "t": 8, "b": 42},
-        yaxis={
-            "title": {"text": "Layer", "standoff": 6},
-            "range": [len(layers) - 0.4, -0.6],
-            "dtick": 5,
-            "zeroline": False,
-            "showgrid": False,
-            "fixedrange": True,
-        },
-        xaxis={
-            "title": {"text": "Prompt tokens kept per head, window included"},
-            "range": [0, 1.08 * max(kept for run in runs for kept in run.budgets)],
-            "zeroline": False,
-            "fixedrange": True,
-        },
-    )
+    height = max(420, 17 * first.model.num_layers + 60)
+    limit = 1.08 * max(kept for run in runs for kept in run.budgets)
+    figure = layer_bars(first.model.num_layers, height, limit)
     for index, (run, label) in enumerate(zip(runs, LABELS, strict=True)):
         add_question(figure, run.budgets, index, label)
     return Figure(plot=figure, height=height, layer_axis="y")
