@@ -197,6 +197,7 @@ def long_page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, s
         yield url, key
 
 
+@pytest.mark.timed
 def test_8k_tokens_of_30_layers_are_chosen_again_at_once_by_every_method(
     page: Page, long_page: tuple[str, str]
 ) -> None:
