@@ -16,7 +16,6 @@ import re
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, fields, replace
 from typing import Any
@@ -31,8 +30,9 @@ from . import view_model as vm
 from .examples import Example
 from .live import LiveRun, Speed
 from .model_host import ModelHost
+from .predictions import EXAMPLE_KEY, Predictions, require_mass
 from .sealed import sealed
-from .shelf import Held, Shelf
+from .shelf import Shelf
 from .snippets import snippets
 from .turns import Place, Turns
 from .views import render_figures
@@ -42,7 +42,6 @@ log = logging.getLogger(__name__)
 RESTORE = {"restore": True}
 """Tells the answer cards to show their last finished comparison again."""
 MAX_WAITING = 256
-EXAMPLE_KEY = "example:"
 OWN_TEXT = "own"
 """What the example picker holds while the document is nobody's example."""
 FORM_LENGTH = 14
@@ -78,8 +77,7 @@ class Handlers:
         self.shelf = shelf or Shelf()
         self.url = url
         self._stops: dict[str, threading.Event] = {}
-        # One thread that stays: torch starts its workers anew in every thread it is called from.
-        self._chooser = ThreadPoolExecutor(1, thread_name_prefix="what-if")
+        self._predictions = Predictions(self.shelf, examples)
         self._on_gpu = on_gpu(self._gpu_events, self._gpu_seconds)
         self._speed = next(
             (Speed.of(e.trace, "the recorded run") for e in examples.values() if e.trace), None
@@ -203,7 +201,7 @@ class Handlers:
         yield from self._guarded(request, lambda stop: self._answer(stop, event._data))
 
     def _answer(self, stop: threading.Event, asked: Any) -> Iterator[tuple[Any, ...]]:
-        held, prefill = self._held(asked)
+        held, prefill = self._predictions.held(asked)
         method = inputs.build_what_if(asked)
         require_mass(method, prefill)
         runs = held.trace.runs
@@ -256,7 +254,7 @@ class Handlers:
             yield status, panel, *buttons
 
     def _read(self, stop: threading.Event, asked: Any) -> Iterator[tuple[Any, ...]]:
-        held = self._known(asked)
+        held = self._predictions.known(asked)
         if is_zero_gpu():
             raise ValueError(
                 "This Space has a GPU only while a run is on and keeps no prompt for what-if: "
@@ -318,64 +316,16 @@ class Handlers:
         gets {"error": one sentence} where that cannot be said.
         """
         try:
-            held, prefill = self._held(asked)
-            method = inputs.build_what_if(asked)
-            require_mass(method, prefill)
-            start = time.perf_counter()
-            length = held.trace.prompt.length
-            choice = self._chooser.submit(dkv.preview, method, prefill, length).result()
+            return {"run": self._predictions.predict(asked)}
         except ValueError as error:
             return {"error": sentence_of(error)}
-        run = {
-            "method": method.name,
-            "parameters": method.parameters,
-            "budgets": choice.budgets,
-            "budget_history": choice.budget_history,
-            "retained": asdict(dkv.Retained.pack(choice.mask)),
-            "kept_fraction": choice.kept_fraction,
-            "kv_bytes": choice.kv_bytes,
-            "window": getattr(method, "window_size", 0),
-            "seconds": time.perf_counter() - start,
-        }
-        style = "Manual" if method.name == "Manual" else "What if"
-        return {"run": vm.predicted_payload(run, held.trace, style)}
 
     def scores(self, asked: Any) -> dict[str, Any]:
         """One run's recorded scores, base64 of uint8 (layer, position); for the browser."""
         try:
-            runs = self._known(asked).trace.runs
-            number = inputs.whole_number("run", asked.get("run"), 0, max(len(runs) - 1, 0))
+            return {"bytes": self._predictions.scores(asked)}
         except ValueError as error:
             return {"error": sentence_of(error)}
-        scores = runs[number].scores if runs else None
-        return {"bytes": scores.bytes if scores else None}
-
-    def _known(self, asked: Any) -> Held:
-        """The comparison a browser names by its key: a stored one, or a built-in example's.
-
-        Raises:
-            ValueError: none such.
-        """
-        key = asked.get("key") if isinstance(asked, dict) else None
-        if isinstance(key, str) and key.startswith(EXAMPLE_KEY):
-            example = self.examples.get(key.removeprefix(EXAMPLE_KEY))
-            if example is not None and example.trace is not None:
-                return Held(trace=example.trace, model="", kind="recorded", prefill=None)
-        held = self.shelf.get(key)
-        if held is None:
-            raise ValueError("The page no longer holds this run: press Run once.")
-        return held
-
-    def _held(self, asked: Any) -> tuple[Held, dkv.Prefill]:
-        """The same with its prefill.
-
-        Raises:
-            ValueError: there is none.
-        """
-        held = self._known(asked)
-        if held.prefill is None:
-            raise ValueError("The page does not hold this prompt's keys and values: read it first.")
-        return held, held.prefill
 
     def _model_of(self, trace: dkv.Trace) -> str:
         """The offered model that made a record.
@@ -811,15 +761,6 @@ def tokens_of(counted: str | None) -> int | None:
     except (ValueError, AttributeError):
         return None
     return tokens if isinstance(tokens, int) and 0 < tokens <= dkv.trace.MAX_POSITIONS else None
-
-
-def require_mass(method: dkv.CompressionMethod, prefill: dkv.Prefill) -> None:
-    """Raise ValueError where a method needs what this prefill did not record."""
-    if method.needs_mass and prefill.layers[0].mass is None:
-        raise ValueError(
-            f"{method.name} needs the attention of all tokens, which was not recorded: "
-            f"tick {method.name} and press Run once."
-        )
 
 
 def is_run_of(run: dkv.Run, method: dkv.CompressionMethod) -> bool:
