@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from dynamickv.catalogue import KnownModel
 from dynamickv.compare import compare_stream
-from dynamickv.evaluate.options import add_commands
+from dynamickv.evaluate.options import Help, add_commands, add_settings
 from dynamickv.events import ComparisonFinished, Progress, Token
 from dynamickv.memory import bytes_per_value, free_memory
 from dynamickv.methods import METHODS, CompressionMethod, build_methods
@@ -63,12 +63,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    compare = commands.add_parser("compare", help="answer one question with several methods")
+    compare = commands.add_parser(
+        "compare",
+        help="answer one question with several methods",
+        description="Read a document and a question once, compress the cache with each method, and "
+        "show every answer with what was kept.",
+        formatter_class=Help,
+    )
     compare.set_defaults(command=_compare)
     compare.add_argument(
         "--document", required=True, metavar="FILE", help="UTF-8 text; - reads stdin"
     )
-    compare.add_argument("--question", required=True, metavar="TEXT")
+    compare.add_argument("--question", required=True, metavar="TEXT", help="about the document")
     compare.add_argument("--model", default=DEFAULT_MODEL, metavar="NAME", help=_MODEL_HELP)
     compare.add_argument(
         "--methods", default="FullKV,DynamicKV", metavar="A,B", help=f"from {', '.join(METHODS)}"
@@ -76,13 +82,10 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--capacity", type=int, default=128, metavar="N", help="mean prompt tokens per layer"
     )
-    compare.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
-    compare.add_argument("--window-size", type=int, metavar="N")
-    compare.add_argument("--kernel-size", type=int, metavar="N")
-    compare.add_argument("--pooling", metavar="max|avg")
-    compare.add_argument("--granularity", metavar="kv_head|query_head")
-    compare.add_argument("--r-max", type=float, metavar="X", help="DynamicKV")
-    compare.add_argument("--update-interval", type=int, metavar="N", help="DynamicKV")
+    compare.add_argument(
+        "--max-new-tokens", type=int, default=64, metavar="N", help="longest answer in tokens"
+    )
+    add_settings(compare)
     compare.add_argument(
         "--truncate", action="store_true", help="cut the middle out of a long document"
     )

@@ -6,12 +6,13 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from dynamickv.methods import METHODS
+from dynamickv.methods import METHODS, DynamicKV
 from dynamickv.models import DEFAULT_MODEL, QUANTIZATIONS
 
 SIX = "FullKV,StreamingLLM,H2O,SnapKV,PyramidKV,DynamicKV"
 """The methods of the paper's tables, in its order."""
 FIVE = SIX.partition(",")[2]
+BESIDE = "what is measured goes at once to a .jsonl file beside it, from where a run goes on"
 
 
 def add_commands(commands: Any, read_text: Callable[[str], str]) -> None:
@@ -27,12 +28,23 @@ def add_commands(commands: Any, read_text: Callable[[str], str]) -> None:
         ("sweep", "one document at every capacity: agreement, KL, bytes", _sweep),
         ("tasks", "how budgets per layer follow the task", _tasks),
     ):
-        parser = commands.add_parser(name, help=explanation, description=explanation)
+        parser = commands.add_parser(
+            name, help=explanation, description=explanation, formatter_class=Help
+        )
         parser.set_defaults(command=_chosen(name), read_text=read_text)
         parser.add_argument("--model", default=DEFAULT_MODEL, metavar="NAME", help="as in compare")
-        parser.add_argument("--dtype", default="auto", metavar="auto|float32|bfloat16|float16")
+        parser.add_argument(
+            "--dtype",
+            default="auto",
+            metavar="auto|float32|bfloat16|float16",
+            help="of the weights; auto is float32 on a CPU and bfloat16 elsewhere",
+        )
         parser.add_argument("--device-map", metavar="auto", help="spread the model over all GPUs")
-        parser.add_argument("--quantization", metavar="|".join(QUANTIZATIONS))
+        parser.add_argument(
+            "--quantization",
+            metavar="|".join(QUANTIZATIONS),
+            help="pack the weights (bitsandbytes)",
+        )
         add(parser)
 
 
@@ -51,16 +63,20 @@ def _needle(parser: argparse.ArgumentParser) -> None:
         "--depths", default="5", metavar="N|X,X", help="how many, or which (0 to 1)"
     )
     _add_methods(parser, SIX, "64,128,256")
-    parser.add_argument("--samples", type=int, default=1, metavar="N", help="texts per cell")
+    parser.add_argument("--samples", type=int, default=1, metavar="N", help="trials per cell")
     parser.add_argument("--needles", type=int, default=1, metavar="N", help="facts per text")
     parser.add_argument("--haystack", metavar="DIR", help=".txt files; otherwise made up")
     parser.add_argument("--needle", metavar="TEXT", help="a fact of your own")
     parser.add_argument("--question", metavar="TEXT", help="which asks for it")
     parser.add_argument("--expected", metavar="TEXT", help="what the answer must contain")
-    parser.add_argument("--max-new-tokens", type=int, default=32, metavar="N")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=32, metavar="N", help="longest answer in tokens"
+    )
     parser.add_argument("--no-chat-template", action="store_true", help="feed plain text")
-    parser.add_argument("--seed", type=int, default=0, metavar="N")
-    parser.add_argument("--output", default="needle.json", metavar="FILE.json")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what is made up")
+    parser.add_argument(
+        "--output", default="needle.json", metavar="FILE.json", help=f"summary; {BESIDE}"
+    )
 
 
 def _longbench(parser: argparse.ArgumentParser) -> None:
@@ -76,24 +92,32 @@ def _longbench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-length", type=int, metavar="N", help="longest prompt in tokens")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="for all tasks")
     parser.add_argument("--skip-malformed", action="store_true", help="leave out unusable lines")
-    parser.add_argument("--output", default="longbench", metavar="DIR")
+    parser.add_argument(
+        "--output", default="longbench", metavar="DIR", help="answers, scores and tables"
+    )
 
 
 def _sweep(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--document", required=True, metavar="FILE", help="UTF-8 text")
-    parser.add_argument("--question", required=True, metavar="TEXT")
-    parser.add_argument("--methods", default=FIVE, metavar="A,B")
+    parser.add_argument("--question", required=True, metavar="TEXT", help="about the document")
+    parser.add_argument("--methods", default=FIVE, metavar="A,B", help=f"from {', '.join(METHODS)}")
     parser.add_argument("--capacity", metavar="N,N", help="otherwise 16, its doubles, the prompt")
-    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=64, metavar="N", help="longest answer in tokens"
+    )
     parser.add_argument("--truncate", action="store_true", help="cut a long document's middle out")
-    parser.add_argument("--output", default="sweep.json", metavar="FILE.json")
+    parser.add_argument(
+        "--output", default="sweep.json", metavar="FILE.json", help=f"summary; {BESIDE}"
+    )
 
 
 def _tasks(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--documents", required=True, metavar="DIR", help=".txt files, 5 or more")
     parser.add_argument("--questions", metavar="FILE", help="JSON, a task's name to its question")
     _add_methods(parser, "DynamicKV", "128")
-    parser.add_argument("--output", default="tasks.json", metavar="FILE.json")
+    parser.add_argument(
+        "--output", default="tasks.json", metavar="FILE.json", help=f"summary; {BESIDE}"
+    )
 
 
 def _add_methods(parser: argparse.ArgumentParser, methods: str, capacity: str) -> None:
@@ -103,9 +127,36 @@ def _add_methods(parser: argparse.ArgumentParser, methods: str, capacity: str) -
     parser.add_argument(
         "--capacity", default=capacity, metavar="N,N", help="mean prompt tokens per layer"
     )
-    parser.add_argument("--window-size", type=int, metavar="N")
-    parser.add_argument("--kernel-size", type=int, metavar="N")
-    parser.add_argument("--pooling", metavar="max|avg")
-    parser.add_argument("--granularity", metavar="kv_head|query_head")
-    parser.add_argument("--r-max", type=float, metavar="X", help="DynamicKV")
-    parser.add_argument("--update-interval", type=int, metavar="N", help="DynamicKV")
+    add_settings(parser)
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Add what methods take besides a capacity; what is not given is each method's own default."""
+    for option, number, metavar, explanation in (
+        ("--window-size", int, "N", "last prompt tokens, which score the others and are kept"),
+        (
+            "--kernel-size",
+            int,
+            "N",
+            "neighbours that pool their scores, odd; not given, H2O pools none",
+        ),
+        ("--pooling", str, "max|avg", "by the largest of them or their mean"),
+        ("--granularity", str, "kv_head|query_head", "heads that keep tokens of their own"),
+        ("--r-max", float, "X", "most of a layer, in capacities; DynamicKV, ShiftKV"),
+        ("--update-interval", int, "N", "layers between two updates of the budgets; DynamicKV"),
+    ):
+        name = option[2:].replace("-", "_")
+        parser.add_argument(
+            option,
+            type=number,
+            metavar=metavar,
+            help=f"{explanation} (default: {getattr(DynamicKV, name)})",
+        )
+
+
+class Help(argparse.HelpFormatter):
+    """Says every default that is not said."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        told = action.default not in (None, argparse.SUPPRESS) and action.default is not False
+        return f"{action.help} (default: %(default)s)" if told else action.help

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -334,3 +335,17 @@ def test_the_process_refuses_with_exit_code_2_and_no_traceback(document: Path) -
     assert done.stdout == b""
     assert done.stderr.splitlines()[-1] == b"error: the question is empty; enter some text"
     assert b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["compare", "needle", "longbench", "sweep", "tasks", "models"])
+def test_every_option_is_explained_and_tells_its_default(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    options = capsys.readouterr().out.partition("\noptions:")[2]
+    explained = re.findall(r"^  (--[a-z-]+)(?: \S+)?\s+[^\s-]", options, re.M)
+    assert explained == re.findall(r"^  (--[a-z-]+)", options, re.M)
+    for name in {"window-size", "capacity", "seed"} & {option[2:] for option in explained}:
+        text = options.partition(f"--{name} ")[2].partition("\n  --")[0]
+        assert "default: " in text or (command, name) == ("sweep", "capacity")
