@@ -52,25 +52,33 @@ def _needle(summary: list[dict[str, Any]]) -> str:
     cells = {(c["length"], c["depth"]) for row in summary for c in row["cells"]}
     lengths = sorted({length for length, _ in cells})
     trials = max(row["trials"] for row in summary)
-    intervals = {
-        f"{row['method']} {row['capacity'] or ''}".strip(): row["interval"]
-        for row in summary
-        if row["method"] in ("FullKV", "SnapKV", "DynamicKV")
-    }
-    ranges = ", ".join(
-        f"{name} {100 * low:.0f}-{100 * high:.0f} %" for name, (low, high) in intervals.items()
-    )
     said = " ".join(tables.standing(summary, "exact"))
     return (
         f"{_markdown(tables.needle_paper_lines(summary))}\n\n"
         f"{trials} trials in {len(cells)} cells, prompts of {', '.join(f'{n:,}' for n in lengths)} "
-        f"tokens. Wilson's 95 % intervals: {ranges}. {said}"
+        f"tokens. Wilson's 95 % intervals in per cent: {_intervals(summary, 0)}. {said}"
     )
 
 
 def _longbench(summary: list[dict[str, Any]]) -> str:
+    tasks = {name: task["examples"] for row in summary for name, task in row["tasks"].items()}
+    measured = ", ".join(f"{name} ({number} examples)" for name, number in tasks.items())
     said = " ".join(tables.standing(summary, "average"))
-    return f"{_markdown(tables.longbench_paper_lines(summary))}\n\n{said}"
+    return (
+        f"{_markdown(tables.longbench_paper_lines(summary))}\n\n"
+        f"Here: {measured}. 95 % intervals by bootstrap over examples: "
+        f"{_intervals(summary, 1)}. {said}"
+    )
+
+
+def _intervals(summary: list[dict[str, Any]], digits: int) -> str:
+    """FullKV's, SnapKV's and DynamicKV's, in hundredths."""
+    return ", ".join(
+        f"{row['method']} {row['capacity'] or ''}".strip()
+        + " {:.{d}f}-{:.{d}f}".format(*(100 * end for end in row["interval"]), d=digits)
+        for row in summary
+        if row["method"] in ("FullKV", "SnapKV", "DynamicKV")
+    )
 
 
 def _tasks(summary: list[dict[str, Any]]) -> str:

@@ -163,6 +163,7 @@ def standing(summary: Sequence[Row], field: str) -> list[str]:
         field: "exact" of a needle grid or "average" of LongBench.
     """
     said = []
+    unit = " %" if field == "exact" else ""  # of values found; LongBench's scores have no unit
     for row in summary:
         gain = row["over_snapkv"]
         if row["method"] != "DynamicKV" or gain is None:
@@ -170,7 +171,7 @@ def standing(summary: Sequence[Row], field: str) -> list[str]:
         low, high = gain["interval"]
         verdict = "ahead of" if low > 0 else "behind" if high < 0 else "not told apart from"
         said.append(
-            f"Capacity {row['capacity']}: DynamicKV has {100 * row[field]:.1f} %, "
+            f"Capacity {row['capacity']}: DynamicKV has {100 * row[field]:.1f}{unit}, "
             f"{100 * gain['mean']:+.1f} points to SnapKV "
             f"(95 % interval {100 * low:+.1f} to {100 * high:+.1f}): {verdict} it."
         )

@@ -188,7 +188,7 @@ def test_longbench_has_the_papers_rows_and_a_file() -> None:
     panel = lab_model.longbench_panel([full, line], "now")
     check_panel(panel)
     assert panel["said"] == [
-        "Capacity 64: DynamicKV has 20.0 %, -10.0 points to SnapKV "
+        "Capacity 64: DynamicKV has 20.0, -10.0 points to SnapKV "
         "(95 % interval -20.0 to -5.0): behind it."
     ]
     assert [line[0] for line in panel["tables"][0]["lines"][-2:]] == [
