@@ -78,8 +78,9 @@ def build_lab(handlers: LabHandlers, shared: Shared) -> None:
         with gr.Tab("Tasks", id="lab-tasks"), gr.Row(elem_classes=["dkv-split"]):
             with gr.Column(scale=3, min_width=300, elem_classes=["dkv-lab-form"]):
                 gr.Markdown(
-                    "The example documents, five kinds of question each. If budgets follow the "
-                    "task, those of one task lie closer together than those of different tasks."
+                    "Fifteen short documents of our own (prose, code, labelled examples), each "
+                    "with the questions that suit it. If budgets follow the task, those of one "
+                    "task lie closer together than those of different tasks."
                 )
                 names = [name for name in offered_methods() if name != "FullKV"]
                 method = gr.Dropdown(names, value="DynamicKV", label="Method")

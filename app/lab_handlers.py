@@ -20,7 +20,7 @@ import gradio as gr
 import dynamickv as dkv
 
 from . import inputs
-from .examples import Example
+from .examples import ASSETS, Example
 from .handlers import (
     WAIT,
     address,
@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 lab = dkv.evaluate
 MOST_CELLS = 2000
 MOST_NUMBERS = 12
+CHARACTERS_PER_TOKEN = 4.2
 Build = Callable[[list[dict[str, Any]], str], Payload]
 Outputs = tuple[Any, ...]
 """Status, panel, Measure, Stop."""
@@ -59,10 +60,11 @@ class LabHandlers:
         examples: dict[str, Example],
         turns: Turns | None = None,
         folder: Path | None = None,
+        task_folder: Path = ASSETS / "tasks",
     ) -> None:
         self.host, self.examples = host, examples
         self.turns = turns or Turns()
-        self._folder = folder
+        self._folder, self._task_folder = folder, task_folder
         self._stops: dict[tuple[str, str], threading.Event] = {}
         traces = [example.trace for example in examples.values() if example.trace]
         self._speed = Speed.of(traces[0], "the recorded run") if traces else None
@@ -146,18 +148,18 @@ class LabHandlers:
     def tasks(
         self, request: gr.Request, model: str, method: str, capacity: float
     ) -> Iterator[Outputs]:
-        """Ask every example document every kind of question."""
+        """Ask every document of assets/tasks the kinds of question that suit it."""
 
         def work(stop: threading.Event) -> Generator[Outputs, None, None]:
             size = inputs.whole_number("capacity", capacity, 16, 2048)
             chosen = lab.methods_at(listed([method]), [size])
             yield running(f"Loading {model}"), gr.skip(), *busy_buttons()
             llm = self.host.get(model)
-            texts = {example.title: example.document for example in self.examples.values()}
-            experiment = lab.tasks.TaskExperiment(llm, texts)
-            tokens = sum(len(text) for text in texts.values()) * len(experiment.units())
-            guess = self._guess(round(tokens / max(len(texts), 1) / 4.2), 0, 0)
-
+            texts = lab.tasks.read_documents(self._task_folder)
+            own = lab.tasks.read_questions(self._task_folder, texts)
+            experiment = lab.tasks.TaskExperiment(llm, texts, own=own)
+            characters = sum(map(experiment.size, experiment.units()))
+            guess = self._guess(round(characters / CHARACTERS_PER_TOKEN), 0, 0)
             yield from self._measure(
                 llm, experiment, chosen, stop, guess, "question",
                 lambda rows, source: tasks_panel(

@@ -34,7 +34,13 @@ def examples() -> dict[str, Example]:
 @pytest.fixture
 def handlers(examples: dict[str, Example], tmp_path: Path) -> LabHandlers:
     host = ModelHost("tiny", loader=lambda name: tiny_llm())
-    return LabHandlers(host, examples, folder=tmp_path / "kept")
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for name in "abc":
+        (texts / f"{name}.txt").write_text(DOCUMENT + name)
+    own = {"a": {"find a fact": QUESTION, "complete code": "Write the next line."}}
+    (texts / "questions.json").write_text(json.dumps(own))
+    return LabHandlers(host, examples, folder=tmp_path / "kept", task_folder=texts)
 
 
 def last(steps: list[Any]) -> tuple[Any, Any]:
@@ -106,7 +112,12 @@ def test_tasks_say_how_far_budgets_follow_them(handlers: LabHandlers) -> None:
     status, panel = last(steps)
     check_panel(panel)
     assert status["message"] == "Done."
-    assert panel["said"][0] == "DynamicKV over 3 documents, 5 tasks"
+    assert panel["said"][:2] == [
+        "DynamicKV over 3 documents, 5 tasks",
+        "documents per task: find a fact 3, complete code 3, summarise 2, count 2, "
+        "few-shot label 2",
+    ]
+    assert steps[1][0]["message"] == "Measured 0 of 12 questions"
     heatmap = panel["figure"]["data"][-1]
     assert heatmap["type"] == "heatmap"
     assert [len(heatmap["z"]), len(heatmap["z"][0])] == [5, 6]
