@@ -204,16 +204,17 @@ def tasks_summary(rows: Sequence[Row], method: str = "DynamicKV") -> Row:
 
 def _distances(profiles: Mapping[str, Mapping[str, np.ndarray]]) -> Row:
     documents, kinds = list(profiles), {kind for held in profiles.values() for kind in held}
-    pairs = list(combinations(sorted(profiles), 2))
-    within, across, gains = {}, {}, {}
-    for pair in pairs:
+    within, across = {}, {}
+    gains: dict[tuple[str, ...], float] = {}
+    for pair in combinations(sorted(profiles), 2):
         one, other = (profiles[name] for name in pair)
         both = [kind for kind in one if kind in other]
-        within[pair] = _mean([_distance(one[kind], other[kind]) for kind in both])
+        near = _mean([_distance(one[kind], other[kind]) for kind in both])
+        within[pair] = near
         across[pair] = _mean([_distance(one[a], other[b]) for a in one for b in other if a != b])
         fair = _mean([_distance(one[a], other[b]) for a in both for b in both if a != b])
-        if fair is not None:
-            gains[pair] = fair - within[pair]
+        if fair is not None and near is not None:
+            gains[pair] = fair - near
     same_document = [
         [_distance(held[a], held[b]) for a, b in combinations(held, 2)]
         for held in profiles.values()
