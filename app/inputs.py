@@ -8,6 +8,7 @@ is only a hint.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -18,12 +19,17 @@ import dynamickv as dkv
 MAX_CHARACTERS = 1_000_000
 MAX_QUESTION_CHARACTERS = 20_000
 MAX_UPLOAD_BYTES = 2 * 2**20
+MAX_EXAMPLE_BYTES = 8 * 2**20
+MAX_EXAMPLES = 20
+MAX_ANSWER_CHARACTERS = 20_000
+"""Of one example's answers and classes: scoring takes the product of this and our answer."""
 MAX_NEW_TOKENS = 512
 DEFAULT_CAPACITY = 128
 DEFAULT_NEW_TOKENS = 64
 DEFAULT_METHODS = ("FullKV", "DynamicKV")
 TEXT_SUFFIXES = (".txt", ".md")
 RUN_SUFFIXES = (".json", ".gz")
+TASK_NAME = re.compile(r"\w[\w-]{0,63}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -292,3 +298,46 @@ def read_run_upload(path: str | os.PathLike[str]) -> dkv.Trace:
         return dkv.Trace.load(file)
     finally:
         file.unlink(missing_ok=True)
+
+
+def read_examples_upload(
+    path: str | os.PathLike[str], task: str | None, limit: int
+) -> list[dkv.evaluate.datasets.Example]:
+    """The first examples of an uploaded LongBench or RULER file, which is deleted.
+
+    Args:
+        task: a task's name; None: the file's name without its ending.
+
+    Raises:
+        ValueError: not such a file, too large, no such task, or a malformed line.
+    """
+    file = Path(path)
+    try:
+        if file.suffix.lower() != ".jsonl":
+            raise ValueError(f"{file.name} cannot be read here: upload a .jsonl file.")
+        with file.open("rb") as handle:
+            raw = handle.read(MAX_EXAMPLE_BYTES + 1)
+    finally:
+        file.unlink(missing_ok=True)
+    if len(raw) > MAX_EXAMPLE_BYTES:
+        raise ValueError(
+            f"{file.name} is larger than {MAX_EXAMPLE_BYTES // 2**20} MiB: upload its first lines."
+        )
+    name = file.stem if task is None else task
+    if not TASK_NAME.fullmatch(name):
+        raise ValueError(f"{name[:64]!r} is no task's name: choose the task from the list.")
+    examples = dkv.evaluate.datasets.read_lines(raw.splitlines(), file.name, name, limit)
+    for number, example in enumerate(examples, start=1):
+        longest = max(map(len, example.fields.values()))
+        answers = sum(map(len, [*example.answers, *(example.all_classes or [])]))
+        if longest > MAX_CHARACTERS:
+            raise ValueError(
+                f"Example {number} has {longest:,} characters and this page reads "
+                f"{MAX_CHARACTERS:,}: shorten it."
+            )
+        if answers > MAX_ANSWER_CHARACTERS:
+            raise ValueError(
+                f"Example {number} has {answers:,} characters of answers and this page reads "
+                f"{MAX_ANSWER_CHARACTERS:,}: leave some out."
+            )
+    return examples

@@ -7,11 +7,14 @@ from typing import Any
 
 import gradio as gr
 
+import dynamickv as dkv
+
 from .components import LabPanel, LabStatus
-from .inputs import DEFAULT_CAPACITY, offered_methods
-from .lab_handlers import LabHandlers
+from .inputs import DEFAULT_CAPACITY, MAX_EXAMPLE_BYTES, MAX_EXAMPLES, offered_methods
+from .lab_handlers import FILE_NAME, LabHandlers
 from .lab_model import recorded
 
+longbench_tasks = dkv.evaluate.datasets.longbench_tasks
 SIX = ("FullKV", "StreamingLLM", "H2O", "SnapKV", "PyramidKV", "DynamicKV")
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 COMMANDS = """The same from a terminal, for longer runs, other models, several GPUs or hosts:
@@ -38,7 +41,7 @@ class Shared:
 class Part:
     """Widgets that every measurement has."""
 
-    measure: gr.Button
+    measure: gr.Button | gr.UploadButton
     stop: gr.Button
     status: LabStatus
     panel: LabPanel
@@ -78,8 +81,9 @@ def build_lab(handlers: LabHandlers, shared: Shared) -> None:
         with gr.Tab("Tasks", id="lab-tasks"), gr.Row(elem_classes=["dkv-split"]):
             with gr.Column(scale=3, min_width=300, elem_classes=["dkv-lab-form"]):
                 gr.Markdown(
-                    "The example documents, five kinds of question each. If budgets follow the "
-                    "task, those of one task lie closer together than those of different tasks."
+                    "Fifteen short documents of our own (prose, code, labelled examples), each "
+                    "with the questions that suit it. If budgets follow the task, those of one "
+                    "task lie closer together than those of different tasks."
                 )
                 names = [name for name in offered_methods() if name != "FullKV"]
                 method = gr.Dropdown(names, value="DynamicKV", label="Method")
@@ -89,8 +93,23 @@ def build_lab(handlers: LabHandlers, shared: Shared) -> None:
                 buttons = _buttons("tasks")
             part = _part("tasks", *buttons)
             _wire(handlers, handlers.tasks, [*models, method, capacity], part)
-        with gr.Tab("LongBench", id="lab-longbench"), gr.Column():
-            LabPanel(recorded("longbench"), elem_id="dkv-lab-longbench")
+        with gr.Tab("LongBench", id="lab-longbench"):
+            with gr.Row(elem_classes=["dkv-split"]):
+                with gr.Column(scale=3, min_width=300, elem_classes=["dkv-lab-form"]):
+                    gr.Markdown(
+                        f"The first examples of a file in LongBench's or RULER's format, at most "
+                        f"{MAX_EXAMPLE_BYTES // 2**20} MiB. It is deleted once it is read."
+                    )
+                    methods = _methods(SIX)
+                    sizes = gr.Textbox("128", label="Capacities")
+                    limit = gr.Slider(1, MAX_EXAMPLES, value=3, step=1, label="Examples")
+                    task = gr.Dropdown(
+                        [FILE_NAME, *longbench_tasks()], value=FILE_NAME, label="Task"
+                    )
+                    upload, stop, status = _upload_buttons("longbench")
+                part = _part("longbench", upload, stop, status)
+                widgets: list[Any] = [upload, *models, task, methods, sizes, limit]
+                _wire(handlers, handlers.longbench, widgets, part, upload.upload)
             gr.Markdown(COMMANDS, elem_classes=["dkv-lab-commands"])
 
 
@@ -105,19 +124,47 @@ def _buttons(kind: str) -> tuple[gr.Button, gr.Button, LabStatus]:
         measure = gr.Button(
             "Measure", variant="primary", min_width=80, elem_id=f"dkv-lab-{kind}-run"
         )
-        stop = gr.Button("Stop", interactive=False, min_width=80, elem_id=f"dkv-lab-{kind}-stop")
+        stop = _stop_button(kind)
+    return measure, stop, _idle_status(kind)
+
+
+def _upload_buttons(kind: str) -> tuple[gr.UploadButton, gr.Button, LabStatus]:
+    """The same, where a measurement starts with a file."""
+    with gr.Row():
+        measure = gr.UploadButton(
+            "Measure a .jsonl file",
+            file_types=[".jsonl"],
+            variant="primary",
+            min_width=80,
+            elem_id=f"dkv-lab-{kind}-run",
+        )
+        stop = _stop_button(kind)
+    return measure, stop, _idle_status(kind)
+
+
+def _stop_button(kind: str) -> gr.Button:
+    return gr.Button("Stop", interactive=False, min_width=80, elem_id=f"dkv-lab-{kind}-stop")
+
+
+def _idle_status(kind: str) -> LabStatus:
     idle = {"state": "idle", "message": "", "detail": ""}
-    return measure, stop, LabStatus(idle, elem_id=f"dkv-lab-{kind}-status")
+    return LabStatus(idle, elem_id=f"dkv-lab-{kind}-status")
 
 
-def _part(kind: str, measure: gr.Button, stop: gr.Button, status: LabStatus) -> Part:
+def _part(
+    kind: str, measure: gr.Button | gr.UploadButton, stop: gr.Button, status: LabStatus
+) -> Part:
     with gr.Column(scale=9, min_width=300):
         panel = LabPanel(recorded(kind), elem_id=f"dkv-lab-{kind}")
     return Part(measure=measure, stop=stop, status=status, panel=panel)
 
 
-def _wire(handlers: LabHandlers, handler: Any, fields: list[Any], part: Part) -> None:
-    part.measure.click(
+def _wire(
+    handlers: LabHandlers, handler: Any, fields: list[Any], part: Part, start: Any = None
+) -> None:
+    """`start` is the event that begins a measurement, if it is not a click on Measure."""
+    start = start or part.measure.click
+    start(
         handler,
         fields,
         [part.status, part.panel, part.measure, part.stop],

@@ -20,7 +20,7 @@ import gradio as gr
 import dynamickv as dkv
 
 from . import inputs
-from .examples import Example
+from .examples import ASSETS, Example
 from .handlers import (
     WAIT,
     address,
@@ -32,7 +32,14 @@ from .handlers import (
     session,
     waiting,
 )
-from .lab_model import Payload, needle_panel, source_words, sweep_panel, tasks_panel
+from .lab_model import (
+    Payload,
+    longbench_panel,
+    needle_panel,
+    source_words,
+    sweep_panel,
+    tasks_panel,
+)
 from .live import Speed
 from .model_host import ModelHost
 from .sealed import sealed
@@ -44,6 +51,9 @@ log = logging.getLogger(__name__)
 lab = dkv.evaluate
 MOST_CELLS = 2000
 MOST_NUMBERS = 12
+CHARACTERS_PER_TOKEN = 4.2
+FILE_NAME = "The file's name"
+"""A choice among tasks."""
 Build = Callable[[list[dict[str, Any]], str], Payload]
 Outputs = tuple[Any, ...]
 """Status, panel, Measure, Stop."""
@@ -59,10 +69,11 @@ class LabHandlers:
         examples: dict[str, Example],
         turns: Turns | None = None,
         folder: Path | None = None,
+        task_folder: Path = ASSETS / "tasks",
     ) -> None:
         self.host, self.examples = host, examples
         self.turns = turns or Turns()
-        self._folder = folder
+        self._folder, self._task_folder = folder, task_folder
         self._stops: dict[tuple[str, str], threading.Event] = {}
         traces = [example.trace for example in examples.values() if example.trace]
         self._speed = Speed.of(traces[0], "the recorded run") if traces else None
@@ -146,18 +157,18 @@ class LabHandlers:
     def tasks(
         self, request: gr.Request, model: str, method: str, capacity: float
     ) -> Iterator[Outputs]:
-        """Ask every example document every kind of question."""
+        """Ask every document of assets/tasks the kinds of question that suit it."""
 
         def work(stop: threading.Event) -> Generator[Outputs, None, None]:
             size = inputs.whole_number("capacity", capacity, 16, 2048)
             chosen = lab.methods_at(listed([method]), [size])
             yield running(f"Loading {model}"), gr.skip(), *busy_buttons()
             llm = self.host.get(model)
-            texts = {example.title: example.document for example in self.examples.values()}
-            experiment = lab.tasks.TaskExperiment(llm, texts)
-            tokens = sum(len(text) for text in texts.values()) * len(experiment.units())
-            guess = self._guess(round(tokens / max(len(texts), 1) / 4.2), 0, 0)
-
+            texts = lab.tasks.read_documents(self._task_folder)
+            own = lab.tasks.read_questions(self._task_folder, texts)
+            experiment = lab.tasks.TaskExperiment(llm, texts, own=own)
+            characters = sum(map(experiment.size, experiment.units()))
+            guess = self._guess(round(characters / CHARACTERS_PER_TOKEN), 0, 0)
             yield from self._measure(
                 llm, experiment, chosen, stop, guess, "question",
                 lambda rows, source: tasks_panel(
@@ -167,6 +178,52 @@ class LabHandlers:
             )  # fmt: skip
 
         yield from self._guarded(request, "tasks", work)
+
+    def longbench(
+        self,
+        request: gr.Request,
+        path: str | None,
+        model: str,
+        task: str,
+        methods: list[str],
+        capacities: str,
+        limit: float,
+    ) -> Iterator[Outputs]:
+        """Score the first examples of an uploaded file, which is read and deleted at once."""
+        if path is None:
+            yield gr.skip(), gr.skip(), *idle_buttons()
+            return
+
+        def work(stop: threading.Event) -> Generator[Outputs, None, None]:
+            most = inputs.whole_number("examples", limit, 1, inputs.MAX_EXAMPLES)
+            examples = inputs.read_examples_upload(path, known_task(task), most)
+            chosen = lab.methods_at(listed(methods), numbers("capacity", capacities))
+            lab.metrics.require_libraries()
+            protocol = lab.longbench.Protocol.official()
+            lengths = [protocol.answer_length(example) for example in examples]
+            yield running(f"Loading {model}"), gr.skip(), *busy_buttons()
+            llm = self.host.get(model)
+            experiment = lab.longbench.LongBenchExperiment(llm, examples, protocol)
+            room = llm.geometry.max_positions
+            tokens = sum(
+                min(len(protocol.prompt(example)) / CHARACTERS_PER_TOKEN, room)
+                for example in examples
+            )
+            guess = self._guess(round(tokens), len(examples) * len(chosen), max(lengths))
+            # The journal would hold answers about somebody's text: it goes when this ends.
+            with tempfile.TemporaryDirectory(prefix="dynamickv-") as folder:
+                yield from self._measure(
+                    llm, experiment, chosen, stop, guess, "example",
+                    lambda rows, source: longbench_panel(
+                        lab.summary.longbench_summary(rows), source
+                    ),
+                    lab.Journal(Path(folder) / "longbench.jsonl"),
+                )  # fmt: skip
+
+        try:
+            yield from self._guarded(request, "longbench", work)
+        finally:
+            Path(path).unlink(missing_ok=True)
 
     def _measure(
         self,
@@ -281,6 +338,19 @@ def numbers(name: str, text: str) -> list[int]:
             f"got {str(text)[:40]!r}"
         )
     return found
+
+
+def known_task(name: Any) -> str | None:
+    """A task of LongBench, or None for the file's name.
+
+    Raises:
+        ValueError: neither.
+    """
+    if name == FILE_NAME:
+        return None
+    if name not in lab.datasets.longbench_tasks():
+        raise ValueError(f"there is no task {str(name)[:40]!r}; choose one from the list")
+    return str(name)
 
 
 def listed(methods: Any) -> list[str]:

@@ -7,7 +7,11 @@ python -m dynamickv needle --lengths 1024,2048,3072,4096 --depths 5 --samples 2
     --capacity 64,128,256 --max-new-tokens 20 --output benchmarks/results/lab/needle.json
 python -m dynamickv longbench --data benchmarks/data --capacity 64,128,256,512
     --output benchmarks/results/lab/multi_news
-python -m dynamickv tasks --documents assets/examples --capacity 128 --output tasks.json
+python -m dynamickv tasks --documents assets/tasks --capacity 128
+    --output assets/evidence/tasks.json
+python -m dynamickv sweep --document assets/examples/harbour-report.txt
+    --question "What is the radio call sign of the harbour office?" --max-new-tokens 48
+    --output assets/evidence/sweep.json
 """
 
 from __future__ import annotations

@@ -25,7 +25,13 @@ from dynamickv.evaluate.needle import NeedleExperiment, NeedleGrid, even_depths
 from dynamickv.evaluate.share import Share
 from dynamickv.evaluate.summary import longbench_summary, needle_summary
 from dynamickv.evaluate.sweep import SweepExperiment, sweep_csv, sweep_summary
-from dynamickv.evaluate.tasks import TaskExperiment, read_documents, tasks_summary
+from dynamickv.evaluate.tasks import (
+    TaskExperiment,
+    is_questions,
+    read_documents,
+    read_questions,
+    tasks_summary,
+)
 from dynamickv.methods import CompressionMethod
 from dynamickv.models import LoadedModel, load_model
 from dynamickv.prompt import require_longer_document, require_text
@@ -116,17 +122,19 @@ def sweep(options: argparse.Namespace) -> None:
 
 def tasks(options: argparse.Namespace) -> None:
     """Budgets of several tasks over several documents."""
-    documents = read_documents(Path(options.documents))
+    folder = Path(options.documents)
+    documents = read_documents(folder)
+    own = read_questions(folder, documents)
     questions = None
     if options.questions is not None:
         questions = json.loads(options.read_text(options.questions))
-        if not isinstance(questions, dict) or not all(map(str.strip, map(str, questions.values()))):
+        if not is_questions(questions):
             raise ValueError(f"{options.questions} is no table from a task's name to its question")
     methods = _methods(options)
     output = _output_file(options.output)
     share = Share.of_this_process()
     llm = _load(options, share)
-    experiment = TaskExperiment(llm, documents, questions)
+    experiment = TaskExperiment(llm, documents, questions, own)
     rows = _measured(experiment, methods, output.with_suffix(".jsonl"), share)
     if rows is not None:
         summary = [tasks_summary(rows, method.name) for method in methods]

@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,11 @@ class Example:
     ruler: bool
 
 
+def longbench_tasks() -> list[str]:
+    """LongBench's tasks in its order."""
+    return list(data_file("longbench_tasks.json"))
+
+
 def task_names(folder: str | os.PathLike[str]) -> list[str]:
     """Every task that the folder has a file for: LongBench's in its order, then the others.
 
@@ -56,7 +61,7 @@ def task_names(folder: str | os.PathLike[str]) -> list[str]:
         raise ValueError(
             f"the folder {folder} holds no .jsonl files; put one file per task into it"
         )
-    known = [task for task in data_file("longbench_tasks.json") if task in found]
+    known = [task for task in longbench_tasks() if task in found]
     return known + sorted(found - set(known))
 
 
@@ -87,32 +92,47 @@ def read_tasks(
 
 
 def _read(path: Path, task: str, limit: int | None, skip_malformed: bool) -> list[Example]:
+    with open(path, "rb") as file:
+        return read_lines(file, str(path), task, limit, skip_malformed)
+
+
+def read_lines(
+    lines: Iterable[bytes],
+    name: str,
+    task: str,
+    limit: int | None = None,
+    skip_malformed: bool = False,
+) -> list[Example]:
+    """The first `limit` examples of a task's file, which errors call `name`.
+
+    Raises:
+        ValueError: a malformed line, or no examples.
+    """
     examples: list[Example] = []
     known: set[str] = set()
     skipped = 0
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if limit is not None and len(examples) == limit:
-                break
-            if not line.strip():
-                continue
-            try:
-                example = _example(line, task)
-                if example.id in known:
-                    example = replace(example, id=f"{example.id}, line {number}")
-                known.add(example.id)
-                examples.append(example)
-            except ValueError as fault:
-                if not skip_malformed:
-                    raise ValueError(
-                        f"{path}, line {number}: {fault}; mend the line or skip malformed lines "
-                        "with --skip-malformed"
-                    ) from None
-                skipped += 1
-                log.warning("%s, line %d: %s; skipped", path, number, fault)
+    for number, line in enumerate(lines, start=1):
+        if limit is not None and len(examples) == limit:
+            break
+        if not line.strip():
+            continue
+        try:
+            example = _example(line, task)
+            if example.id in known:
+                example = replace(example, id=f"{example.id}, line {number}")
+            known.add(example.id)
+            examples.append(example)
+        except ValueError as fault:
+            if not skip_malformed:
+                raise ValueError(
+                    f"{name}, line {number}: {fault}; mend the line, or skip malformed lines "
+                    "with --skip-malformed on the command line"
+                ) from None
+            skipped += 1
+            log.warning("%s, line %d: %s; skipped", name, number, fault)
     if not examples:
         rest = f", {skipped} malformed ones left out" if skipped else ""
-        raise ValueError(f"{path} holds no examples{rest}; choose a file that has some")
+        raise ValueError(f"{name} holds no examples{rest}; choose a file that has some")
     return examples
 
 
@@ -127,7 +147,7 @@ def _example(line: bytes, task: str) -> Example:
         raise ValueError(f"the line is JSON, but {type(row).__name__} and no object")
     ruler = "outputs" in row
     if not ruler and task_of(task) is None:
-        known = ", ".join(data_file("longbench_tasks.json"))
+        known = ", ".join(longbench_tasks())
         raise ValueError(
             f"{task!r} is no task of LongBench ({known}), and without 'outputs' it is none of RULER"
         )

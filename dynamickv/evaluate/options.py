@@ -112,8 +112,15 @@ def _sweep(parser: argparse.ArgumentParser) -> None:
 
 
 def _tasks(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--documents", required=True, metavar="DIR", help=".txt files, 5 or more")
-    parser.add_argument("--questions", metavar="FILE", help="JSON, a task's name to its question")
+    parser.add_argument(
+        "--documents",
+        required=True,
+        metavar="DIR",
+        help=".txt files, 5 or more; questions.json beside them: some texts' own questions",
+    )
+    parser.add_argument(
+        "--questions", metavar="FILE", help="JSON, a task's name to its question, for the others"
+    )
     _add_methods(parser, "DynamicKV", "128")
     parser.add_argument(
         "--output", default="tasks.json", metavar="FILE.json", help=f"summary; {BESIDE}"

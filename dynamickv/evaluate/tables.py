@@ -212,6 +212,9 @@ def tasks_sentences(summary: Mapping[str, Any]) -> list[str]:
     distance = summary["distance"]
     documents, kinds = distance["documents"], len(summary["kinds"])
     said = [f"{summary['method']} over {documents} documents, {kinds} tasks"]
+    if not distance["even"]:
+        counts = ", ".join(f"{kind} {number}" for kind, number in summary["asked"].items())
+        said.append(f"documents per task: {counts}")
     for name, meaning in (
         ("within", "same task, other document"),
         ("across", "other task, other document"),
@@ -219,10 +222,19 @@ def tasks_sentences(summary: Mapping[str, Any]) -> list[str]:
     ):
         if distance[name] is not None:
             said.append(f"budget that lies in other layers, {meaning}: {_percent(distance[name])}")
+    if distance["same_document_interval"] is not None:
+        said[-1] += f", 95 % interval {_range(distance['same_document_interval'])}"
     if distance["separation"] is not None:
+        over = "" if distance["even"] else ", over the tasks that both documents meet"
         said.append(
-            f"across minus within: {_percent(distance['separation'])}, "
+            f"across minus within{over}: {_percent(distance['separation'])}, "
             f"95 % interval {_range(distance['interval'])}"
+        )
+    if not distance["even"]:
+        said.append(
+            "Tasks that suit few documents differ from the others in their documents too, so "
+            "'other task, other document' holds both; 'same document' and 'across minus within' "
+            "hold the task alone."
         )
     return said
 

@@ -2,12 +2,15 @@
  A budget profile is each layer's share of all kept tokens. Two profiles are compared by the total
 variation distance: the share of the budget that would have to move to another layer. If allocation
 follows the task, profiles of one kind lie closer together, over documents, than profiles of
-different kinds.
+different kinds. Kinds that suit few documents, such as completing code, make that comparison one of
+documents too; the distance on the same document, and the separation over the kinds that both
+documents of a pair meet, are free of it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -18,14 +21,15 @@ import numpy as np
 from dynamickv.answer import preview
 from dynamickv.evaluate.data import data_file
 from dynamickv.evaluate.experiment import Row, Stop, Unit, stopper
-from dynamickv.evaluate.statistics import RESAMPLES
+from dynamickv.evaluate.statistics import RESAMPLES, bootstrap
 from dynamickv.methods import CompressionMethod
 from dynamickv.models import LoadedModel
 from dynamickv.prefill import TAIL, prefill
 from dynamickv.trace import Retained
 
-LEAST_DOCUMENTS = 5
-"""Fewer documents give no distance within a kind worth showing."""
+QUESTIONS = "questions.json"
+"""Beside a folder's texts: document -> kind -> question, for documents with questions of their
+own."""
 
 
 def read_documents(folder: Path) -> dict[str, str]:
@@ -45,23 +49,58 @@ def read_documents(folder: Path) -> dict[str, str]:
     return texts
 
 
+def read_questions(folder: Path, documents: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """Document -> kind -> question from the folder's questions.json; empty without one.
+
+    Raises:
+        ValueError: no such table, or a document that the folder lacks.
+    """
+    path = folder / QUESTIONS
+    if not path.is_file():
+        return {}
+    try:
+        table = json.loads(path.read_text("utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); mend or remove it") from None
+    if not isinstance(table, dict) or not all(map(is_questions, table.values())):
+        raise ValueError(f"{path} is no table from document to kind to question; mend or remove it")
+    for name in table:
+        if name not in documents:
+            raise ValueError(
+                f"{path} has questions for {name!r}, but there is no {name}.txt; add it"
+            )
+    return table
+
+
+def is_questions(table: Any) -> bool:
+    """Whether it is a table from kinds to questions."""
+    return (
+        isinstance(table, dict)
+        and len(table) > 0
+        and all(isinstance(text, str) and text.strip() for text in table.values())
+    )
+
+
 class TaskExperiment:
-    """Every document with every kind of question; nothing is decoded."""
+    """Every document with its kinds of question; nothing is decoded."""
 
     def __init__(
         self,
         llm: LoadedModel,
         documents: Mapping[str, str],
         questions: Mapping[str, str] | None = None,
+        own: Mapping[str, Mapping[str, str]] | None = None,
     ) -> None:
         """`questions` by the name of their kind; without them those of task_kinds.json, which fit
-        any text."""
+        any text. `own`: for some documents, questions that they meet instead."""
         self._llm, self._documents = llm, dict(documents)
-        self._questions = dict(questions or data_file("task_kinds.json"))
+        shared, own = dict(questions or data_file("task_kinds.json")), own or {}
+        self._questions = {name: dict(own.get(name, shared)) for name in self._documents}
         if not self._documents:
             raise ValueError("there is no document; give at least one")
-        if len(self._questions) < 2:
-            raise ValueError(f"tasks need at least 2 questions, got {len(self._questions)}")
+        kinds = {kind for asked in self._questions.values() for kind in asked}
+        if len(kinds) < 2:
+            raise ValueError(f"tasks need at least 2 questions, got {len(kinds)}")
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -74,11 +113,11 @@ class TaskExperiment:
         }
 
     def units(self) -> list[Unit]:
-        """Every document with every question, both also by a hash of their text."""
+        """Every document with every question it meets, both also by a hash of their text."""
         return [
             {"document": name, "kind": kind, "prompt": _digest(text + "\0" + question)}
             for name, text in self._documents.items()
-            for kind, question in self._questions.items()
+            for kind, question in self._questions[name].items()
         ]
 
     def size(self, unit: Unit) -> float:
@@ -90,7 +129,7 @@ class TaskExperiment:
         read = prefill(
             self._llm,
             self._documents[unit["document"]],
-            self._questions[unit["kind"]],
+            self._questions[unit["document"]][unit["kind"]],
             truncate=True,
             tail=max(TAIL, *(method.tail for method in methods)),
             mass=any(method.needs_mass for method in methods),
@@ -119,11 +158,14 @@ def tasks_summary(rows: Sequence[Row], method: str = "DynamicKV") -> Row:
     """What the task does to one method's budgets.
 
     Returns:
-        kinds, documents, `budgets` (kind -> mean tokens per layer), `profiles` (kind -> mean share
-        per layer), `distance` {within, across, same_document, separation, interval} where
-        separation is across - within with a 95 % bootstrap interval over documents, and `moved`
-        (kind -> kind -> mean share of the first one's kept document tokens that the second does not
-        keep).
+        kinds, documents, `asked` (kind -> number of its documents), `budgets` (kind -> mean tokens
+        per layer), `profiles` (kind -> mean share per layer), `distance`, and `moved` (kind -> kind
+        -> mean share of the first one's kept document tokens that the second does not keep, where
+        a document meets both). `distance` holds the means `within` (same kind, other document),
+        `across` (other kind, other document), `same_document` (other kind) with
+        `same_document_interval`, and `separation`: across - within over the kinds that both
+        documents of a pair meet, with `interval`. Both are 95 % bootstrap intervals over
+        documents. `even` tells whether every document meets every kind.
 
     Raises:
         ValueError: no run of that method.
@@ -149,6 +191,7 @@ def tasks_summary(rows: Sequence[Row], method: str = "DynamicKV") -> Row:
         "method": method,
         "kinds": kinds,
         "documents": list(runs),
+        "asked": {kind: sum(kind in held for held in runs.values()) for kind in kinds},
         "budgets": {kind: [round(float(b), 3) for b in values] for kind, values in budgets.items()},
         "profiles": {
             kind: np.mean([p[kind] for p in profiles.values() if kind in p], axis=0).tolist()
@@ -160,54 +203,54 @@ def tasks_summary(rows: Sequence[Row], method: str = "DynamicKV") -> Row:
 
 
 def _distances(profiles: Mapping[str, Mapping[str, np.ndarray]]) -> Row:
-    documents = list(profiles)
-    within, across = _by_pair(profiles, same=True), _by_pair(profiles, same=False)
+    documents, kinds = list(profiles), {kind for held in profiles.values() for kind in held}
+    within, across = {}, {}
+    gains: dict[tuple[str, ...], float] = {}
+    for pair in combinations(sorted(profiles), 2):
+        one, other = (profiles[name] for name in pair)
+        both = [kind for kind in one if kind in other]
+        near = _mean([_distance(one[kind], other[kind]) for kind in both])
+        within[pair] = near
+        across[pair] = _mean([_distance(one[a], other[b]) for a in one for b in other if a != b])
+        fair = _mean([_distance(one[a], other[b]) for a in both for b in both if a != b])
+        if fair is not None and near is not None:
+            gains[pair] = fair - near
     same_document = [
-        _distance(held[a], held[b]) for held in profiles.values() for a, b in combinations(held, 2)
+        [_distance(held[a], held[b]) for a, b in combinations(held, 2)]
+        for held in profiles.values()
+        if len(held) > 1
     ]
+    per_document = [float(np.mean(values)) for values in same_document]
     result: Row = {
         "documents": len(documents),
-        "within": _mean(list(within.values())),
-        "across": _mean(list(across.values())),
-        "same_document": float(np.mean(same_document)) if same_document else None,
-        "separation": None,
+        "even": all(held.keys() == kinds for held in profiles.values()),
+        "within": _mean([value for value in within.values() if value is not None]),
+        "across": _mean([value for value in across.values() if value is not None]),
+        "same_document": _mean(per_document),
+        "same_document_interval": None,
+        "separation": _mean(list(gains.values())),
         "interval": None,
     }
-    if len(documents) < 2:
-        return result
-    rng = np.random.default_rng(0)
-    gains = []
-    for _ in range(RESAMPLES):
-        drawn = [documents[place] for place in rng.integers(0, len(documents), len(documents))]
-        pairs = [tuple(sorted(pair)) for pair in combinations(drawn, 2) if pair[0] != pair[1]]
-        if pairs:
-            gains.append(
-                np.mean([across[pair] for pair in pairs])
-                - np.mean([within[pair] for pair in pairs])
-            )
-    result["separation"] = result["across"] - result["within"]
-    result["interval"] = [float(bound) for bound in np.percentile(gains, [2.5, 97.5])]
+    if len(per_document) > 1:
+        result["same_document_interval"] = list(bootstrap([per_document]))
+    if gains:
+        result["interval"] = _interval_of_pairs(documents, gains)
     return result
 
 
-def _by_pair(
-    profiles: Mapping[str, Mapping[str, np.ndarray]], same: bool
-) -> dict[tuple[str, ...], float]:
-    """Mean distance per pair of documents, over their profiles of the same or of different
-    kinds."""
-    return {
-        (first, second): float(
-            np.mean(
-                [
-                    _distance(profiles[first][a], profiles[second][b])
-                    for a in profiles[first]
-                    for b in profiles[second]
-                    if (a == b) == same
-                ]
-            )
-        )
-        for first, second in combinations(sorted(profiles), 2)
-    }
+def _interval_of_pairs(
+    documents: Sequence[str], values: Mapping[tuple[str, ...], float]
+) -> list[float]:
+    """95 % bootstrap interval, over documents, of the mean over pairs of them."""
+    rng = np.random.default_rng(0)
+    means = []
+    for _ in range(RESAMPLES):
+        drawn = [documents[place] for place in rng.integers(0, len(documents), len(documents))]
+        pairs = [tuple(sorted(pair)) for pair in combinations(drawn, 2) if pair[0] != pair[1]]
+        held = [values[pair] for pair in pairs if pair in values]
+        if held:
+            means.append(np.mean(held))
+    return [float(bound) for bound in np.percentile(means, [2.5, 97.5])]
 
 
 def _moved(runs: Mapping[str, Mapping[str, tuple[Row, Row]]], kinds: Sequence[str]) -> Row:

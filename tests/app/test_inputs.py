@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,54 @@ def test_an_upload_is_read_and_deleted(tmp_path: Path) -> None:
     file.write_bytes("\ufeffGrüße, 港 🌊\r\n${x}".encode() + b"\xff")
     assert inputs.read_text_upload(file) == "Grüße, 港 🌊\r\n${x}\ufffd"
     assert not file.exists()
+
+
+LINE = {"context": "A long text.", "input": "Who?", "answers": ["Ann"], "_id": "1"}
+
+
+def jsonl(*rows: dict[str, object] | str) -> bytes:
+    return "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows).encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "content", "sentence"),
+    [
+        ("qasper.json", None, jsonl(LINE), "upload a .jsonl file"),
+        ("qasper.jsonl", None, b" " * (8 * 2**20 + 1), "larger than 8 MiB"),
+        ("qasper.jsonl", None, b"\n", "qasper.jsonl holds no examples"),
+        ("qasper.jsonl", None, jsonl(LINE, "{torn"), "^qasper.jsonl, line 2: the line is not JSON"),
+        ("qasper.jsonl", None, b'{"\xff"}', "line 1: the line is not UTF-8"),
+        ("my file.jsonl", None, jsonl(LINE), "'my file' is no task's name"),
+        ("=cmd.jsonl", None, jsonl({**LINE, "outputs": ["a"]}), "is no task's name"),
+        ("mine.jsonl", None, jsonl(LINE), "'mine' is no task of LongBench"),
+        ("mine.jsonl", "trec", jsonl(LINE), "'all_classes' is missing"),
+        ("qasper.jsonl", None, jsonl({**LINE, "context": "a" * 1_000_001}), "Example 1 has 1,000,"),
+        ("qasper.jsonl", None, jsonl(LINE, {**LINE, "answers": ["a" * 20_001]}), "Example 2 has"),
+    ],
+)
+def test_bad_examples_are_one_sentence_and_leave_nothing(
+    tmp_path: Path, name: str, task: str | None, content: bytes, sentence: str
+) -> None:
+    file = tmp_path / name
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=sentence) as error:
+        inputs.read_examples_upload(file, task, 20)
+    assert str(tmp_path) not in str(error.value)
+    assert not file.exists()
+
+
+def test_the_first_examples_are_read_and_the_file_is_deleted(tmp_path: Path) -> None:
+    file = tmp_path / "mine.jsonl"
+    file.write_bytes(jsonl(LINE, {**LINE, "_id": "2"}, "{torn"))
+    examples = inputs.read_examples_upload(file, "qasper", 2)
+    assert [(example.task, example.id) for example in examples] == [
+        ("qasper", "1"),
+        ("qasper", "2"),
+    ]
+    assert not file.exists()
+    file.write_bytes(jsonl({"input": "A text. Who?", "outputs": ["Ann"]}))
+    (ruler,) = inputs.read_examples_upload(file, None, 2)
+    assert (ruler.task, ruler.ruler) == ("mine", True)
 
 
 def test_a_run_file_opens_and_a_broken_one_is_one_sentence(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from app import lab_model
 from app.examples import Example
-from app.lab_handlers import LabHandlers, numbers
+from app.lab_handlers import FILE_NAME, LabHandlers, numbers
 from app.lab_model import PANELS, recorded
 from app.model_host import ModelHost
 from tests.app.test_views import KNOWN_TRACES
@@ -32,9 +32,16 @@ def examples() -> dict[str, Example]:
 
 
 @pytest.fixture
-def handlers(examples: dict[str, Example], tmp_path: Path) -> LabHandlers:
+def handlers(
+    examples: dict[str, Example], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> LabHandlers:
     host = ModelHost("tiny", loader=lambda name: tiny_llm())
-    return LabHandlers(host, examples, folder=tmp_path / "kept")
+    texts = tmp_path_factory.mktemp("texts")
+    for name in "abc":
+        (texts / f"{name}.txt").write_text(DOCUMENT + name)
+    own = {"a": {"find a fact": QUESTION, "complete code": "Write the next line."}}
+    (texts / "questions.json").write_text(json.dumps(own))
+    return LabHandlers(host, examples, folder=tmp_path / "kept", task_folder=texts)
 
 
 def last(steps: list[Any]) -> tuple[Any, Any]:
@@ -106,13 +113,85 @@ def test_tasks_say_how_far_budgets_follow_them(handlers: LabHandlers) -> None:
     status, panel = last(steps)
     check_panel(panel)
     assert status["message"] == "Done."
-    assert panel["said"][0] == "DynamicKV over 3 documents, 5 tasks"
+    assert panel["said"][:2] == [
+        "DynamicKV over 3 documents, 5 tasks",
+        "documents per task: find a fact 3, complete code 3, summarise 2, count 2, "
+        "few-shot label 2",
+    ]
+    assert steps[1][0]["message"] == "Measured 0 of 12 questions"
     heatmap = panel["figure"]["data"][-1]
     assert heatmap["type"] == "heatmap"
     assert [len(heatmap["z"]), len(heatmap["z"][0])] == [5, 6]
     # Another capacity is measured beside the first and not mixed with it.
     _, wider = last(list(handlers.tasks(None, "tiny", "DynamicKV", 40)))
     assert sum(map(sum, wider["figure"]["data"][-1]["z"])) > sum(map(sum, heatmap["z"])) * 1.3
+
+
+SCORED = ("tiny", FILE_NAME, ["FullKV", "SnapKV"], "24, 48", 2)
+
+
+@pytest.fixture
+def examples_file(tmp_path: Path) -> Path:
+    """Three examples of one task, as Gradio leaves an upload."""
+    (tmp_path / "upload").mkdir()
+    file = tmp_path / "upload" / "trec.jsonl"
+    row = {"context": DOCUMENT, "input": QUESTION, "answers": ["Who"], "all_classes": ["Who", "X"]}
+    file.write_text("".join(json.dumps({**row, "_id": str(n)}) + "\n" for n in range(3)))
+    return file
+
+
+def test_uploaded_examples_are_scored_and_nothing_of_them_is_kept(
+    handlers: LabHandlers, examples_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    steps = list(handlers.longbench(None, str(examples_file), *SCORED))
+    status, panel = last(steps)
+    check_panel(panel)
+    assert status["message"] == "Done."
+    assert [s[0]["message"] for s in steps[1:-1]] == [
+        f"Measured {n} of 2 examples" for n in range(3)
+    ]
+    assert all("left" in step[0]["detail"] for step in steps[2:-1])
+    assert [line.split(",")[:4] for line in panel["csv"]["text"].splitlines()[1::2]] == [
+        ["FullKV", "all", "trec", "2"],
+        ["SnapKV", "24", "trec", "2"],
+        ["SnapKV", "48", "trec", "2"],
+    ]
+    assert not examples_file.exists()
+    assert list((tmp_path / "temporary").iterdir()) == []
+    assert not (tmp_path / "kept").exists()
+
+
+def test_scoring_is_stopped_between_examples(handlers: LabHandlers, examples_file: Path) -> None:
+    seen = []
+    for step in handlers.longbench(None, str(examples_file), *SCORED):
+        seen.append(step)
+        if step[0]["message"] == "Measured 1 of 2 examples":
+            handlers.stop(None)
+    assert seen[-2][0]["message"] == "Measured 1 of 2 examples"
+    assert seen[-1][0]["message"].startswith("Stopped")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({1: "Nothing"}, "no task 'Nothing'"),
+        ({1: ["trec"]}, "no task"),
+        ({2: ["Nothing"]}, "no method 'Nothing'"),
+        ({3: "many"}, "got 'many'"),
+        ({4: 21}, "Examples must lie between 1 and 20, got 21"),
+    ],
+)
+def test_a_file_that_is_refused_is_deleted(
+    handlers: LabHandlers, examples_file: Path, changes: dict[int, Any], words: str
+) -> None:
+    fields = [changes.get(place, value) for place, value in enumerate(SCORED)]
+    status, panel = last(list(handlers.longbench(None, str(examples_file), *fields)))
+    assert status["state"] == "error"
+    assert words in status["message"]
+    assert panel is None
+    assert not examples_file.exists()
 
 
 @pytest.mark.parametrize(

@@ -59,8 +59,10 @@ def records() -> dict[str, Any]:
             {
                 "method": "DynamicKV", "kinds": kinds, "documents": list("abcde"),
                 "budgets": {kind: [64.0 + place] * 30 for place, kind in enumerate(kinds)},
+                "asked": dict.fromkeys(kinds, 5),
                 "distance": {
-                    "documents": 5, "within": 0.1, "across": 0.2, "same_document": 0.2,
+                    "documents": 5, "even": False, "within": 0.1, "across": 0.2,
+                    "same_document": 0.2, "same_document_interval": [0.1, 0.3],
                     "separation": 0.1, "interval": [0.05, 0.15],
                 },
                 "moved": {a: {b: 0.3 for b in kinds} for a in kinds},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,12 @@ from dynamickv.evaluate import Journal, methods_at, rows_of, run
 from dynamickv.evaluate import sweep as sweep_module
 from dynamickv.evaluate.sweep import SweepExperiment, capacities_up_to, sweep_csv, sweep_summary
 from dynamickv.evaluate.tables import sweep_table, tasks_table
-from dynamickv.evaluate.tasks import TaskExperiment, read_documents, tasks_summary
+from dynamickv.evaluate.tasks import (
+    TaskExperiment,
+    read_documents,
+    read_questions,
+    tasks_summary,
+)
 from dynamickv.trace import Retained
 from tests.engine.tiny import DOCUMENT, QUESTION
 
@@ -174,9 +180,11 @@ def test_distances_separate_tasks_exactly_when_budgets_follow_them() -> None:
     summary = tasks_summary(follows)
     assert summary["distance"] == {
         "documents": 5,
+        "even": True,
         "within": 0.0,
         "across": pytest.approx(0.2),
         "same_document": pytest.approx(0.2),
+        "same_document_interval": pytest.approx([0.2, 0.2]),
         "separation": pytest.approx(0.2),
         "interval": pytest.approx([0.2, 0.2]),
     }
@@ -188,6 +196,39 @@ def test_distances_separate_tasks_exactly_when_budgets_follow_them() -> None:
         ignores += [row(f"d{n}", kind, [first, 100 - first], [0]) for kind in ("a", "b", "c")]
     low, high = tasks_summary(ignores)["distance"]["interval"]
     assert low <= 0.0 <= high
+
+
+def test_documents_that_differ_between_tasks_do_not_pass_for_tasks() -> None:
+    # Budgets follow the document's kind and never the task; "c" is asked of the second kind alone.
+    prose = [row(f"p{n}", k, [70, 30], [0]) for n in range(4) for k in "ab"]
+    code = [row(f"c{n}", k, [30, 70], [0]) for n in range(4) for k in "abc"]
+    summary = tasks_summary(prose + code)
+    distance = summary["distance"]
+    assert summary["asked"] == {"a": 8, "b": 8, "c": 4}
+    assert not distance["even"]
+    # 16 of the 28 pairs mix the kinds: "a" of one lies 0.4 from "a" of the other, and "c" too.
+    assert distance["across"] == pytest.approx(0.4 * 16 / 28)
+    assert distance["same_document"] == 0.0
+    assert distance["same_document_interval"] == [0.0, 0.0]
+    assert distance["separation"] == pytest.approx(0.0)
+    assert distance["interval"] == pytest.approx([0.0, 0.0])
+    assert "documents per task: a 8, b 8, c 4" in tasks_table(summary)
+    assert "hold the task alone" in tasks_table(summary)
+    assert "hold the task alone" not in tasks_table(tasks_summary(prose))
+    follows = [
+        row(f"{n}", k, [b, 100 - b], [0]) for n in range(4) for k, b in (("a", 60), ("b", 50))
+    ]
+    follows += [row("d", "b", [50, 50], [0]), row("d", "c", [10, 90], [0])]
+    # Only pairs of the first four meet two kinds: what "c" adds is not counted.
+    assert tasks_summary(follows)["distance"]["separation"] == pytest.approx(0.1)
+    assert tasks_summary(follows)["distance"]["same_document"] == pytest.approx((0.4 + 0.4) / 5)
+
+
+def test_documents_that_share_no_task_have_no_separation() -> None:
+    distance = tasks_summary([row("d", "a", [1, 1], [0]), row("e", "b", [3, 1], [1])])["distance"]
+    assert distance["within"] is distance["separation"] is distance["interval"] is None
+    assert distance["same_document"] is None
+    assert distance["across"] == pytest.approx(0.25)
 
 
 def test_one_document_has_no_separation() -> None:
@@ -206,6 +247,63 @@ def test_documents_come_from_a_folder(tmp_path: Path) -> None:
     (tmp_path / "c.txt").write_bytes(b"\xff")
     with pytest.raises(ValueError, match="not UTF-8"):
         read_documents(tmp_path)
+
+
+def test_documents_with_questions_of_their_own_meet_only_these(
+    llm: dkv.LoadedModel, tmp_path: Path
+) -> None:
+    (tmp_path / "a.txt").write_text(DOCUMENT)
+    (tmp_path / "b.txt").write_text(DOCUMENT + "b")
+    documents = read_documents(tmp_path)
+    assert read_questions(tmp_path, documents) == {}
+    own = {"b": {"count": "How many?", "complete code": "Go on."}}
+    (tmp_path / "questions.json").write_text(json.dumps(own))
+    assert read_questions(tmp_path, documents) == own
+    shared = {"count": "How many words?", "summarise": "Sum up."}
+    experiment = TaskExperiment(llm, documents, shared, own)
+    units = experiment.units()
+    assert [(unit["document"], unit["kind"]) for unit in units] == [
+        ("a", "count"),
+        ("a", "summarise"),
+        ("b", "count"),
+        ("b", "complete code"),
+    ]
+    # Its own wording of a kind, and not that of the others, is what is measured.
+    swapped = TaskExperiment(llm, documents, shared, {"b": {"count": "How many words?"}})
+    assert units[2]["prompt"] != swapped.units()[2]["prompt"]
+    (measured,) = (experiment.measure(units[2], METHODS[1:2], lambda: False),)
+    assert measured["prompt_tokens"] == dkv.prefill(llm, DOCUMENT + "b", "How many?").length
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "no table from document to kind"),
+        ('{"a": {}}', "no table from document to kind"),
+        ('{"a": {"count": " "}}', "no table from document to kind"),
+        ('{"x": {"count": "?"}}', "there is no x.txt"),
+    ],
+)
+def test_unusable_questions_are_refused(tmp_path: Path, content: str, words: str) -> None:
+    (tmp_path / "questions.json").write_text(content)
+    with pytest.raises(ValueError, match=words):
+        read_questions(tmp_path, {"a": "A"})
+
+
+def test_the_shipped_documents_give_five_to_every_kind() -> None:
+    folder = Path(__file__).parents[2] / "assets" / "tasks"
+    documents = read_documents(folder)
+    questions = read_questions(folder, documents)
+    assert questions.keys() == documents.keys()
+    asked = [kind for own in questions.values() for kind in own]
+    assert {kind: asked.count(kind) for kind in dict.fromkeys(asked)} == {
+        "complete code": 5,
+        "find a fact": 15,
+        "summarise": 15,
+        "count": 15,
+        "few-shot label": 5,
+    }
 
 
 def test_one_question_is_no_comparison_of_tasks(llm: dkv.LoadedModel) -> None:
