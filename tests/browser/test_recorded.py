@@ -29,6 +29,14 @@ TWO_FRAMES = """async (layers) => {
 }"""
 
 
+CUT_OR_WRAPPED = """[...document.querySelectorAll(
+  '.dkv-card :is(h3, .dkv-chip, .dkv-finish, dt, b, small)')]
+  .filter((node) => node.scrollWidth > node.clientWidth + 1 && node.clientWidth
+    || node.offsetHeight > 1.6 * parseFloat(getComputedStyle(node).lineHeight))
+  .map((node) => node.textContent)"""
+"""Texts on the cards that are clipped or take more than one line."""
+
+
 def highlights(page: Page) -> dict[str, int]:
     """Ranges per registered highlight."""
     found: dict[str, int] = page.evaluate(
@@ -60,7 +68,7 @@ def test_first_paint_is_a_recorded_run(page: Page, page_url: str) -> None:
     assert page.evaluate("localStorage.length") == 0
 
 
-@pytest.mark.parametrize(("theme", "width"), [("light", 1400), ("dark", 1400), ("light", 390)])
+@pytest.mark.parametrize(("theme", "width"), [("light", 1366), ("dark", 1400), ("light", 390)])
 def test_it_fits_the_screen(
     page: Page, page_url: str, tmp_path: Path, theme: str, width: int
 ) -> None:
@@ -71,6 +79,9 @@ def test_it_fits_the_screen(
     plot = page.locator(".dkv-plot").bounding_box()
     assert plot is not None
     assert 200 < plot["width"] < width
+    pick(page, "Three")
+    expect(page.locator(".dkv-card")).to_have_count(3)
+    assert page.evaluate(CUT_OR_WRAPPED) == []
 
 
 def test_the_chart_follows_the_theme_live(page: Page, page_url: str) -> None:
