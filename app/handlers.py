@@ -652,21 +652,22 @@ class Handlers:
             raise page_error(error) from None
 
     def open_run(self, path: str | None) -> tuple[Any, ...]:
-        """Open a run file; outputs: cards, store, note, the form (`form_values`), example."""
+        """Open a run file; outputs: tabs, cards, store, note, the form (`form_values`), example."""
         if path is None:
-            return (gr.skip(),) * (4 + FORM_LENGTH)
+            return (gr.skip(),) * (5 + FORM_LENGTH)
         try:
             trace = inputs.read_run_upload(path)
         except (ValueError, OSError) as error:
             note = {"value": "Not opened.", "note": sentence_of(error), "tone": "loud"}
-            return gr.skip(), gr.skip(), note, *[gr.skip()] * (1 + FORM_LENGTH)
+            return (*[gr.skip()] * 3, note, *[gr.skip()] * (1 + FORM_LENGTH))
         methods = ", ".join(run.method for run in trace.runs) or "no runs"
         note = {
             "value": "Opened.",
-            "note": f"{methods} on {trace.prompt.length:,} tokens: see Explore.",
+            "note": f"{methods} on {trace.prompt.length:,} tokens, shown on Explore.",
         }
         shown = self._shown(trace, "file", self.shelf.put(trace, "file"))
-        return *shown, note, *self.form_values(trace), OWN_TEXT
+        explore = gr.update(selected="explore")
+        return explore, *shown, note, *self.form_values(trace), OWN_TEXT
 
     @staticmethod
     def lock_reference(methods: list[str]) -> list[str]:

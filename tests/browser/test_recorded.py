@@ -320,7 +320,8 @@ def test_a_run_is_saved_opened_and_checked(
     opener = page.locator("input[type=file][accept*='.json']").first
     opener.set_input_files({"name": "bad.json", "mimeType": "application/json", "buffer": b"{}"})
     expect(page.get_by_text("schema")).to_be_visible()
+    expect(page.get_by_role("tab", name="Explore")).to_have_attribute("aria-selected", "false")
     opener.set_input_files(tmp_path / "run.json")
-    expect(page.locator("#dkv-open-note")).to_contain_text("Opened.")
-    page.get_by_role("tab", name="Explore").click()
+    expect(page.get_by_role("tab", name="Explore")).to_have_attribute("aria-selected", "true")
     expect(page.locator(".dkv-answers h2")).to_have_text("Opened from a file?")
+    expect(page.locator("#dkv-open-note")).to_contain_text("Opened.")
