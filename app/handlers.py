@@ -28,7 +28,7 @@ import dynamickv as dkv
 from . import inputs
 from . import view_model as vm
 from .examples import Example
-from .live import LiveRun, Speed
+from .live import Estimate, LiveRun, Speed
 from .model_host import ModelHost
 from .predictions import EXAMPLE_KEY, Predictions, require_mass
 from .sealed import sealed
@@ -408,9 +408,9 @@ class Handlers:
         )
         return job, self.host.check(model)
 
-    def _estimate(self, job: inputs.Request, model: str) -> str:
+    def _estimate(self, job: inputs.Request, model: str) -> Estimate | None:
         work = self._work(job, model)
-        return self._speed.estimate(*work) if self._speed and work else ""
+        return self._speed.estimate(*work) if self._speed and work else None
 
     def _expected(self, job: inputs.Request, model: str) -> float | None:
         work = self._work(job, model)
@@ -806,8 +806,10 @@ def told_run(trace: dkv.Trace) -> None:
 def waiting(place: Place) -> dict[str, Any]:
     """The status line of a run that waits for others."""
     status = running(f"Waiting for your turn: {vm.count(place.ahead, 'run')} before yours")
-    if place.seconds is not None:
+    if place.seconds:
         status["detail"] = f"about {vm.seconds(place.seconds)}, judging by the last runs"
+    elif place.seconds is not None:
+        status["detail"] = "longer than estimated, judging by the last runs"
     return status
 
 
