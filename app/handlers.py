@@ -543,12 +543,7 @@ class Handlers:
         example = self.examples.get(example_id) if isinstance(example_id, str) else None
         if example is None:
             return gr.skip()
-        texts = [example.document]
-        if example.trace is not None:
-            texts.append(vm.document_of(example.trace.prompt))
-        # Browsers read every line end as "\n".
-        same = any(text.splitlines() == str(document).splitlines() for text in texts)
-        return gr.skip() if same else OWN_TEXT
+        return gr.skip() if is_document_of(example, document) else OWN_TEXT
 
     def link(self, request: gr.Request) -> tuple[Any, ...]:
         """Show the example that the page's address names; outputs: example, then as `pick`."""
@@ -638,9 +633,21 @@ class Handlers:
         label = vm.source_label(kind, trace.created) + (", one run added here" if added else "")
         held = self.shelf.get(key)
         ready = held is not None and held.prefill is not None
-        return vm.cards_payload(trace, label), vm.trace_payload(
+        return vm.cards_payload(trace, label, self._found(trace)), vm.trace_payload(
             trace, label, render_figures(trace), key=key, example=example, ready=ready
         )
+
+    def _found(self, trace: dkv.Trace) -> list[bool] | None:
+        """Whether each answer contains what the example expects whose text and question these are;
+        None where they are of no example that expects something.
+        """
+        prompt = trace.prompt
+        for example in self.examples.values():
+            if example.expected and example.question.strip() == prompt.question.strip():
+                if is_document_of(example, vm.document_of(prompt)):
+                    contains = dkv.evaluate.metrics.contains_any
+                    return [bool(contains(run.answer, example.expected)) for run in trace.runs]
+        return None
 
     def upload(self, path: str | None) -> Any:
         """Read an uploaded text; output: document."""
@@ -777,6 +784,14 @@ def method_of(run: dkv.Run) -> dkv.CompressionMethod | None:
         return None
 
 
+def is_document_of(example: Example, document: object) -> bool:
+    """Whether a text is an example's; browsers read every line end as "\\n"."""
+    texts = [example.document]
+    if example.trace is not None:
+        texts.append(vm.document_of(example.trace.prompt))
+    return any(text.splitlines() == str(document).splitlines() for text in texts)
+
+
 def last_trace(events: Iterator[dkv.Event]) -> dkv.Trace:
     """The record at the end of a comparison.
 
@@ -808,7 +823,7 @@ def waiting(place: Place) -> dict[str, Any]:
     status = running(f"Waiting for your turn: {vm.count(place.ahead, 'run')} before yours")
     if place.seconds:
         status["detail"] = f"about {vm.seconds(place.seconds)}, judging by the last runs"
-    elif place.seconds is not None:
+    elif place.ahead and place.seconds is not None:
         status["detail"] = "longer than estimated, judging by the last runs"
     return status
 

@@ -50,12 +50,15 @@ def test_an_exceeded_estimate_is_said_to_be_exceeded() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "words"),
+    ("ahead", "seconds", "words"),
     [
-        (None, ""),
-        (8.0, "about 8.0 s, judging by the last runs"),
-        (0.0, "longer than estimated, judging by the last runs"),
+        (1, None, ""),
+        (1, 8.0, "about 8.0 s, judging by the last runs"),
+        (1, 0.0, "longer than estimated, judging by the last runs"),
+        (0, 0.0, ""),
     ],
 )
-def test_a_place_in_the_queue_is_told_with_its_time(seconds: float | None, words: str) -> None:
-    assert waiting(Place(ahead=1, seconds=seconds))["detail"] == words
+def test_a_place_in_the_queue_is_told_with_its_time(
+    ahead: int, seconds: float | None, words: str
+) -> None:
+    assert waiting(Place(ahead=ahead, seconds=seconds))["detail"] == words

@@ -185,6 +185,29 @@ def test_picking_an_example_shows_its_record(host: ModelHost, example: Example) 
     assert store["record"]["runs"][1]["method"] == "DynamicKV"
 
 
+def test_the_expected_answer_is_looked_for_in_the_example_s_own_record_only(
+    host: ModelHost, example: Example
+) -> None:
+    trace = example.trace
+    assert trace is not None
+    expecting = replace(example, expected=("the OLD bridge",))
+    handlers = Handlers(host, {"one": expecting})
+    cards, _ = handlers.shown_example(expecting)
+    assert [card["verdict"] for card in cards["cards"]] == [
+        ["misses the expected answer"],
+        ["contains the expected answer"],
+    ]
+    asked = replace(trace, prompt=replace(trace.prompt, question="And who?"))
+    read = replace(
+        trace, prompt=replace(trace.prompt, text=trace.prompt.text.replace("river", "ocean"))
+    )
+    for other in (asked, read):
+        cards, _ = handlers._shown(other, "file", "key")
+        assert [card["verdict"] for card in cards["cards"]] == [[], []]
+    cards, _ = Handlers(host, {"one": example}).shown_example(example)
+    assert [card["verdict"] for card in cards["cards"]] == [[], []]
+
+
 def test_a_changed_text_lets_go_of_the_example(host: ModelHost, example: Example) -> None:
     handlers = Handlers(host, {"one": example})
     assert handlers.own_text("The river rose again!", "one") == OWN_TEXT

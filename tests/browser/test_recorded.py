@@ -30,7 +30,7 @@ TWO_FRAMES = """async (layers) => {
 
 
 CUT_OR_WRAPPED = """[...document.querySelectorAll(
-  '.dkv-card :is(h3, .dkv-chip, .dkv-finish, dt, b, small)')]
+  '.dkv-card :is(h3, .dkv-chip, .dkv-finish, .dkv-verdict span, dt, b, small)')]
   .filter((node) => node.scrollWidth > node.clientWidth + 1 && node.clientWidth
     || node.offsetHeight > 1.6 * parseFloat(getComputedStyle(node).lineHeight))
   .map((node) => node.textContent)"""
