@@ -642,11 +642,11 @@ class Handlers:
         None where they are of no example that expects something.
         """
         prompt = trace.prompt
+        contains = dkv.evaluate.metrics.contains_any
         for example in self.examples.values():
-            if example.expected and example.question.strip() == prompt.question.strip():
-                if is_document_of(example, vm.document_of(prompt)):
-                    contains = dkv.evaluate.metrics.contains_any
-                    return [bool(contains(run.answer, example.expected)) for run in trace.runs]
+            asked = example.expected and example.question.strip() == prompt.question.strip()
+            if asked and is_document_of(example, vm.document_of(prompt)):
+                return [bool(contains(run.answer, example.expected)) for run in trace.runs]
         return None
 
     def upload(self, path: str | None) -> Any:

@@ -392,7 +392,7 @@ def what_if_form() -> dict[str, Any]:
 def build_runs(
     handlers: Handlers, inputs: Inputs, outputs: Outputs, tabs: gr.Tabs, tab: gr.Tab
 ) -> None:
-    """Run files, and the same comparison from outside; a run that was opened is shown on Explore."""
+    """Run files, which are shown on Explore once opened, and the same comparison from outside."""
     languages: list[tuple[str, str, Any]] = [
         ("python", "Python", "python"),
         ("client", "gradio_client", "python"),

@@ -24,7 +24,8 @@ CARD_HINTS = {
     "Prefill": "Reading the prompt once. The same prefill serves every method here.",
     "Score + prune": "Choosing the tokens and copying them into the smaller cache.",
     "Decode": "Mean time for each answer token.",
-    "Agreement": "Share of answer tokens equal to FullKV's, and the first that differs.",
+    "Token match": "Agreement with FullKV's answer: share of positions, over the longer answer, "
+    "that hold the same token, and the first that differs. It says nothing about truth.",
 }
 
 
@@ -366,7 +367,7 @@ def receipts(run: Run, trace: Trace) -> list[dict[str, str]]:
         "Prefill": (seconds(trace.prefill_seconds), "shared"),
         "Score + prune": compression_row(run),
         "Decode": decode_row(run.decode_seconds, run.decoded_together),
-        "Agreement": agreement_row(run),
+        "Token match": agreement_row(run),
     }
     return [
         {"label": label, "value": value, "note": note, "hint": CARD_HINTS[label]}
@@ -397,7 +398,7 @@ def agreement_row(run: Run) -> tuple[str, str]:
     if run.agreement is None:
         return NOTHING, "stopped" if run.finish_reason == "cancelled" else "no FullKV"
     if run.agreement.first_divergence is None:
-        return "100 %", "as FullKV"
+        return "100 %", "with FullKV"
     return percent(run.agreement.token_match), f"differs at {run.agreement.first_divergence + 1}"
 
 

@@ -62,7 +62,7 @@ def test_card_marks_the_first_token_that_differs(trace: Trace) -> None:
     assert card["answer"] == [" The", " old", " bridge."]
     assert card["chip"] == "compressed at 30 of 30 layers"
     rows = {row["label"]: (row["value"], row["note"]) for row in card["receipts"]}
-    assert rows["Agreement"] == ("25 %", "differs at 2")
+    assert rows["Token match"] == ("25 %", "differs at 2")
     assert rows["KV cache"][1].startswith("of ")
 
 

@@ -166,7 +166,7 @@ def test_gaps_are_stretches_that_nothing_keeps(
     trace = record(recorded, "ordinary")
     open_page(page, page_url)
     page.evaluate("window.DynamicKV.setLayer(29)")
-    page.get_by_label("Next gap").click()
+    page.get_by_label("Next passage").click()
     label = page.locator(".dkv-document [data-role=gap]")
     expect(label).to_contain_text("1 of ")
     first, last = trace.prompt.document_span
@@ -174,7 +174,7 @@ def test_gaps_are_stretches_that_nothing_keeps(
     runs = "".join(" x"[int(k)] for k in kept[first:last]).split("x")
     expected = [len(run) for run in runs if len(run) >= 12]
     expect(label).to_have_text(f"1 of {len(expected)}: {expected[0]} tokens")
-    page.get_by_label("Previous gap").click()
+    page.get_by_label("Previous passage").click()
     expect(label).to_contain_text(f"{len(expected)} of {len(expected)}")
 
 
