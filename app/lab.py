@@ -101,13 +101,17 @@ def _methods(chosen: tuple[str, ...]) -> gr.CheckboxGroup:
 
 
 def _buttons(kind: str) -> tuple[gr.Button, gr.Button, LabStatus]:
-    with gr.Row():
-        measure = gr.Button(
-            "Measure", variant="primary", min_width=80, elem_id=f"dkv-lab-{kind}-run"
-        )
-        stop = gr.Button("Stop", interactive=False, min_width=80, elem_id=f"dkv-lab-{kind}-stop")
-    idle = {"state": "idle", "message": "", "detail": ""}
-    return measure, stop, LabStatus(idle, elem_id=f"dkv-lab-{kind}-status")
+    with gr.Column(elem_classes=["dkv-lab-action"]):
+        with gr.Row():
+            measure = gr.Button(
+                "Measure", variant="primary", min_width=80, elem_id=f"dkv-lab-{kind}-run"
+            )
+            stop = gr.Button(
+                "Stop", interactive=False, min_width=80, elem_id=f"dkv-lab-{kind}-stop"
+            )
+        idle = {"state": "idle", "message": "", "detail": ""}
+        status = LabStatus(idle, elem_id=f"dkv-lab-{kind}-status")
+    return measure, stop, status
 
 
 def _part(kind: str, measure: gr.Button, stop: gr.Button, status: LabStatus) -> Part:

@@ -437,7 +437,16 @@ def build_runs(
                 "defaults for advanced settings, and let the scores see the question."
             )
             boxes = [
-                gr.Code("", language=language, label=label, interactive=False, elem_id=f"dkv-{key}")
+                gr.Code(
+                    "",
+                    language=language,
+                    label=label,
+                    interactive=False,
+                    show_line_numbers=False,
+                    wrap_lines=True,
+                    elem_id=f"dkv-{key}",
+                    elem_classes=["dkv-code"],
+                )
                 for key, label, language in languages
             ]
     for button, script in (

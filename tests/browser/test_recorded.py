@@ -30,7 +30,7 @@ TWO_FRAMES = """async (layers) => {
 
 
 CUT_OR_WRAPPED = """[...document.querySelectorAll(
-  '.dkv-card :is(h3, .dkv-chip, .dkv-finish, .dkv-verdict span, dt, b, small)')]
+  '.dkv-card :is(h3, .dkv-chip, .dkv-finish, .dkv-expected span, dt, b, small)')]
   .filter((node) => node.scrollWidth > node.clientWidth + 1 && node.clientWidth
     || node.offsetHeight > 1.6 * parseFloat(getComputedStyle(node).lineHeight))
   .map((node) => node.textContent)"""
@@ -82,6 +82,10 @@ def test_it_fits_the_screen(
     pick(page, "Three")
     expect(page.locator(".dkv-card")).to_have_count(3)
     assert page.evaluate(CUT_OR_WRAPPED) == []
+    page.get_by_role("button", name="Advanced settings").click()
+    page.evaluate("window.scrollTo(0, 500)")
+    if width > 1100:  # the form comes along
+        expect(page.locator("#dkv-run")).to_be_in_viewport(ratio=1)
 
 
 def test_the_chart_follows_the_theme_live(page: Page, page_url: str) -> None:

@@ -14,7 +14,7 @@
       make("div", { className: "dkv-meter" }, make("i")),
       answer,
       make("p", { className: "dkv-finish" }),
-      make("p", { className: "dkv-verdict", title: "Measured: whether the answer contains, in any case, a phrase that this example expects. It is counted as wrong when it does not." }, make("span"), make("span")),
+      make("p", { className: "dkv-expected", title: "Measured: whether the answer contains, in any case, a phrase that this example expects. It is counted as wrong when it does not." }, make("span"), make("span")),
       make("dl", { className: "dkv-receipts" }, ...card.receipts.map((item) => make("div", { title: item.hint },
         make("dt", {}, item.label), make("dd", {}, make("b"), make("small"))))),
     );
@@ -33,7 +33,7 @@
     card.answer.forEach((text, i) => put(parts[i], text));
     parts[1].title = card.answer[1] ? "The first token that differs from FullKV's answer" : "";
     put(node.querySelector(".dkv-finish"), card.finish);
-    const verdict = node.querySelector(".dkv-verdict");
+    const verdict = node.querySelector(".dkv-expected");
     verdict.dataset.tone = card.verdict?.[0]?.startsWith("contains") ? "good" : "loud";
     [...verdict.children].forEach((line, i) => put(line, card.verdict?.[i] ?? ""));
     const bar = node.querySelector(".dkv-meter > i");
