@@ -46,6 +46,8 @@ OWN_TEXT = "own"
 """What the example picker holds while the document is nobody's example."""
 FORM_LENGTH = 14
 """Widgets that `Inputs.settings` lists."""
+CAPACITY_PLACE = 3
+"""Where the capacity stands among them."""
 CAPACITIES = (8, 2048)
 """Bounds of the capacity slider."""
 ORIGIN = re.compile(r"https?://[A-Za-z0-9.-]+(:\d{1,5})?|http://\[[0-9a-fA-F:]+\](:\d{1,5})?")
@@ -546,12 +548,27 @@ class Handlers:
         return gr.skip() if is_document_of(example, document) else OWN_TEXT
 
     def link(self, request: gr.Request) -> tuple[Any, ...]:
-        """Show the example that the page's address names; outputs: example, then as `pick`."""
+        """Show the example and set the capacity that the page's address names; outputs: example,
+        then as `pick`.
+        """
         wanted = request.query_params.get("ex")
-        first = next(iter(self.examples), None)
-        if wanted not in self.examples or wanted == first:
+        example = self.examples.get(wanted)
+        if example is None:
             return (gr.skip(),) * (4 + FORM_LENGTH)
-        return wanted, *self.pick(wanted)
+        there = wanted == next(iter(self.examples))
+        shown = [gr.skip()] * (4 + FORM_LENGTH) if there else [wanted, *self.pick(wanted)]
+        capacity = linked_capacity(request.query_params.get("b"))
+        if capacity is not None:
+            shown[4 + CAPACITY_PLACE] = capacity
+            recorded = capacity_of(example.trace) if example.trace is not None else None
+            if recorded not in (None, capacity):
+                shown[3] = {
+                    "state": "idle",
+                    "message": f"The link asks for capacity {capacity:,}; the run shown was "
+                    f"recorded at {recorded:,}.",
+                    "detail": f"Press Run for {capacity:,}.",
+                }
+        return tuple(shown)
 
     def snippets(
         self, request: gr.Request, question: str, methods: list[str], *values: Any
@@ -782,6 +799,19 @@ def method_of(run: dkv.Run) -> dkv.CompressionMethod | None:
         return dkv.METHODS[run.method](**run.parameters)
     except (KeyError, TypeError, ValueError):
         return None
+
+
+def capacity_of(trace: dkv.Trace) -> int | None:
+    """The capacity at which a record's methods were compared."""
+    found = (run.parameters.get("capacity") for run in trace.runs)
+    return next((size for size in found if isinstance(size, int)), None)
+
+
+def linked_capacity(text: str | None) -> int | None:
+    """The capacity in an address, or None where it is none that the form offers."""
+    if text is None or not (text.isascii() and text.isdigit() and len(text) <= 4):
+        return None
+    return int(text) if CAPACITIES[0] <= int(text) <= CAPACITIES[1] else None
 
 
 def is_document_of(example: Example, document: object) -> bool:

@@ -281,7 +281,8 @@ def test_the_address_keeps_what_is_looked_at(page: Page, page_url: str) -> None:
     page.evaluate("window.DynamicKV.setLayer(17)")
     choose(page, "against", "SnapKV")
     choose(page, "head", "1")
-    page.wait_for_url("**/?ex=three&m=dynamickv,snapkv&layer=17&head=1")
+    page.get_by_label("number input for Capacity").fill("64")
+    page.wait_for_url("**/?ex=three&m=dynamickv,snapkv&b=64&layer=17&head=1")
     page.reload()
     where = page.locator(".dkv-document [data-role=where]")
     expect(where).to_contain_text("layer 17")
@@ -289,6 +290,9 @@ def test_the_address_keeps_what_is_looked_at(page: Page, page_url: str) -> None:
     expect(page.locator(".dkv-document [data-role=head]")).to_have_value("1")
     expect(page.locator(".dkv-legend")).to_contain_text("only SnapKV")
     expect(page.locator("#dkv-example input")).to_have_value("Three")
+    expect(page.get_by_label("number input for Capacity")).to_have_value("64")
+    said = "The link asks for capacity 64; the run shown was recorded at 96."
+    expect(page.locator("#dkv-status")).to_contain_text(said)
     page.locator("[data-role=link]").click()
     expect(page.locator("[data-role=link]")).to_have_text("Link copied.")
     assert page.evaluate("navigator.clipboard.readText()") == page.url
