@@ -215,7 +215,7 @@ def test_the_difference_to_snapkv_is_paired_at_equal_capacity(
                 one["method"] == "DynamicKV" and one["parameters"]["capacity"] == 48
             )
     gains = {(r["method"], r["capacity"]): r["over_snapkv"] for r in needle_summary(rows)}
-    assert gains["DynamicKV", 48] == {"mean": 1.0, "interval": [1.0, 1.0]}
+    assert gains["DynamicKV", 48] == {"mean": 1.0, "interval": [1.0, 1.0], "pairs": len(rows)}
     assert gains["DynamicKV", 24]["mean"] == 0.0
     assert gains["SnapKV", 48] is None
 
