@@ -30,6 +30,9 @@ class Example:
     max_new_tokens: int
     document: str
     run_file: Path | None
+    expected: tuple[str, ...] = ()
+    """Phrases of which a right answer contains one, as the document has them; none where a right
+    answer can be put in many ways."""
 
     @cached_property
     def trace(self) -> Trace | None:
@@ -71,6 +74,9 @@ def load_examples(assets: Path = ASSETS) -> dict[str, Example]:
 def read_example(path: Path, assets: Path) -> Example:
     """One example: its description (JSON) and its text beside it."""
     data = json.loads(path.read_text(encoding="utf-8"))
+    expected = data.get("expected", [])
+    if not isinstance(expected, list):
+        raise TypeError(f"expected must be a list of phrases, got {expected!r}")
     run_file = assets / "runs" / f"{data['id']}.json.gz"
     return Example(
         id=str(data["id"]),
@@ -81,4 +87,5 @@ def read_example(path: Path, assets: Path) -> Example:
         max_new_tokens=int(data["max_new_tokens"]),
         document=(path.parent / Path(data["document"]).name).read_text(encoding="utf-8"),
         run_file=run_file if run_file.is_file() else None,
+        expected=tuple(map(str, expected)),
     )

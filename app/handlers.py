@@ -28,7 +28,7 @@ import dynamickv as dkv
 from . import inputs
 from . import view_model as vm
 from .examples import Example
-from .live import LiveRun, Speed
+from .live import Estimate, LiveRun, Speed
 from .model_host import ModelHost
 from .predictions import EXAMPLE_KEY, Predictions, require_mass
 from .sealed import sealed
@@ -46,6 +46,8 @@ OWN_TEXT = "own"
 """What the example picker holds while the document is nobody's example."""
 FORM_LENGTH = 14
 """Widgets that `Inputs.settings` lists."""
+CAPACITY_PLACE = 3
+"""Where the capacity stands among them."""
 CAPACITIES = (8, 2048)
 """Bounds of the capacity slider."""
 ORIGIN = re.compile(r"https?://[A-Za-z0-9.-]+(:\d{1,5})?|http://\[[0-9a-fA-F:]+\](:\d{1,5})?")
@@ -408,9 +410,9 @@ class Handlers:
         )
         return job, self.host.check(model)
 
-    def _estimate(self, job: inputs.Request, model: str) -> str:
+    def _estimate(self, job: inputs.Request, model: str) -> Estimate | None:
         work = self._work(job, model)
-        return self._speed.estimate(*work) if self._speed and work else ""
+        return self._speed.estimate(*work) if self._speed and work else None
 
     def _expected(self, job: inputs.Request, model: str) -> float | None:
         work = self._work(job, model)
@@ -543,20 +545,30 @@ class Handlers:
         example = self.examples.get(example_id) if isinstance(example_id, str) else None
         if example is None:
             return gr.skip()
-        texts = [example.document]
-        if example.trace is not None:
-            texts.append(vm.document_of(example.trace.prompt))
-        # Browsers read every line end as "\n".
-        same = any(text.splitlines() == str(document).splitlines() for text in texts)
-        return gr.skip() if same else OWN_TEXT
+        return gr.skip() if is_document_of(example, document) else OWN_TEXT
 
     def link(self, request: gr.Request) -> tuple[Any, ...]:
-        """Show the example that the page's address names; outputs: example, then as `pick`."""
+        """Show the example and set the capacity that the page's address names; outputs: example,
+        then as `pick`.
+        """
         wanted = request.query_params.get("ex")
-        first = next(iter(self.examples), None)
-        if wanted not in self.examples or wanted == first:
+        example = self.examples.get(wanted)
+        if example is None:
             return (gr.skip(),) * (4 + FORM_LENGTH)
-        return wanted, *self.pick(wanted)
+        there = wanted == next(iter(self.examples))
+        shown = [gr.skip()] * (4 + FORM_LENGTH) if there else [wanted, *self.pick(wanted)]
+        capacity = linked_capacity(request.query_params.get("b"))
+        if capacity is not None:
+            shown[4 + CAPACITY_PLACE] = capacity
+            recorded = capacity_of(example.trace) if example.trace is not None else None
+            if recorded not in (None, capacity):
+                shown[3] = {
+                    "state": "idle",
+                    "message": f"The link asks for capacity {capacity:,}; the run shown was "
+                    f"recorded at {recorded:,}.",
+                    "detail": f"Press Run for {capacity:,}.",
+                }
+        return tuple(shown)
 
     def snippets(
         self, request: gr.Request, question: str, methods: list[str], *values: Any
@@ -638,9 +650,21 @@ class Handlers:
         label = vm.source_label(kind, trace.created) + (", one run added here" if added else "")
         held = self.shelf.get(key)
         ready = held is not None and held.prefill is not None
-        return vm.cards_payload(trace, label), vm.trace_payload(
+        return vm.cards_payload(trace, label, self._found(trace)), vm.trace_payload(
             trace, label, render_figures(trace), key=key, example=example, ready=ready
         )
+
+    def _found(self, trace: dkv.Trace) -> list[bool] | None:
+        """Whether each answer contains what the example expects whose text and question these are;
+        None where they are of no example that expects something.
+        """
+        prompt = trace.prompt
+        contains = dkv.evaluate.metrics.contains_any
+        for example in self.examples.values():
+            asked = example.expected and example.question.strip() == prompt.question.strip()
+            if asked and is_document_of(example, vm.document_of(prompt)):
+                return [bool(contains(run.answer, example.expected)) for run in trace.runs]
+        return None
 
     def upload(self, path: str | None) -> Any:
         """Read an uploaded text; output: document."""
@@ -652,21 +676,22 @@ class Handlers:
             raise page_error(error) from None
 
     def open_run(self, path: str | None) -> tuple[Any, ...]:
-        """Open a run file; outputs: cards, store, note, the form (`form_values`), example."""
+        """Open a run file; outputs: tabs, cards, store, note, the form (`form_values`), example."""
         if path is None:
-            return (gr.skip(),) * (4 + FORM_LENGTH)
+            return (gr.skip(),) * (5 + FORM_LENGTH)
         try:
             trace = inputs.read_run_upload(path)
         except (ValueError, OSError) as error:
             note = {"value": "Not opened.", "note": sentence_of(error), "tone": "loud"}
-            return gr.skip(), gr.skip(), note, *[gr.skip()] * (1 + FORM_LENGTH)
+            return (*[gr.skip()] * 3, note, *[gr.skip()] * (1 + FORM_LENGTH))
         methods = ", ".join(run.method for run in trace.runs) or "no runs"
         note = {
             "value": "Opened.",
-            "note": f"{methods} on {trace.prompt.length:,} tokens: see Explore.",
+            "note": f"{methods} on {trace.prompt.length:,} tokens, shown on Explore.",
         }
         shown = self._shown(trace, "file", self.shelf.put(trace, "file"))
-        return *shown, note, *self.form_values(trace), OWN_TEXT
+        explore = gr.update(selected="explore")
+        return explore, *shown, note, *self.form_values(trace), OWN_TEXT
 
     @staticmethod
     def lock_reference(methods: list[str]) -> list[str]:
@@ -776,6 +801,27 @@ def method_of(run: dkv.Run) -> dkv.CompressionMethod | None:
         return None
 
 
+def capacity_of(trace: dkv.Trace) -> int | None:
+    """The capacity at which a record's methods were compared."""
+    found = (run.parameters.get("capacity") for run in trace.runs)
+    return next((size for size in found if isinstance(size, int)), None)
+
+
+def linked_capacity(text: str | None) -> int | None:
+    """The capacity in an address, or None where it is none that the form offers."""
+    if text is None or not (text.isascii() and text.isdigit() and len(text) <= 4):
+        return None
+    return int(text) if CAPACITIES[0] <= int(text) <= CAPACITIES[1] else None
+
+
+def is_document_of(example: Example, document: object) -> bool:
+    """Whether a text is an example's; browsers read every line end as "\\n"."""
+    texts = [example.document]
+    if example.trace is not None:
+        texts.append(vm.document_of(example.trace.prompt))
+    return any(text.splitlines() == str(document).splitlines() for text in texts)
+
+
 def last_trace(events: Iterator[dkv.Event]) -> dkv.Trace:
     """The record at the end of a comparison.
 
@@ -805,8 +851,10 @@ def told_run(trace: dkv.Trace) -> None:
 def waiting(place: Place) -> dict[str, Any]:
     """The status line of a run that waits for others."""
     status = running(f"Waiting for your turn: {vm.count(place.ahead, 'run')} before yours")
-    if place.seconds is not None:
+    if place.seconds:
         status["detail"] = f"about {vm.seconds(place.seconds)}, judging by the last runs"
+    elif place.ahead and place.seconds is not None:
+        status["detail"] = "longer than estimated, judging by the last runs"
     return status
 
 

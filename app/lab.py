@@ -120,26 +120,30 @@ def _methods(chosen: tuple[str, ...]) -> gr.CheckboxGroup:
 
 
 def _buttons(kind: str) -> tuple[gr.Button, gr.Button, LabStatus]:
-    with gr.Row():
-        measure = gr.Button(
-            "Measure", variant="primary", min_width=80, elem_id=f"dkv-lab-{kind}-run"
-        )
-        stop = _stop_button(kind)
-    return measure, stop, _idle_status(kind)
+    with gr.Column(elem_classes=["dkv-lab-action"]):
+        with gr.Row():
+            measure = gr.Button(
+                "Measure", variant="primary", min_width=80, elem_id=f"dkv-lab-{kind}-run"
+            )
+            stop = _stop_button(kind)
+        status = _idle_status(kind)
+    return measure, stop, status
 
 
 def _upload_buttons(kind: str) -> tuple[gr.UploadButton, gr.Button, LabStatus]:
     """The same, where a measurement starts with a file."""
-    with gr.Row():
-        measure = gr.UploadButton(
-            "Measure a .jsonl file",
-            file_types=[".jsonl"],
-            variant="primary",
-            min_width=80,
-            elem_id=f"dkv-lab-{kind}-run",
-        )
-        stop = _stop_button(kind)
-    return measure, stop, _idle_status(kind)
+    with gr.Column(elem_classes=["dkv-lab-action"]):
+        with gr.Row():
+            measure = gr.UploadButton(
+                "Measure a .jsonl file",
+                file_types=[".jsonl"],
+                variant="primary",
+                min_width=80,
+                elem_id=f"dkv-lab-{kind}-run",
+            )
+            stop = _stop_button(kind)
+        status = _idle_status(kind)
+    return measure, stop, status
 
 
 def _stop_button(kind: str) -> gr.Button:

@@ -312,7 +312,7 @@ class LabHandlers:
     def _guess(self, prefill_tokens: int, answers: int, new_tokens: int) -> str:
         if self._speed is None:
             return ""
-        return self._speed.estimate(prefill_tokens, answers, new_tokens)
+        return self._speed.estimate(prefill_tokens, answers, new_tokens).words()
 
     def _kept(self, kind: str, settings: dict[str, Any]) -> lab.Journal:
         """The journal of these settings."""

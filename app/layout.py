@@ -148,7 +148,7 @@ def build_app(
         title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=(3600, 3600)
     ) as demo:
         chip = ModelChip(asdict(host.state()), elem_id="dkv-model")
-        with gr.Tabs():
+        with gr.Tabs() as tabs:
             with gr.Tab("Explore", id="explore"), gr.Row(elem_id="dkv-workbench"):
                 inputs = build_inputs(host, examples, first, opening_line)
                 outputs = build_results(handlers, first)
@@ -158,7 +158,7 @@ def build_app(
             with gr.Tab("Learn", id="learn"):
                 Learn(elem_id="dkv-learn")
             with gr.Tab("Runs & API", id="runs") as runs:
-                build_runs(handlers, inputs, outputs, runs)
+                build_runs(handlers, inputs, outputs, tabs, runs)
         gr.Markdown(f"DynamicKV Explorer {dkv.__version__}", elem_id="dkv-version")
         wire_run(handlers, inputs, outputs)
         wire_inputs(handlers, inputs, outputs)
@@ -389,8 +389,10 @@ def what_if_form() -> dict[str, Any]:
     }
 
 
-def build_runs(handlers: Handlers, inputs: Inputs, outputs: Outputs, tab: gr.Tab) -> None:
-    """Run files, and the same comparison from outside."""
+def build_runs(
+    handlers: Handlers, inputs: Inputs, outputs: Outputs, tabs: gr.Tabs, tab: gr.Tab
+) -> None:
+    """Run files, which are shown on Explore once opened, and the same comparison from outside."""
     languages: list[tuple[str, str, Any]] = [
         ("python", "Python", "python"),
         ("client", "gradio_client", "python"),
@@ -435,7 +437,16 @@ def build_runs(handlers: Handlers, inputs: Inputs, outputs: Outputs, tab: gr.Tab
                 "defaults for advanced settings, and let the scores see the question."
             )
             boxes = [
-                gr.Code("", language=language, label=label, interactive=False, elem_id=f"dkv-{key}")
+                gr.Code(
+                    "",
+                    language=language,
+                    label=label,
+                    interactive=False,
+                    show_line_numbers=False,
+                    wrap_lines=True,
+                    elem_id=f"dkv-{key}",
+                    elem_classes=["dkv-code"],
+                )
                 for key, label, language in languages
             ]
     for button, script in (
@@ -447,7 +458,7 @@ def build_runs(handlers: Handlers, inputs: Inputs, outputs: Outputs, tab: gr.Tab
     load.upload(
         handlers.open_run,
         load,
-        [outputs.cards, outputs.store, note, *inputs.settings(), inputs.example],
+        [tabs, outputs.cards, outputs.store, note, *inputs.settings(), inputs.example],
         concurrency_limit=None,
         **PRIVATE,
     )

@@ -39,10 +39,24 @@ class Speed:
         """Seconds that a comparison takes at most; its answers may end earlier."""
         return self.prefill_per_token * tokens + self.decode_per_token * methods * max_new_tokens
 
-    def estimate(self, tokens: int, methods: int, max_new_tokens: int) -> str:
-        """The same as one phrase."""
-        total = self.seconds(tokens, methods, max_new_tokens)
-        return f"up to {vm.seconds(total)}, at the speed of {self.origin}"
+    def estimate(self, tokens: int, methods: int, max_new_tokens: int) -> Estimate:
+        """The same, with what it rests on."""
+        return Estimate(seconds=self.seconds(tokens, methods, max_new_tokens), origin=self.origin)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """How long something should take at most."""
+
+    seconds: float
+    origin: str
+    """Whose speed it supposes: "the last run here"."""
+
+    def words(self, elapsed: float = 0) -> str:
+        """The estimate as one phrase, or that it did not hold."""
+        if elapsed > self.seconds:
+            return f"longer than the estimated {vm.seconds(self.seconds)}"
+        return f"up to {vm.seconds(self.seconds)}, at the speed of {self.origin}"
 
 
 class LiveRun:
@@ -54,7 +68,7 @@ class LiveRun:
         question: str,
         max_new_tokens: int,
         num_layers: int,
-        estimate: str = "",
+        estimate: Estimate | None = None,
         *,
         before: Sequence[dict[str, Any]] = (),
     ) -> None:
@@ -73,7 +87,7 @@ class LiveRun:
         self._status: dict[str, Any] = {
             "state": "running",
             "message": "Starting",
-            "detail": estimate,
+            "detail": estimate.words() if estimate else "",
             "done": 0,
         }
 
@@ -101,9 +115,8 @@ class LiveRun:
 
     def status(self, elapsed: float) -> dict[str, Any]:
         """The status line now."""
-        return self._status | {
-            "detail": " · ".join(filter(None, (f"{elapsed:.1f} s", self._estimate)))
-        }
+        words = self._estimate.words(elapsed) if self._estimate else ""
+        return self._status | {"detail": " · ".join(filter(None, (f"{elapsed:.1f} s", words)))}
 
     def payload(self) -> dict[str, Any]:
         """The cards now."""

@@ -24,7 +24,8 @@ CARD_HINTS = {
     "Prefill": "Reading the prompt once. The same prefill serves every method here.",
     "Score + prune": "Choosing the tokens and copying them into the smaller cache.",
     "Decode": "Mean time for each answer token.",
-    "Agreement": "Share of answer tokens equal to FullKV's, and the first that differs.",
+    "Token match": "Agreement with FullKV's answer: share of positions, over the longer answer, "
+    "that hold the same token, and the first that differs. It says nothing about truth.",
 }
 
 
@@ -209,15 +210,17 @@ def compressed_layers(run: Run, prompt: Prompt, model: ModelInfo) -> int:
     )
 
 
-def cards_payload(trace: Trace, source: str) -> dict[str, Any]:
-    """The answer cards of a finished comparison."""
+def cards_payload(trace: Trace, source: str, found: Sequence[bool] | None = None) -> dict[str, Any]:
+    """The answer cards of a finished comparison; `found` says of every run whether its answer
+    contains the expected one, where one is expected.
+    """
     return {
         "final": True,
         "source": source,
         "circumstances": circumstances(trace),
         "question": trace.prompt.question,
         "notice": fits_notice(trace),
-        "cards": cards(trace),
+        "cards": cards(trace, found),
         "partings": partings(trace),
     }
 
@@ -243,12 +246,31 @@ def compressed_words(layers: int, total: int, sliding: int = 0) -> str:
     return f"compressed at {layers} of {total - sliding} layers{also}"
 
 
-def cards(trace: Trace) -> list[dict[str, Any]]:
-    """Every finished answer."""
+def cards(trace: Trace, found: Sequence[bool] | None = None) -> list[dict[str, Any]]:
+    """Every finished answer, with what is said of it where an answer is expected."""
+    said = verdicts(trace.runs, found) if found is not None else [[] for _ in trace.runs]
     return [
-        card(run, trace) | named(*names)
-        for run, names in zip(trace.runs, run_names(trace.runs), strict=True)
+        card(run, trace) | named(*names) | {"verdict": verdict}
+        for run, names, verdict in zip(trace.runs, run_names(trace.runs), said, strict=True)
     ]
+
+
+def verdicts(runs: Sequence[Run], found: Sequence[bool]) -> list[list[str]]:
+    """Per run, whether its answer contains the expected one; of a stopped answer only that it does.
+    Where FullKV's misses it too, compression is not to blame, and that is said.
+    """
+    whole = [run.finish_reason != "cancelled" for run in runs]
+    states = list(zip(runs, found, whole, strict=True))
+    lost = any(run.method == "FullKV" and not hit and done for run, hit, done in states)
+    said = []
+    for run, hit, done in states:
+        words = ["contains the expected answer"] if hit else []
+        if not hit and done:
+            words = ["misses the expected answer"]
+            if lost and run.method != "FullKV":
+                words.append("FullKV is also wrong here")
+        said.append(words)
+    return said
 
 
 def named(style_name: str, label: str) -> dict[str, str]:
@@ -328,6 +350,7 @@ def card_frame(method: str) -> dict[str, Any]:
         "tone": "plain",
         "answer": ["", "", ""],
         "finish": "",
+        "verdict": [],
         "kept": None,
         "receipts": [
             {"label": label, "value": NOTHING, "note": "", "hint": hint}
@@ -344,7 +367,7 @@ def receipts(run: Run, trace: Trace) -> list[dict[str, str]]:
         "Prefill": (seconds(trace.prefill_seconds), "shared"),
         "Score + prune": compression_row(run),
         "Decode": decode_row(run.decode_seconds, run.decoded_together),
-        "Agreement": agreement_row(run),
+        "Token match": agreement_row(run),
     }
     return [
         {"label": label, "value": value, "note": note, "hint": CARD_HINTS[label]}
@@ -375,7 +398,7 @@ def agreement_row(run: Run) -> tuple[str, str]:
     if run.agreement is None:
         return NOTHING, "stopped" if run.finish_reason == "cancelled" else "no FullKV"
     if run.agreement.first_divergence is None:
-        return "100 %", "as FullKV"
+        return "100 %", "with FullKV"
     return percent(run.agreement.token_match), f"differs at {run.agreement.first_divergence + 1}"
 
 

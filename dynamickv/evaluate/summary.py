@@ -108,7 +108,7 @@ def _difference(
     found: Series, method: str, capacity: int | None, score: Callable[[Row], float]
 ) -> Row | None:
     """Mean score above SnapKV's on the same units at the same capacity, with a bootstrap interval
-    over the paired differences; None where there is none."""
+    over the paired differences and how many there are; None where there is none."""
     theirs = {str(row["unit"]): score(run) for row, run in found.get((YARDSTICK, capacity), [])}
     gains: dict[str, list[float]] = {}
     for row, run in found[method, capacity]:
@@ -118,4 +118,8 @@ def _difference(
     if not gains or method == YARDSTICK:
         return None
     groups = list(gains.values())
-    return {"mean": mean(mean(group) for group in groups), "interval": list(bootstrap(groups))}
+    return {
+        "mean": mean(mean(group) for group in groups),
+        "interval": list(bootstrap(groups)),
+        "pairs": sum(map(len, groups)),
+    }

@@ -16,6 +16,9 @@ Lines = list[list[str]]
 
 ORDER = ("FullKV", "StreamingLLM", "H2O", "SnapKV", "PyramidKV", "DynamicKV")
 """The columns of the paper's tables."""
+FEWEST = 20
+"""Paired trials below which no method is called ahead or behind: a bootstrap over fewer says too
+little."""
 
 
 def needle_lines(summary: Sequence[Row]) -> Lines:
@@ -158,6 +161,7 @@ def longbench_csv(summary: Sequence[Row]) -> str:
 
 def standing(summary: Sequence[Row], field: str) -> list[str]:
     """One sentence per capacity: how DynamicKV stands to SnapKV, which shares the budget evenly.
+    Below `FEWEST` trials it says no more than their number.
 
     Args:
         field: "exact" of a needle grid or "average" of LongBench.
@@ -167,6 +171,14 @@ def standing(summary: Sequence[Row], field: str) -> list[str]:
     for row in summary:
         gain = row["over_snapkv"]
         if row["method"] != "DynamicKV" or gain is None:
+            continue
+        # Summaries written before pairs were counted have a grid's trials.
+        pairs = gain.get("pairs", row.get("trials", FEWEST))
+        if pairs < FEWEST:
+            said.append(
+                f"Capacity {row['capacity']}: {pairs} of at least {FEWEST} trials, too few to tell "
+                "DynamicKV from SnapKV."
+            )
             continue
         low, high = gain["interval"]
         verdict = "ahead of" if low > 0 else "behind" if high < 0 else "not told apart from"

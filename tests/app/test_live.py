@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 import dynamickv as dkv
-from app.live import LiveRun, Speed
+from app.handlers import waiting
+from app.live import Estimate, LiveRun, Speed
+from app.turns import Place
 from tests.app.synthetic import synthetic_trace
 
 
@@ -33,4 +37,28 @@ def test_events_fill_the_cards() -> None:
 
 def test_the_estimate_says_what_it_rests_on() -> None:
     speed = Speed.of(synthetic_trace(tokens=300), "the recorded run")
-    assert speed.estimate(1000, 2, 64).endswith("at the speed of the recorded run")
+    estimate = speed.estimate(1000, 2, 64)
+    assert estimate.words().startswith("up to ")
+    assert estimate.words().endswith("at the speed of the recorded run")
+
+
+def test_an_exceeded_estimate_is_said_to_be_exceeded() -> None:
+    live = LiveRun(["FullKV"], "?", 8, 30, Estimate(seconds=11.2, origin="the last run here"))
+    assert live.status(0)["detail"] == "0.0 s · up to 11.2 s, at the speed of the last run here"
+    assert live.status(11.2)["detail"].startswith("11.2 s · up to 11.2 s")
+    assert live.status(92)["detail"] == "92.0 s · longer than the estimated 11.2 s"
+
+
+@pytest.mark.parametrize(
+    ("ahead", "seconds", "words"),
+    [
+        (1, None, ""),
+        (1, 8.0, "about 8.0 s, judging by the last runs"),
+        (1, 0.0, "longer than estimated, judging by the last runs"),
+        (0, 0.0, ""),
+    ],
+)
+def test_a_place_in_the_queue_is_told_with_its_time(
+    ahead: int, seconds: float | None, words: str
+) -> None:
+    assert waiting(Place(ahead=ahead, seconds=seconds))["detail"] == words

@@ -185,6 +185,29 @@ def test_picking_an_example_shows_its_record(host: ModelHost, example: Example) 
     assert store["record"]["runs"][1]["method"] == "DynamicKV"
 
 
+def test_the_expected_answer_is_looked_for_in_the_example_s_own_record_only(
+    host: ModelHost, example: Example
+) -> None:
+    trace = example.trace
+    assert trace is not None
+    expecting = replace(example, expected=("the OLD bridge",))
+    handlers = Handlers(host, {"one": expecting})
+    cards, _ = handlers.shown_example(expecting)
+    assert [card["verdict"] for card in cards["cards"]] == [
+        ["misses the expected answer"],
+        ["contains the expected answer"],
+    ]
+    asked = replace(trace, prompt=replace(trace.prompt, question="And who?"))
+    read = replace(
+        trace, prompt=replace(trace.prompt, text=trace.prompt.text.replace("river", "ocean"))
+    )
+    for other in (asked, read):
+        cards, _ = handlers._shown(other, "file", "key")
+        assert [card["verdict"] for card in cards["cards"]] == [[], []]
+    cards, _ = Handlers(host, {"one": example}).shown_example(example)
+    assert [card["verdict"] for card in cards["cards"]] == [[], []]
+
+
 def test_a_changed_text_lets_go_of_the_example(host: ModelHost, example: Example) -> None:
     handlers = Handlers(host, {"one": example})
     assert handlers.own_text("The river rose again!", "one") == OWN_TEXT
@@ -328,3 +351,24 @@ def test_every_method_has_its_card_with_source_and_departures() -> None:
     assert "https://arxiv.org/abs/2412.14838" in cards
     assert "Departures from the authors' code" in cards
     assert "`update_interval`" in cards
+
+
+@pytest.mark.parametrize(
+    ("asked", "capacity", "said"),
+    [
+        ("512", 512, "The link asks for capacity 512; the run shown was recorded at 96."),
+        ("96", 96, ""),
+        *((text, None, "") for text in ("", "7", "2049", "-8", "1e2", "٦٤", "99999", "<b>")),
+    ],
+)
+def test_a_link_sets_the_capacity_and_says_of_which_the_run_is(
+    host: ModelHost, example: Example, asked: str, capacity: int | None, said: str
+) -> None:
+    handlers = Handlers(host, {"zero": replace(example, id="zero"), "one": example})
+    for name, place in (("zero", 0), ("one", 96)):
+        shown = handlers.link(gr.Request(query_params={"ex": name, "b": asked}))
+        assert len(shown) == 4 + FORM_LENGTH
+        there = gr.skip() if place == 0 else place
+        assert shown[7] == (there if capacity is None else capacity)
+        status = shown[3]
+        assert status.get("message", "") == said

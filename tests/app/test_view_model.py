@@ -62,7 +62,7 @@ def test_card_marks_the_first_token_that_differs(trace: Trace) -> None:
     assert card["answer"] == [" The", " old", " bridge."]
     assert card["chip"] == "compressed at 30 of 30 layers"
     rows = {row["label"]: (row["value"], row["note"]) for row in card["receipts"]}
-    assert rows["Agreement"] == ("25 %", "differs at 2")
+    assert rows["Token match"] == ("25 %", "differs at 2")
     assert rows["KV cache"][1].startswith("of ")
 
 
@@ -84,6 +84,34 @@ def test_a_stopped_answer_says_so(trace: Trace) -> None:
     run = replace(trace.run("DynamicKV"), finish_reason="cancelled")
     assert vm.card(run, trace)["state"] == "stopped"
     assert vm.finish_words(run) == "stopped after 4 tokens"
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        ([True, True], [["contains the expected answer"]] * 2),
+        ([True, False], [["contains the expected answer"], ["misses the expected answer"]]),
+        (
+            [False, False],
+            [
+                ["misses the expected answer"],
+                ["misses the expected answer", "FullKV is also wrong here"],
+            ],
+        ),
+    ],
+)
+def test_cards_say_whether_the_expected_answer_is_there(
+    trace: Trace, found: list[bool], said: list[list[str]]
+) -> None:
+    payload = vm.cards_payload(trace, "label", found)
+    assert [card["verdict"] for card in payload["cards"]] == said
+    assert [card["verdict"] for card in vm.cards_payload(trace, "label")["cards"]] == [[], []]
+
+
+def test_a_stopped_answer_is_not_called_wrong(trace: Trace) -> None:
+    runs = [replace(run, finish_reason="cancelled") for run in trace.runs]
+    assert vm.verdicts(runs, [False, False]) == [[], []]
+    assert vm.verdicts(runs, [False, True]) == [[], ["contains the expected answer"]]
 
 
 def test_numbers_read_well() -> None:

@@ -152,10 +152,12 @@ def test_a_grid_is_measured_and_its_figures_arrive(page: Page, lab_url: str) -> 
 
 def test_bad_input_is_said_in_one_sentence(page: Page, lab_url: str) -> None:
     show(page, lab_url, "Needle")
+    page.set_viewport_size({"width": 1366, "height": 700})  # lower than the form
     page.get_by_label("Capacities").fill("many")
     page.locator("#dkv-lab-needle-run").click()
     status = page.locator("#dkv-lab-needle-status")
     expect(status).to_contain_text("Capacity takes 1 to 12 whole numbers")
+    expect(status.locator("[data-role=message]")).to_be_in_viewport(ratio=1)
     expect(page.locator("#dkv-lab-needle-run")).to_be_enabled()
 
 

@@ -166,7 +166,7 @@ def test_gaps_are_stretches_that_nothing_keeps(
     trace = record(recorded, "ordinary")
     open_page(page, page_url)
     page.evaluate("window.DynamicKV.setLayer(29)")
-    page.get_by_label("Next gap").click()
+    page.get_by_label("Next passage").click()
     label = page.locator(".dkv-document [data-role=gap]")
     expect(label).to_contain_text("1 of ")
     first, last = trace.prompt.document_span
@@ -174,7 +174,7 @@ def test_gaps_are_stretches_that_nothing_keeps(
     runs = "".join(" x"[int(k)] for k in kept[first:last]).split("x")
     expected = [len(run) for run in runs if len(run) >= 12]
     expect(label).to_have_text(f"1 of {len(expected)}: {expected[0]} tokens")
-    page.get_by_label("Previous gap").click()
+    page.get_by_label("Previous passage").click()
     expect(label).to_contain_text(f"{len(expected)} of {len(expected)}")
 
 
@@ -281,7 +281,8 @@ def test_the_address_keeps_what_is_looked_at(page: Page, page_url: str) -> None:
     page.evaluate("window.DynamicKV.setLayer(17)")
     choose(page, "against", "SnapKV")
     choose(page, "head", "1")
-    page.wait_for_url("**/?ex=three&m=dynamickv,snapkv&layer=17&head=1")
+    page.get_by_label("number input for Capacity").fill("64")
+    page.wait_for_url("**/?ex=three&m=dynamickv,snapkv&b=64&layer=17&head=1")
     page.reload()
     where = page.locator(".dkv-document [data-role=where]")
     expect(where).to_contain_text("layer 17")
@@ -289,6 +290,9 @@ def test_the_address_keeps_what_is_looked_at(page: Page, page_url: str) -> None:
     expect(page.locator(".dkv-document [data-role=head]")).to_have_value("1")
     expect(page.locator(".dkv-legend")).to_contain_text("only SnapKV")
     expect(page.locator("#dkv-example input")).to_have_value("Three")
+    expect(page.get_by_label("number input for Capacity")).to_have_value("64")
+    said = "The link asks for capacity 64; the run shown was recorded at 96."
+    expect(page.locator("#dkv-status")).to_contain_text(said)
     page.locator("[data-role=link]").click()
     expect(page.locator("[data-role=link]")).to_have_text("Link copied.")
     assert page.evaluate("navigator.clipboard.readText()") == page.url

@@ -29,6 +29,14 @@ TWO_FRAMES = """async (layers) => {
 }"""
 
 
+CUT_OR_WRAPPED = """[...document.querySelectorAll(
+  '.dkv-card :is(h3, .dkv-chip, .dkv-finish, .dkv-expected span, dt, b, small)')]
+  .filter((node) => node.scrollWidth > node.clientWidth + 1 && node.clientWidth
+    || node.offsetHeight > 1.6 * parseFloat(getComputedStyle(node).lineHeight))
+  .map((node) => node.textContent)"""
+"""Texts on the cards that are clipped or take more than one line."""
+
+
 def highlights(page: Page) -> dict[str, int]:
     """Ranges per registered highlight."""
     found: dict[str, int] = page.evaluate(
@@ -60,7 +68,7 @@ def test_first_paint_is_a_recorded_run(page: Page, page_url: str) -> None:
     assert page.evaluate("localStorage.length") == 0
 
 
-@pytest.mark.parametrize(("theme", "width"), [("light", 1400), ("dark", 1400), ("light", 390)])
+@pytest.mark.parametrize(("theme", "width"), [("light", 1366), ("dark", 1400), ("light", 390)])
 def test_it_fits_the_screen(
     page: Page, page_url: str, tmp_path: Path, theme: str, width: int
 ) -> None:
@@ -71,6 +79,13 @@ def test_it_fits_the_screen(
     plot = page.locator(".dkv-plot").bounding_box()
     assert plot is not None
     assert 200 < plot["width"] < width
+    pick(page, "Three")
+    expect(page.locator(".dkv-card")).to_have_count(3)
+    assert page.evaluate(CUT_OR_WRAPPED) == []
+    page.get_by_role("button", name="Advanced settings").click()
+    page.evaluate("window.scrollTo(0, 500)")
+    if width > 1100:  # the form comes along
+        expect(page.locator("#dkv-run")).to_be_in_viewport(ratio=1)
 
 
 def test_the_chart_follows_the_theme_live(page: Page, page_url: str) -> None:
@@ -309,7 +324,8 @@ def test_a_run_is_saved_opened_and_checked(
     opener = page.locator("input[type=file][accept*='.json']").first
     opener.set_input_files({"name": "bad.json", "mimeType": "application/json", "buffer": b"{}"})
     expect(page.get_by_text("schema")).to_be_visible()
+    expect(page.get_by_role("tab", name="Explore")).to_have_attribute("aria-selected", "false")
     opener.set_input_files(tmp_path / "run.json")
-    expect(page.locator("#dkv-open-note")).to_contain_text("Opened.")
-    page.get_by_role("tab", name="Explore").click()
+    expect(page.get_by_role("tab", name="Explore")).to_have_attribute("aria-selected", "true")
     expect(page.locator(".dkv-answers h2")).to_have_text("Opened from a file?")
+    expect(page.locator("#dkv-open-note")).to_contain_text("Opened.")

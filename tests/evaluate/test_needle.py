@@ -13,6 +13,7 @@ from dynamickv.evaluate import needle as needle_module
 from dynamickv.evaluate.haystack import Haystack, Hidden, hide
 from dynamickv.evaluate.needle import NeedleExperiment, NeedleGrid, even_depths
 from dynamickv.evaluate.summary import needle_summary
+from dynamickv.evaluate.tables import FEWEST, standing
 
 METHODS = methods_at(["FullKV", "SnapKV", "DynamicKV"], [24, 48])
 
@@ -214,7 +215,7 @@ def test_the_difference_to_snapkv_is_paired_at_equal_capacity(
                 one["method"] == "DynamicKV" and one["parameters"]["capacity"] == 48
             )
     gains = {(r["method"], r["capacity"]): r["over_snapkv"] for r in needle_summary(rows)}
-    assert gains["DynamicKV", 48] == {"mean": 1.0, "interval": [1.0, 1.0]}
+    assert gains["DynamicKV", 48] == {"mean": 1.0, "interval": [1.0, 1.0], "pairs": len(rows)}
     assert gains["DynamicKV", 24]["mean"] == 0.0
     assert gains["SnapKV", 48] is None
 
@@ -252,3 +253,24 @@ def test_a_needle_of_ones_own_is_used(llm: dkv.LoadedModel) -> None:
     document, hidden = experiment.document(experiment.units()[0])
     assert hidden is own
     assert document.startswith(own.facts[0])
+
+
+@pytest.mark.parametrize("trials", [1, 2, FEWEST - 1, FEWEST])
+def test_a_few_trials_are_no_verdict(trials: int) -> None:
+    def run(method: str, exact: float) -> dict[str, Any]:
+        return {
+            "method": method, "parameters": {"capacity": 64}, "exact": exact, "fuzzy": exact,
+            "kept_fraction": 0.1, "kv_bytes": 10,
+        }  # fmt: skip
+
+    rows = [
+        {
+            "unit": {"length": 512, "depth": 0.5, "sample": sample},
+            "expected": ["7"],
+            "runs": [run("SnapKV", 0.0), run("DynamicKV", 1.0)],
+        }
+        for sample in range(trials)
+    ]
+    said = " ".join(standing(needle_summary(rows), "exact"))
+    assert ("too few to tell" in said) == (trials < FEWEST)
+    assert ("ahead of it" in said) == (trials >= FEWEST)

@@ -203,7 +203,7 @@ def test_a_hostile_run_file_is_refused_and_deleted(
     path = uploaded(server, name, content)
     done = open_file(server, "open_run", path)
     assert "Not opened." in str(done["output"]), done["output"]
-    assert_one_sentence(str(done["output"]["data"][2]))
+    assert_one_sentence(str(done["output"]["data"][3]))
     assert not os.path.exists(path)
 
 

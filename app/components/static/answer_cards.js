@@ -14,6 +14,7 @@
       make("div", { className: "dkv-meter" }, make("i")),
       answer,
       make("p", { className: "dkv-finish" }),
+      make("p", { className: "dkv-expected", title: "Measured: whether the answer contains, in any case, a phrase that this example expects. It is counted as wrong when it does not." }, make("span"), make("span")),
       make("dl", { className: "dkv-receipts" }, ...card.receipts.map((item) => make("div", { title: item.hint },
         make("dt", {}, item.label), make("dd", {}, make("b"), make("small"))))),
     );
@@ -32,6 +33,9 @@
     card.answer.forEach((text, i) => put(parts[i], text));
     parts[1].title = card.answer[1] ? "The first token that differs from FullKV's answer" : "";
     put(node.querySelector(".dkv-finish"), card.finish);
+    const verdict = node.querySelector(".dkv-expected");
+    verdict.dataset.tone = card.verdict?.[0]?.startsWith("contains") ? "good" : "loud";
+    [...verdict.children].forEach((line, i) => put(line, card.verdict?.[i] ?? ""));
     const bar = node.querySelector(".dkv-meter > i");
     bar.style.width = `${100 * (card.kept ?? 0)}%`;
     node.querySelector(".dkv-meter").title = card.kept === null ? "" : `${(100 * card.kept).toFixed(1)} % of the cache is kept`;

@@ -99,14 +99,14 @@
       ];
     }
 
-    // The observation window votes and is always kept: with a chat template a small one covers little of the question.
+    // The observation window scores the rest and is always kept: with a chat template a small one covers little of the question.
     function windowWords(size) {
       const { prompt } = store.trace;
       if (!size) return "";
-      if (!prompt.question_aware) return ` · the voting window is the document's last ${size}`;
+      if (!prompt.question_aware) return ` · the observation window is the document's last ${size}`;
       const [first, last] = prompt.question_span;
       const asked = Math.max(0, Math.min(last, prompt.length) - Math.max(first, prompt.length - size));
-      return ` · the voting window is the last ${size}: ${asked} of the question, ${size - asked} of the template`;
+      return ` · the observation window is the last ${size}: ${asked} of the question, ${size - asked} of the template`;
     }
 
     function differenceLegend(all) {

@@ -3,12 +3,18 @@
   "use strict";
   const { DynamicKV } = window;
   const { store, on, setView } = DynamicKV;
-  const OURS = ["ex", "m", "layer", "head", "by", "mark", "shades"];
+  const OURS = ["ex", "m", "b", "layer", "head", "by", "mark", "shades"];
   const given = new URLSearchParams(window.location.search);
   let restored = false;
+  let capacity = null; // what the form asks for: the record's own, the link's, or what was set since
 
   const slug = (label) => label.toLowerCase().replace(/[^a-z0-9]+/g, "-");
   const whole = (text) => (/^\d{1,4}$/.test(text ?? "") ? Number(text) : null);
+
+  const offered = (size) => {
+    const slider = document.querySelector("#dkv-capacity input[type=range]");
+    return size !== null && slider && size >= Number(slider.min) && size <= Number(slider.max) ? size : null;
+  };
 
   // "m" is the shown method, and after a comma the one it is compared with.
   function restore() {
@@ -30,6 +36,7 @@
       set("ex", trace.example);
       const names = [view.run, view.against].filter((run) => run !== null && trace.runs[run]).map((run) => slug(trace.runs[run].label));
       set("m", names.join(","));
+      set("b", capacity);
       set("layer", view.layer);
       set("head", view.head);
       if (view.unit !== "token") set("by", view.unit);
@@ -46,6 +53,8 @@
     if (!trace) return;
     first ??= trace.example;
     const wanted = given.get("ex");
+    capacity = trace.runs.find((run) => run.parameters.capacity)?.parameters.capacity ?? null;
+    if (wanted === trace.example && !restored) capacity = offered(whole(given.get("b"))) ?? capacity;
     if (!restored && (!wanted || wanted === trace.example || trace.example !== first)) {
       if (!wanted || wanted === trace.example) restore();
       restored = true;
@@ -53,6 +62,8 @@
     write();
   });
   on("view", DynamicKV.framed(write));
+  const changed = DynamicKV.framed((size) => { capacity = offered(whole(size)) ?? capacity; write(); });
+  for (const kind of ["input", "change"]) document.addEventListener(kind, (event) => { if (event.target.closest?.("#dkv-capacity")) changed(event.target.value); });
 
   DynamicKV.copyLink = async () => {
     if (!store.trace?.example) return "Only built-in examples have a link: save this run as a file.";

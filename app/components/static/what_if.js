@@ -190,17 +190,19 @@
       if (drawn && !error) find("words").textContent = `Drag the outlined bars in the chart: the total stays. ${find("words").textContent}`;
     }
 
-    // What the observation window covers: with a chat model and a small window mostly the template's end.
+    // Whose attention decides: with a chat model and a small window mostly that of the template's end.
     function windowWords() {
       const { prompt } = store.trace;
       const size = Math.min(settings.window_size ?? 0, prompt.length);
       if (!size || !form.methods[method].includes("window_size")) return "";
       const end = prompt.question_aware ? prompt.length : prompt.document_span[1];
       const [first, last] = prompt.question_span;
-      const inQuestion = prompt.question_aware ? Math.max(0, Math.min(last, end) - Math.max(first, end - size)) : 0;
-      return prompt.question_aware
-        ? `The window's ${size} voting tokens: ${inQuestion} of the question, ${size - inQuestion} of the template and what else is around it.`
-        : `The window's ${size} voting tokens are the document's last.`;
+      const decides = `What is kept follows the attention that the last ${DynamicKV.counting(size, "token")} of the`;
+      if (!prompt.question_aware) return `${decides} document (the observation window) pay to the rest; the question is not seen.`;
+      const within = (from, to) => Math.max(0, Math.min(to, end) - Math.max(from, end - size));
+      const parts = [[within(0, first), "before the question"], [within(first, last), "of the question"], [within(last, end), "of the chat template after it"]];
+      const named = parts.filter(([tokens]) => tokens).map(([tokens, place]) => `${plain(tokens)} ${place}`);
+      return `${decides} prompt (the observation window) pay to the rest: ${named.join(", ")}.`;
     }
 
     find("sliders").addEventListener("input", (event) => {
