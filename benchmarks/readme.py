@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +15,28 @@ START, END = "<!-- measured: python -m benchmarks.readme writes this -->", "<!--
 
 
 def table(record: dict[str, Any]) -> str:
-    """One result file as a Markdown table under the machine it was taken on."""
-    machine = record["machine"]
+    """One result file as a Markdown table."""
     rows = columns_by_length(record["rows"]) or rows_with_targets(record["rows"])
-    lines = [
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+
+
+def machine_of(record: dict[str, Any]) -> str:
+    """Where a result file was measured, and with what."""
+    machine = record["machine"]
+    return (
         f"{machine['processor']}, {machine['cores']} cores, {machine['date']}, "
         f"Python {machine['python']}, torch {machine['torch']}, "
-        f"transformers {machine['transformers']}:",
-        "",
-    ]
-    return "\n".join([*lines, *("| " + " | ".join(cells) + " |" for cells in rows)])
+        f"transformers {machine['transformers']}:"
+    )
 
 
 def rows_with_targets(rows: list[dict[str, Any]]) -> list[list[str]]:
     """One row per figure."""
-    cells = [["what", "measured", "target"], ["---"] * 3]
+    cells = [["what", "measured", "target", "met"], ["---"] * 4]
     for row in rows:
         note = f" ({row['note']})" if row["note"] else ""
-        cells.append(
-            [f"{row['measure']}{note}", f"{figure(row['value'])} {row['unit']}", target(row)]
-        )
+        value = f"{figure(row['value'])} {row['unit']}".rstrip()
+        cells.append([f"{row['measure']}{note}", value, target(row), met([row])])
     return cells
 
 
@@ -47,7 +50,7 @@ def columns_by_length(rows: list[dict[str, Any]]) -> list[list[str]]:
             return []
         table.setdefault(measure, {})[length] = row
     lengths = list(dict.fromkeys(length for found in table.values() for length in found))
-    cells = [["what", *lengths, "target"], ["---"] * (len(lengths) + 2)]
+    cells = [["what", *lengths, "target", "met"], ["---"] * (len(lengths) + 3)]
     for measure, found in table.items():
         wanted = "; ".join(
             f"{target(row)} at {length}" for length, row in found.items() if row["target"]
@@ -57,13 +60,33 @@ def columns_by_length(rows: list[dict[str, Any]]) -> list[list[str]]:
             for length in lengths
         ]
         same = {target(row) for row in found.values()}
-        cells.append([measure, *values, same.pop() if len(same) == 1 else wanted])
+        wanted = same.pop() if len(same) == 1 else wanted
+        cells.append([measure, *values, wanted, met(list(found.values()))])
     return cells
 
 
 def target(row: dict[str, Any]) -> str:
     """A row's target with its unit, or nothing."""
-    return f"{row['target']} {row['unit']}" if row["target"] else ""
+    return f"{row['target']} {row['unit']}".rstrip() if row["target"] else ""
+
+
+def met(rows: list[dict[str, Any]]) -> str:
+    """Whether all figures that have a target meet it: "yes", "no", or nothing without one."""
+    wanted = [(row["value"], row["target"].partition(" at ")[0]) for row in rows if row["target"]]
+    if not wanted:
+        return ""
+    return "yes" if all(reaches(value, text) for value, text in wanted) else "no"
+
+
+def reaches(value: float, text: str) -> bool:
+    """Whether a value meets a target such as "<= 1.6"; one without a sign is to be equalled."""
+    sign, _, bound = text.rpartition(" ")
+    return {
+        "<": value < float(bound),
+        "<=": value <= float(bound),
+        ">=": value >= float(bound),
+        "": value == float(bound),
+    }[sign]
 
 
 def figure(value: float) -> str:
@@ -75,7 +98,10 @@ def section() -> str:
     """All result files that exist, in order."""
     files = [RESULTS / f"{name}.json" for name in NAMES]
     records = [json.loads(file.read_text("utf-8")) for file in files if file.exists()]
-    return "\n\n".join([START, *map(table, records), END])
+    parts = []
+    for machine, measured in groupby(records, machine_of):
+        parts += [machine, *map(table, measured)]
+    return "\n\n".join([START, *parts, END])
 
 
 def main() -> None:
