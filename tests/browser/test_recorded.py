@@ -83,7 +83,7 @@ def test_it_fits_the_screen(
     expect(page.locator(".dkv-card")).to_have_count(3)
     assert page.evaluate(CUT_OR_WRAPPED) == []
     page.get_by_role("button", name="Advanced settings").click()
-    page.evaluate("window.scrollTo(0, 500)")
+    page.evaluate("window.scrollTo(0, 1000)")
     if width > 1100:  # the form comes along
         expect(page.locator("#dkv-run")).to_be_in_viewport(ratio=1)
 

@@ -197,12 +197,12 @@
       if (!size || !form.methods[method].includes("window_size")) return "";
       const end = prompt.question_aware ? prompt.length : prompt.document_span[1];
       const [first, last] = prompt.question_span;
-      const decides = `What is kept follows the attention that the last ${DynamicKV.counting(size, "token")} of the`;
-      if (!prompt.question_aware) return `${decides} document (the observation window) pay to the rest; the question is not seen.`;
+      const decides = `What is kept follows the attention paid by the last ${DynamicKV.counting(size, "token")} of the`;
+      if (!prompt.question_aware) return `${decides} document (the observation window); the question is not seen.`;
       const within = (from, to) => Math.max(0, Math.min(to, end) - Math.max(from, end - size));
       const parts = [[within(0, first), "before the question"], [within(first, last), "of the question"], [within(last, end), "of the chat template after it"]];
       const named = parts.filter(([tokens]) => tokens).map(([tokens, place]) => `${plain(tokens)} ${place}`);
-      return `${decides} prompt (the observation window) pay to the rest: ${named.join(", ")}.`;
+      return `${decides} prompt (the observation window): ${named.join(", ")}.`;
     }
 
     find("sliders").addEventListener("input", (event) => {
