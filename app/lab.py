@@ -70,7 +70,8 @@ def build_lab(handlers: LabHandlers, shared: Shared) -> None:
             with gr.Column(scale=3, min_width=300, elem_classes=["dkv-lab-form"]):
                 gr.Markdown(
                     "Explore's document and question, read once, at 16 tokens per layer, at its "
-                    "doubles and at the whole prompt. KL is taken while FullKV's answer is fed."
+                    "doubles and at the whole prompt. KL is taken while FullKV's answer is fed. "
+                    "Recorded is the harbour report with its question."
                 )
                 methods = _methods(SIX[1:])
                 longest = gr.Slider(8, 128, value=48, step=8, label="Longest answer, in tokens")
@@ -98,7 +99,7 @@ def build_lab(handlers: LabHandlers, shared: Shared) -> None:
                 with gr.Column(scale=3, min_width=300, elem_classes=["dkv-lab-form"]):
                     gr.Markdown(
                         f"The first examples of a file in LongBench's or RULER's format, at most "
-                        f"{MAX_EXAMPLE_BYTES // 2**20} MiB. It is deleted once it is read."
+                        f"{MAX_EXAMPLE_BYTES // 2**20} MiB (.jsonl). It is deleted once it is read."
                     )
                     methods = _methods(SIX)
                     sizes = gr.Textbox("128", label="Capacities")
@@ -135,7 +136,7 @@ def _upload_buttons(kind: str) -> tuple[gr.UploadButton, gr.Button, LabStatus]:
     with gr.Column(elem_classes=["dkv-lab-action"]):
         with gr.Row():
             measure = gr.UploadButton(
-                "Measure a .jsonl file",
+                "Measure a file",
                 file_types=[".jsonl"],
                 variant="primary",
                 min_width=80,

@@ -181,7 +181,9 @@ def standing(summary: Sequence[Row], field: str) -> list[str]:
             )
             continue
         low, high = gain["interval"]
-        verdict = "ahead of" if low > 0 else "behind" if high < 0 else "not told apart from"
+        # One example gives an interval without width, which tells nothing.
+        ahead, behind = high > low > 0, low < high < 0
+        verdict = "ahead of" if ahead else "behind" if behind else "not told apart from"
         said.append(
             f"Capacity {row['capacity']}: DynamicKV has {100 * row[field]:.1f}{unit}, "
             f"{100 * gain['mean']:+.1f} points to SnapKV "

@@ -270,6 +270,10 @@ def test_longbench_has_the_papers_rows_and_a_file() -> None:
         "Capacity 64: DynamicKV has 20.0, -10.0 points to SnapKV "
         "(95 % interval -20.0 to -5.0): behind it."
     ]
+    alone = {**line, "over_snapkv": {"mean": -0.1, "interval": [-0.1, -0.1]}}
+    assert lab_model.longbench_panel([full, alone], "now")["said"][0].endswith(
+        "(95 % interval -10.0 to -10.0): not told apart from it."
+    )
     assert [line[0] for line in panel["tables"][0]["lines"][-2:]] == [
         "paper: InternLM-2.5-7B-Chat-1M, 512",
         "here: 1 task, 64",
