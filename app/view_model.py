@@ -456,7 +456,8 @@ def capacity_line(
     size = f"about {mebibytes(per_token * kept)}"
     if not tokens:
         return f"{size} of cache"
-    return f"{percent(kept / tokens)} of the prompt · {size} of {mebibytes(per_token * tokens)}"
+    whole = mebibytes(per_token * tokens)
+    return f"{percent(kept / tokens)} of the prompt · {size.removesuffix(' MiB')} of {whole}"
 
 
 def cache_bytes_per_token(model: Mapping[str, int], heads: int | None = None) -> int:

@@ -132,7 +132,7 @@ def test_numbers_read_well() -> None:
 
 def test_capacity_is_given_in_percent_and_mebibytes() -> None:
     model = {"num_layers": 30, "num_kv_heads": 3, "head_dim": 64, "bytes_per_value": 4}
-    assert vm.capacity_line(model, 128, 3412) == "3.8 % of the prompt · about 5.6 MiB of 150 MiB"
+    assert vm.capacity_line(model, 128, 3412) == "3.8 % of the prompt · about 5.6 of 150 MiB"
 
 
 def test_source_label_names_the_day(trace: Trace) -> None:
