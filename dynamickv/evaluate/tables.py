@@ -172,8 +172,7 @@ def standing(summary: Sequence[Row], field: str) -> list[str]:
         gain = row["over_snapkv"]
         if row["method"] != "DynamicKV" or gain is None:
             continue
-        # Summaries written before pairs were counted have a grid's trials.
-        pairs = gain.get("pairs", row.get("trials", FEWEST))
+        pairs = _pairs(row)
         if pairs < FEWEST:
             said.append(
                 f"Capacity {row['capacity']}: {pairs} of at least {FEWEST} trials, too few to tell "
@@ -181,15 +180,23 @@ def standing(summary: Sequence[Row], field: str) -> list[str]:
             )
             continue
         low, high = gain["interval"]
-        # One example gives an interval without width, which tells nothing.
-        ahead, behind = high > low > 0, low < high < 0
-        verdict = "ahead of" if ahead else "behind" if behind else "not told apart from"
+        verdict = "ahead of" if low > 0 else "behind" if high < 0 else "not told apart from"
         said.append(
             f"Capacity {row['capacity']}: DynamicKV has {100 * row[field]:.1f}{unit}, "
             f"{100 * gain['mean']:+.1f} points to SnapKV "
             f"(95 % interval {100 * low:+.1f} to {100 * high:+.1f}): {verdict} it."
         )
     return said
+
+
+def _pairs(row: Row) -> int:
+    """Trials that a difference to SnapKV rests on. Summaries written before pairs were counted have
+    a grid's trials or a task's examples."""
+    if "pairs" in row["over_snapkv"]:
+        return int(row["over_snapkv"]["pairs"])
+    if "trials" in row:
+        return int(row["trials"])
+    return sum(task["examples"] for task in row["tasks"].values())
 
 
 def sweep_lines(lines: Sequence[Row]) -> Lines:

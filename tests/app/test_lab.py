@@ -259,7 +259,7 @@ def test_what_is_recorded_is_shown_with_its_circumstances(kind: str) -> None:
 def test_longbench_has_the_papers_rows_and_a_file() -> None:
     line: dict[str, Any] = {
         "method": "DynamicKV", "capacity": 64, "kept_fraction": 0.1, "kv_bytes": 10,
-        "tasks": {"qasper": {"score": 0.2, "interval": [0.1, 0.3], "examples": 4}},
+        "tasks": {"qasper": {"score": 0.2, "interval": [0.1, 0.3], "examples": 20}},
         "average": 0.2, "interval": [0.1, 0.3],
         "over_snapkv": {"mean": -0.1, "interval": [-0.2, -0.05]},
     }  # fmt: skip
@@ -270,10 +270,10 @@ def test_longbench_has_the_papers_rows_and_a_file() -> None:
         "Capacity 64: DynamicKV has 20.0, -10.0 points to SnapKV "
         "(95 % interval -20.0 to -5.0): behind it."
     ]
-    alone = {**line, "over_snapkv": {"mean": -0.1, "interval": [-0.1, -0.1]}}
-    assert lab_model.longbench_panel([full, alone], "now")["said"][0].endswith(
-        "(95 % interval -10.0 to -10.0): not told apart from it."
-    )
+    alone = {**line, "over_snapkv": {"mean": -0.1, "interval": [-0.1, -0.1], "pairs": 1}}
+    assert lab_model.longbench_panel([full, alone], "now")["said"] == [
+        "Capacity 64: 1 of at least 20 trials, too few to tell DynamicKV from SnapKV."
+    ]
     assert [line[0] for line in panel["tables"][0]["lines"][-2:]] == [
         "paper: InternLM-2.5-7B-Chat-1M, 512",
         "here: 1 task, 64",
