@@ -180,10 +180,21 @@ def serious_findings(page: Page) -> list[Any]:
 
 
 def open_page(page: Page, url: str, query: str = "") -> None:
-    """Open the page and wait until it is painted, chart included."""
-    page.goto(url + query)
-    expect(page.locator(".dkv-card")).to_have_count(2)
-    expect(page.locator(".js-plotly-plot .bars path").first).to_be_attached()
+    """Open the page and wait until it is painted, chart included.
+
+    Once in some 250 openings beside other tests the chart did not come within 20 s; why is not
+    known, so a second opening is allowed. `test_first_paint_is_a_recorded_run` has none.
+    """
+    bars = page.locator(".js-plotly-plot .bars path").first
+    for last in (False, True):
+        page.goto(url + query)
+        expect(page.locator(".dkv-card")).to_have_count(2)
+        try:
+            expect(bars).to_be_attached()
+            return
+        except AssertionError:
+            if last:
+                raise
 
 
 def pick(page: Page, title: str) -> None:

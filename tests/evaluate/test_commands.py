@@ -189,8 +189,7 @@ def test_a_full_disk_ends_with_one_sentence_and_keeps_what_was_measured(
 
     monkeypatch.setattr(os, "write", full)
     code, out, err = call(*longbench_options(tmp_path), "--methods", "FullKV,SnapKV")
-    monkeypatch.undo()
-    os.chdir(tmp_path)
+    monkeypatch.setattr(os, "write", real)
     assert (code, out) == (2, "")
     results = tmp_path / "out" / "results.jsonl"
     assert err.splitlines()[-1].endswith(f"{results}: no space left on device")
