@@ -57,8 +57,15 @@ def build_lab(handlers: LabHandlers, shared: Shared) -> None:
                     "Hide a number at every depth of texts of every length, and ask for it."
                 )
                 methods = _methods(SIX)
-                sizes = gr.Textbox("64, 128", label="Capacities", elem_id="dkv-lab-capacities")
-                lengths = gr.Textbox("512, 1024", label="Lengths, in tokens")
+                sizes = gr.Textbox(
+                    "64, 128",
+                    label="Capacities",
+                    elem_id="dkv-lab-capacities",
+                    elem_classes=["dkv-field-capacity"],
+                )
+                lengths = gr.Textbox(
+                    "512, 1024", label="Lengths, in tokens", elem_classes=["dkv-field-length"]
+                )
                 depths = gr.Slider(1, 11, value=3, step=1, label="Depths")
                 samples = gr.Slider(1, 10, value=1, step=1, label="Texts per cell")
                 needles = gr.Slider(1, 4, value=1, step=1, label="Needles per text")
@@ -102,7 +109,9 @@ def build_lab(handlers: LabHandlers, shared: Shared) -> None:
                         f"{MAX_EXAMPLE_BYTES // 2**20} MiB (.jsonl). It is deleted once it is read."
                     )
                     methods = _methods(SIX)
-                    sizes = gr.Textbox("128", label="Capacities")
+                    sizes = gr.Textbox(
+                        "128", label="Capacities", elem_classes=["dkv-field-capacity"]
+                    )
                     limit = gr.Slider(1, MAX_EXAMPLES, value=3, step=1, label="Examples")
                     task = gr.Dropdown(
                         [FILE_NAME, *longbench_tasks()], value=FILE_NAME, label="Task"

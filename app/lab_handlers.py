@@ -280,7 +280,8 @@ class LabHandlers:
             idle = {"state": "idle", "message": "Stopped.", "detail": ""}
             yield idle, gr.skip(), *idle_buttons()
         except (ValueError, OSError, MemoryError) as error:
-            yield failed(error), gr.skip(), *idle_buttons()
+            field = error.field if isinstance(error, FieldError) else ""
+            yield {**failed(error), "field": field}, gr.skip(), *idle_buttons()
         except Exception as error:
             log.error("a measurement failed", exc_info=error)
             cause = type(error).__name__
@@ -322,20 +323,29 @@ class LabHandlers:
         return lab.Journal(folder / f"{kind}-{name}.jsonl")
 
 
+class FieldError(ValueError):
+    """What is wrong with one field of a form, which the page then marks."""
+
+    def __init__(self, field: str, sentence: str) -> None:
+        super().__init__(sentence)
+        self.field = field
+
+
 def numbers(name: str, text: str) -> list[int]:
     """A list such as "64, 128".
 
     Raises:
-        ValueError: no numbers, too many, or one that is out of bounds.
+        FieldError: no numbers, too many, or one that is out of bounds.
     """
     try:
         found = sorted({int(part) for part in str(text).replace(",", " ").split()})
     except ValueError:
         found = []
     if not found or found[0] < 1 or len(found) > MOST_NUMBERS:
-        raise ValueError(
+        raise FieldError(
+            name,
             f"{name} takes 1 to {MOST_NUMBERS} whole numbers, such as 64, 128; "
-            f"got {str(text)[:40]!r}"
+            f"got {str(text)[:40]!r}",
         )
     return found
 

@@ -217,6 +217,8 @@ def test_bad_grids_are_refused_in_one_sentence(
     status, panel = last(list(handlers.needle(None, *fields)))
     assert status["state"] == "error"
     assert words in status["message"]
+    field = "capacity" if 2 in changes else "length" if "Length takes" in words else ""
+    assert status["field"] == field
     assert panel is None
 
 

@@ -170,12 +170,19 @@ def test_bad_input_is_said_in_one_sentence(page: Page, lab_url: str) -> None:
     show(page, lab_url, "Needle")
     page.set_viewport_size({"width": 1366, "height": 700})  # lower than the form
     page.get_by_label("Capacities").fill("many")
+    page.get_by_label("Capacities").blur()
     page.evaluate("window.scrollTo(0, 0)")
     page.locator("#dkv-lab-needle-run").evaluate("button => button.click()")  # without scrolling
     status = page.locator("#dkv-lab-needle-status")
     expect(status).to_contain_text("Capacity takes 1 to 12 whole numbers")
+    field = page.locator("#dkv-lab-capacities textarea, #dkv-lab-capacities input")
+    expect(field).to_have_attribute("aria-invalid", "true")
+    expect(field).to_be_focused()
+    expect(page.locator("[aria-invalid=true]")).to_have_count(1)
     expect(status.locator("[data-role=message]")).to_be_in_viewport(ratio=1)
     expect(page.locator("#dkv-lab-needle-run")).to_be_enabled()
+    field.fill("64")
+    expect(page.locator("[aria-invalid=true]")).to_have_count(0)
 
 
 def test_a_sweep_is_saved_as_csv(page: Page, lab_url: str, tmp_path: Path) -> None:

@@ -75,7 +75,18 @@
     };
   });
 
+  // The field that an error is about is marked until it is changed or measured again.
+  function mark(form, field) {
+    for (const node of form?.querySelectorAll("[aria-invalid=true]") ?? []) node.removeAttribute("aria-invalid");
+    const input = field && form?.querySelector(`.dkv-field-${field} :is(input, textarea)`);
+    if (!input) return;
+    input.setAttribute("aria-invalid", "true");
+    input.addEventListener("input", () => input.removeAttribute("aria-invalid"), { once: true });
+    input.focus();
+  }
+
   DynamicKV.register("labstatus", (element) => (payload) => {
+    mark(element.closest(".dkv-lab-form"), payload?.field);
     const box = element.querySelector(".dkv-status");
     if (payload?.stopping && box.dataset.state !== "running") return;
     box.dataset.state = payload?.state ?? "idle";
