@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.report import RESULTS
 
 README = Path(__file__).parent.parent / "README.md"
-NAMES = ("start", "engine", "what-if", "kvpress", "vllm", "soak-tiny", "soak-real")
+NAMES = ("start", "engine", "what-if", "evaluate", "kvpress", "vllm", "soak-tiny", "soak-real")
 START, END = "<!-- measured: python -m benchmarks.readme writes this -->", "<!-- /measured -->"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from dynamickv.methods import CompressionMethod, ScoredMethod
 from dynamickv.models import LoadedModel
 from dynamickv.prompt import EncodedPrompt
 from dynamickv.records import Prefill, Retention
-from dynamickv.together import Together
+from dynamickv.together import Member, Together
 from dynamickv.trace import Retained, Run, Scores
 
 
@@ -32,10 +33,8 @@ class Answer:
         method: CompressionMethod,
         max_new_tokens: int,
         scores: bool,
-        together: Together | None = None,
     ) -> None:
         self._prefill, self._prompt, self._method = prefill, prompt, method
-        self._together = together
         start = time.perf_counter()
         self.retention = select(method, prefill)
         llm.synchronize()
@@ -61,17 +60,23 @@ class Answer:
         for place, number in sorted(held.items()):
             self._budgets.insert(place, number)
         self._scores = layer_scores(method, prefill, prompt.length) if scores else None
+        self.keeps_everything = bool(self._mask.all())
         self._cache: KVCache | None = cache
-        # A run that keeps everything is decoded alone, so that it equals FullKV to the last bit.
-        alone = together is None or bool(self._mask.all()) or not cache.plain
-        self._member = None if alone or together is None else together.join(cache, prompt.length)
-        advance = self._member.advance if self._member else None
-        self._steps: Iterator[Step] = decode(
-            llm, cache, logits, prompt.length, max_new_tokens, advance
-        )
+        self._together: Together | None = None
+        self._member: Member | None = None
+        self._decode = partial(decode, llm, cache, logits, prompt.length, max_new_tokens)
+        self._steps: Iterator[Step] = self._decode()
         self._text = TextStream(llm)
         self._done: list[Step] = []
         self.finish_reason: str | None = None
+
+    def join(self, together: Together) -> None:
+        """Decode in one pass with the other runs that join, before the first step; nothing changes
+        for a cache that such a pass cannot feed."""
+        if self._cache is not None and self._cache.plain:
+            self._together = together
+            self._member = together.join(self._cache, self._prompt.length)
+            self._steps = self._decode(advance=self._member.advance)
 
     def compressed(self, index: int) -> Compressed:
         """What was kept, before any token is decoded."""
@@ -98,7 +103,8 @@ class Answer:
     def finish(self) -> Run:
         """The record of this answer; its cache is freed."""
         self._cache = None
-        self._steps = iter(())
+        self._decode = partial(iter, ())
+        self._steps = self._decode()
         if self._member is not None:
             self._member.leave()
         return Run(

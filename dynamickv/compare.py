@@ -77,6 +77,7 @@ def compare_stream(
     truncate: bool = False,
     scores: bool = False,
     earlier: Sequence[Run] = (),
+    full_apart: bool = True,
     on_prefill: Callable[[Prefill], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Generator[Event, None, None]:
@@ -97,6 +98,8 @@ def compare_stream(
         scores: record every scored method's importance per layer and position.
         earlier: runs of this `prefill` that are done; the record holds them before the new ones,
             and a FullKV among them is what the new ones are compared with.
+        full_apart: decode FullKV apart from the others, so that its answer is `generate`'s to the
+            last bit and its time its own; False lets it share their pass, which is quicker.
         on_prefill: called with the prompt's prefill once it is read, to keep it for later.
         should_stop: asked between tokens and layers; once true, what exists is finished as
             "cancelled".
@@ -132,9 +135,15 @@ def compare_stream(
     together = Together(llm) if len(methods) > 3 and not graphable(llm) else None
     with memory_watched(CHOOSING):
         answers = [
-            Answer(llm, prefill, prompt, method, max_new_tokens, scores, together)
-            for method in methods
+            Answer(llm, prefill, prompt, method, max_new_tokens, scores) for method in methods
         ]
+    if together is not None:
+        # Runs that keep everything must say the same to the last bit, which a shared pass cannot
+        # promise.
+        apart = full_apart or sum(answer.keeps_everything for answer in answers) > 1
+        for answer in answers:
+            if not (apart and answer.keeps_everything):
+                answer.join(together)
     for index, answer in enumerate(answers):
         yield answer.compressed(index)
     finished: dict[int, Run] = {}

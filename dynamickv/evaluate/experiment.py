@@ -189,14 +189,20 @@ def answers(
     max_new_tokens: int,
     stop: Stop = lambda: False,
 ) -> list[Run]:
-    """Every method's answer from one prefill, with agreement where FullKV is among them.
+    """Every method's answer from one prefill, with agreement where FullKV is among them; all
+    runs share a pass where they can.
 
     Raises:
         Stopped: as soon as `stop` says so.
     """
     finished: dict[int, Run] = {}
     events = compare_stream(
-        llm, prefill=prefill, methods=methods, max_new_tokens=max_new_tokens, should_stop=stop
+        llm,
+        prefill=prefill,
+        methods=methods,
+        max_new_tokens=max_new_tokens,
+        full_apart=False,
+        should_stop=stop,
     )
     for event in events:
         if isinstance(event, RunFinished):

@@ -40,6 +40,28 @@ def test_a_run_that_keeps_everything_is_decoded_alone(llm: dkv.LoadedModel) -> N
     assert runs[1].logprobs == runs[0].logprobs
 
 
+def test_full_kv_shares_the_pass_when_asked_and_nothing_else_keeps_everything(
+    llm: dkv.LoadedModel,
+) -> None:
+    prefill = dkv.prefill(llm, DOCUMENT, QUESTION)
+    small = [dkv.SnapKV(capacity=24), dkv.DynamicKV(capacity=24)]
+
+    def runs(*methods: dkv.CompressionMethod) -> list[dkv.Run]:
+        events = dkv.compare_stream(
+            llm, prefill=prefill, methods=methods, max_new_tokens=6, full_apart=False
+        )
+        return [event.record for event in events if isinstance(event, dkv.RunFinished)]
+
+    shared = runs(dkv.FullKV(), dkv.StreamingLLM(capacity=24), *small)
+    assert [run.decoded_together for run in shared] == [4, 4, 4, 4]
+    alone = dkv.compare(llm, prefill=prefill, methods=[dkv.FullKV()], max_new_tokens=6).runs[0]
+    assert shared[0].token_ids == alone.token_ids
+    assert shared[0].logprobs == pytest.approx(alone.logprobs, abs=1e-4)
+    fits = runs(dkv.FullKV(), dkv.SnapKV(capacity=5000), *small)
+    assert [run.decoded_together for run in fits] == [1, 1, 2, 2]
+    assert fits[1].logprobs == fits[0].logprobs
+
+
 def test_answers_that_end_early_leave_the_others_running(llm: dkv.LoadedModel) -> None:
     methods = [
         dkv.FullKV(),
