@@ -55,7 +55,9 @@ def point_at_text(page: Page, x: int = 40, y: int = 12) -> None:
 
 
 def test_first_paint_is_a_recorded_run(page: Page, page_url: str) -> None:
-    open_page(page, page_url)
+    page.goto(page_url)
+    expect(page.locator(".dkv-card")).to_have_count(2)
+    expect(page.locator(".js-plotly-plot .bars path").first).to_be_attached()
     expect(page.locator("[data-role=source]")).to_have_text("recorded on 23 November 2026")
     expect(page.locator(".dkv-card[data-method=DynamicKV] .dkv-chip")).to_have_text(
         "compressed at 30 of 30 layers"
