@@ -694,8 +694,13 @@ class Handlers:
         return explore, *shown, note, *self.form_values(trace), OWN_TEXT
 
     @staticmethod
-    def lock_reference(methods: list[str]) -> list[str]:
-        """FullKV stays chosen: it is what the others are compared with."""
+    def lock_reference(methods: list[str]) -> Any:
+        """FullKV stays chosen: it is what the others are compared with.
+
+        Nothing is sent back where it is: the answer would undo what was ticked in the meantime.
+        """
+        if "FullKV" in methods:
+            return gr.skip()
         return [name for name in dkv.METHODS if name == "FullKV" or name in methods]
 
     # ---- endpoints ----

@@ -239,6 +239,11 @@ def test_surprises_are_one_sentence(host: ModelHost, call: Any) -> None:
     assert SENTENCE in str(caught.value.message)
 
 
+def test_ticking_methods_sends_nothing_back_unless_fullkv_went() -> None:
+    assert Handlers.lock_reference(["SnapKV", "FullKV"]) == gr.skip()
+    assert Handlers.lock_reference(["H2O", "SnapKV"]) == ["FullKV", "H2O", "SnapKV"]
+
+
 def test_running_out_of_memory_is_said_on_the_page_and_the_next_run_works(
     llm: dkv.LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
