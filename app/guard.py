@@ -132,7 +132,7 @@ class Guard:
             told = dict(scope["headers"]).get(b"content-length", b"0")
             if told.isdigit() and int(told) > MAX_BODY:
                 raise too_large()
-            receive = _limited(receive)
+            receive = answer.heard(_limited(receive))
             if scope["method"] == "POST" and any(part in scope["path"] for part in WITH_VALUES):
                 receive, session = await _matched(scope, receive)
                 if self.on_ask and session:
@@ -166,8 +166,19 @@ class _Answer:
         self._held: Message | None = None
         self._body = b""
         self._streams = False
+        self._gone = False
         self.started = False
         self.complete = False
+
+    def heard(self, receive: Receive) -> Receive:
+        """The same messages, watched for the client's leaving."""
+
+        async def watched() -> Message:
+            message = await receive()
+            self._gone = self._gone or message["type"] == "http.disconnect"
+            return message
+
+        return watched
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -193,7 +204,9 @@ class _Answer:
             if self._streams and HIDDEN in message.get("body", b""):
                 message["body"] = message["body"].replace(HIDDEN, SHOWN)
             # A client that was told so closes the connection at once, often before its last byte.
-            self.complete = CLOSED in message.get("body", b"") or not message.get("more_body")
+            # Gradio also ends a stream whose client is gone as if all had been said.
+            ended = not message.get("more_body") and not self._gone
+            self.complete = self.complete or CLOSED in message.get("body", b"") or ended
         await self._send(message)
 
     async def refuse(self, status: int, sentence: str) -> None:

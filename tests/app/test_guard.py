@@ -121,25 +121,28 @@ def test_unused_routes_of_gradio_are_closed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("chunks", "finished", "left"),
+    ("chunk", "gone", "finished", "left"),
     [
-        ([b'data: {"msg":"estimation"}\n\n'], False, ["me"]),
-        ([b'data: {"msg":"close_stream"}\n\n'], False, []),
-        ([b"data: {}\n\n"], True, []),
+        (b'data: {"msg":"estimation"}\n\n', False, False, ["me"]),
+        (b'data: {"msg":"estimation"}\n\n', True, True, ["me"]),
+        (b'data: {"msg":"close_stream"}\n\n', False, False, []),
+        (b'data: {"msg":"close_stream"}\n\n', True, True, []),
+        (b"data: {}\n\n", False, True, []),
     ],
-    ids=["cut off", "told to close", "finished"],
+    ids=["cut off", "ended for a client gone", "told to close", "told and gone", "finished"],
 )
 def test_a_client_that_leaves_is_told_of(
-    chunks: list[bytes], finished: bool, left: list[str]
+    chunk: bytes, gone: bool, finished: bool, left: list[str]
 ) -> None:
     async def stream(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
-        for chunk in chunks:
-            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        if gone:
+            await receive()
         if finished:
             await send({"type": "http.response.body", "body": b""})
 
-    gone: list[str] = []
+    told: list[str] = []
     scope = {
         "type": "http",
         "method": "GET",
@@ -152,5 +155,5 @@ def test_a_client_that_leaves_is_told_of(
     async def nothing(*_: Any) -> Any:
         return {"type": "http.disconnect"}
 
-    asyncio.run(Guard(stream, on_leave=gone.append)(scope, nothing, nothing))
-    assert gone == left
+    asyncio.run(Guard(stream, on_leave=told.append)(scope, nothing, nothing))
+    assert told == left
