@@ -411,19 +411,18 @@ class Handlers:
         return job, self.host.check(model)
 
     def _estimate(self, job: inputs.Request, model: str) -> Estimate | None:
-        work = self._work(job, model)
-        return self._speed.estimate(*work) if self._speed and work else None
+        """How long a job will take; None until the model is loaded and a speed is known."""
+        size = self.host.measure(model, job.document, job.question)
+        if size is None or self._speed is None:
+            return None
+        return self._speed.estimate(
+            min(size.prompt, size.limit), len(job.methods), job.max_new_tokens
+        )
 
     def _expected(self, job: inputs.Request, model: str) -> float | None:
-        work = self._work(job, model)
-        return self._speed.seconds(*work) if self._speed and work else None
-
-    def _work(self, job: inputs.Request, model: str) -> tuple[int, int, int] | None:
-        """Prompt tokens, answers and their longest length; None until the model is loaded."""
-        size = self.host.measure(model, job.document, job.question)
-        if size is None:
-            return None
-        return min(size.prompt, size.limit), len(job.methods), job.max_new_tokens
+        """The same in seconds, for those who wait."""
+        estimate = self._estimate(job, model)
+        return estimate.seconds if estimate else None
 
     def stop(self, request: gr.Request) -> Any:
         """Ask this session's run to end after the current layer or token; output: status."""

@@ -257,6 +257,26 @@ def build_request(
     )
 
 
+def _take(file: Path, suffixes: Sequence[str], most: int, remedy: str) -> bytes:
+    """The bytes of an upload, which is deleted.
+
+    Raises:
+        ValueError: another ending, or more than `most` bytes.
+    """
+    try:
+        if file.suffix.lower() not in suffixes:
+            raise ValueError(
+                f"{file.name} cannot be read here: upload a {' or '.join(suffixes)} file."
+            )
+        with file.open("rb") as handle:
+            raw = handle.read(most + 1)
+    finally:
+        file.unlink(missing_ok=True)
+    if len(raw) > most:
+        raise ValueError(f"{file.name} is larger than {most // 2**20} MiB: {remedy}.")
+    return raw
+
+
 def read_text_upload(path: str | os.PathLike[str]) -> str:
     """The text of an uploaded .txt or .md file, which is deleted.
 
@@ -264,15 +284,7 @@ def read_text_upload(path: str | os.PathLike[str]) -> str:
         ValueError: not such a file, too large, or no text.
     """
     file = Path(path)
-    try:
-        if file.suffix.lower() not in TEXT_SUFFIXES:
-            raise ValueError(f"{file.name} cannot be read here: upload a .txt or .md file.")
-        with file.open("rb") as handle:
-            raw = handle.read(MAX_UPLOAD_BYTES + 1)
-    finally:
-        file.unlink(missing_ok=True)
-    if len(raw) > MAX_UPLOAD_BYTES:
-        raise ValueError(f"{file.name} is larger than {MAX_UPLOAD_BYTES // 2**20} MiB: shorten it.")
+    raw = _take(file, TEXT_SUFFIXES, MAX_UPLOAD_BYTES, "shorten it")
     text = raw.decode("utf-8-sig", "replace")
     if b"\0" in raw or text.count("\ufffd") > max(8, len(text) // 20):
         raise ValueError(
@@ -312,17 +324,7 @@ def read_examples_upload(
         ValueError: not such a file, too large, no such task, or a malformed line.
     """
     file = Path(path)
-    try:
-        if file.suffix.lower() != ".jsonl":
-            raise ValueError(f"{file.name} cannot be read here: upload a .jsonl file.")
-        with file.open("rb") as handle:
-            raw = handle.read(MAX_EXAMPLE_BYTES + 1)
-    finally:
-        file.unlink(missing_ok=True)
-    if len(raw) > MAX_EXAMPLE_BYTES:
-        raise ValueError(
-            f"{file.name} is larger than {MAX_EXAMPLE_BYTES // 2**20} MiB: upload its first lines."
-        )
+    raw = _take(file, (".jsonl",), MAX_EXAMPLE_BYTES, "upload its first lines")
     name = file.stem if task is None else task
     if not TASK_NAME.fullmatch(name):
         raise ValueError(f"{name[:64]!r} is no task's name: choose the task from the list.")

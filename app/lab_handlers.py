@@ -22,6 +22,7 @@ import dynamickv as dkv
 from . import inputs
 from .examples import ASSETS, Example
 from .handlers import (
+    CHARACTERS_PER_TOKEN,
     WAIT,
     address,
     busy_buttons,
@@ -51,7 +52,6 @@ log = logging.getLogger(__name__)
 lab = dkv.evaluate
 MOST_CELLS = 2000
 MOST_NUMBERS = 12
-CHARACTERS_PER_TOKEN = 4.2
 FILE_NAME = "The file's name"
 """A choice among tasks."""
 Build = Callable[[list[dict[str, Any]], str], Payload]

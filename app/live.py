@@ -35,13 +35,10 @@ class Speed:
             origin=origin,
         )
 
-    def seconds(self, tokens: int, methods: int, max_new_tokens: int) -> float:
-        """Seconds that a comparison takes at most; its answers may end earlier."""
-        return self.prefill_per_token * tokens + self.decode_per_token * methods * max_new_tokens
-
     def estimate(self, tokens: int, methods: int, max_new_tokens: int) -> Estimate:
-        """The same, with what it rests on."""
-        return Estimate(seconds=self.seconds(tokens, methods, max_new_tokens), origin=self.origin)
+        """How long a comparison takes at most; its answers may end earlier."""
+        seconds = self.prefill_per_token * tokens + self.decode_per_token * methods * max_new_tokens
+        return Estimate(seconds=seconds, origin=self.origin)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from typing import Any
 
 import httpx
@@ -90,6 +91,18 @@ def begin_slow(server: Server, session: str) -> httpx.Response:
     return server.http.post("gradio_api/queue/join", json=body)
 
 
+def comparing(server: Server, session: str) -> AbstractContextManager[httpx.Response]:
+    """A long comparison as a client makes it, and the stream of what it is told."""
+    body = {
+        "fn_index": server.function("compare"),
+        "data": [DOCUMENT, QUESTION, ["SnapKV"], 40, 512, "tiny"],
+        "session_hash": session,
+    }
+    server.http.post("gradio_api/queue/join", json=body)
+    parameters = {"session_hash": session}
+    return server.http.stream("GET", "gradio_api/queue/data", params=parameters)
+
+
 def wait_for(condition: Any, seconds: float = 20) -> None:
     end = time.monotonic() + seconds
     while not condition():
@@ -133,14 +146,7 @@ def test_a_closed_tab_stops_its_run(server: Server) -> None:
 
 
 def test_a_client_that_goes_away_stops_its_comparison(server: Server, slow: list[int]) -> None:
-    body = {
-        "fn_index": server.function("compare"),
-        "data": [DOCUMENT, QUESTION, ["SnapKV"], 40, 512, "tiny"],
-        "session_hash": "gone",
-    }
-    server.http.post("gradio_api/queue/join", json=body)
-    parameters = {"session_hash": "gone"}
-    with server.http.stream("GET", "gradio_api/queue/data", params=parameters) as stream:
+    with comparing(server, "gone") as stream:
         lines = stream.iter_lines()  # held on to: what reads a stream closes it when it is dropped
         next(lines)
         wait_for(lambda: len(slow) > 2)
@@ -161,14 +167,7 @@ def test_a_client_that_leaves_before_its_comparison_joins_the_queue_is_stopped_t
     monkeypatch.setattr(server.host, "check", waits)
     monkeypatch.setattr(server.turns, "stop", lambda session: (stop(session), gone.set()))
     stop = type(server.turns).stop.__get__(server.turns)
-    body = {
-        "fn_index": server.function("compare"),
-        "data": [DOCUMENT, QUESTION, ["SnapKV"], 40, 512, "tiny"],
-        "session_hash": "early",
-    }
-    server.http.post("gradio_api/queue/join", json=body)
-    parameters = {"session_hash": "early"}
-    with server.http.stream("GET", "gradio_api/queue/data", params=parameters) as stream:
+    with comparing(server, "early") as stream:
         lines = stream.iter_lines()
         next(lines)
         assert entered.wait(20)
