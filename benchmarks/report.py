@@ -38,11 +38,13 @@ def machine() -> dict[str, str]:
         for line in _lines(Path("/proc/cpuinfo"))
         if line.startswith("model name")
     ]
+    gpus = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "processor": names[0] if names else platform.processor() or platform.machine(),
         "cores": str(os.cpu_count()),
         "threads": str(torch.get_num_threads()),
+        **({"gpus": ", ".join(gpus)} if gpus else {}),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -323,7 +323,6 @@ def test_embedded_and_big(page: Page, page_url: str, query: str, hidden: bool) -
 
 
 def test_going_back_restores_the_view(page: Page, page_url: str) -> None:
-    page = page.context.new_page()  # Gradio complains of its own requests that leaving cuts off
     open_page(page, page_url)
     page.evaluate("window.DynamicKV.setLayer(9)")
     page.wait_for_url("**layer=9**")
