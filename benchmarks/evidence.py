@@ -3,8 +3,9 @@
 They were recorded with these commands; --output leads to a .jsonl file of all answers beside the
 summary, and a command that was stopped goes on where it was when it is started again.
 
-python -m dynamickv needle --lengths 1024,2048,3072,4096 --depths 5 --samples 2
-    --capacity 64,128,256 --max-new-tokens 20 --output benchmarks/results/lab/needle.json
+accelerate launch --num_processes 2 -m dynamickv needle --lengths 1024,2048,3072,4096
+    --depths 5 --samples 10 --capacity 64,128,256 --max-new-tokens 20 --dtype float32
+    --output benchmarks/results/lab/needle.json
 python -m dynamickv longbench --data benchmarks/data --capacity 64,128,256,512
     --output benchmarks/results/lab/multi_news
 python -m dynamickv tasks --documents assets/tasks --capacity 128
@@ -45,8 +46,9 @@ def _part(name: str, title: str, build: Any) -> list[str]:
         return []
     record = json.loads(path.read_text("utf-8"))
     at = record["circumstances"]
+    shared = f"{at['processes']} processes, " if at["processes"] != "1" else ""
     where = (
-        f"{title}: {at['model']}, {at['dtype']}, {at['device']}, {at['cores']} cores, "
+        f"{title}: {at['model']}, {at['dtype']}, {at['device']}, {at['cores']} cores, {shared}"
         f"{at['date']}, torch {at['torch']}, transformers {at['transformers']}."
     )
     return [where, build(record["summary"])]

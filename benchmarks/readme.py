@@ -10,7 +10,17 @@ from typing import Any
 from benchmarks.report import RESULTS
 
 README = Path(__file__).parent.parent / "README.md"
-NAMES = ("start", "engine", "what-if", "evaluate", "kvpress", "vllm", "soak-tiny", "soak-real")
+NAMES = (
+    "start",
+    "engine",
+    "what-if",
+    "evaluate",
+    "kvpress",
+    "vllm",
+    "soak-tiny",
+    "soak-real",
+    "spread",
+)
 START, END = "<!-- measured: python -m benchmarks.readme writes this -->", "<!-- /measured -->"
 
 
@@ -23,8 +33,9 @@ def table(record: dict[str, Any]) -> str:
 def machine_of(record: dict[str, Any]) -> str:
     """Where a result file was measured, and with what."""
     machine = record["machine"]
+    gpus = f"{machine['gpus']}, " if "gpus" in machine else ""
     return (
-        f"{machine['processor']}, {machine['cores']} cores, {machine['date']}, "
+        f"{machine['processor']}, {machine['cores']} cores, {gpus}{machine['date']}, "
         f"Python {machine['python']}, torch {machine['torch']}, "
         f"transformers {machine['transformers']}:"
     )

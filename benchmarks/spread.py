@@ -214,7 +214,7 @@ def beyond_one(options: argparse.Namespace) -> list[Row]:
     prefill = prefill_prompt(llm, gpu.prompt(llm, LENGTH))
     held = [torch.cuda.max_memory_allocated(n) / 2**30 for n in (0, 1)]
     note = f"random bfloat16; with a prompt of {LENGTH} tokens {held[0]:.0f} and {held[1]:.0f} GiB"
-    rows = [Row(f"{name}: weights / memory of one GPU", size / card, "x", "> 1", note)]
+    rows = [Row(f"{name}: weights / memory of one GPU", size / card, "x", "", note)]
     for method in (dkv.FullKV(), dkv.DynamicKV(capacity=512)):
         retention = method.select(prefill.layers)
         seconds = gpu.plain_seconds(llm, prefill, retention, [1] * 24)

@@ -154,7 +154,7 @@ def _measured(
             bar.update(step.done - bar.n)
             if step.seconds_left is not None:
                 bar.set_postfix_str(f"about {step.seconds_left / 60:.1f} min left")
-    share.wait()
+    share.leave()
     if not share.first:
         return None
     return rows_of(journal, experiment.units())

@@ -53,7 +53,8 @@ class Share:
             broadcast_object_list(agreed)
         return agreed[0][self.rank :: self.world]
 
-    def wait(self) -> None:
-        """Until every process is here."""
+    def leave(self) -> None:
+        """Once every process is here; no work can be shared after it."""
         if self.state is not None:
             self.state.wait_for_everyone()
+            self.state.destroy_process_group()
