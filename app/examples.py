@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,8 +32,7 @@ class Example:
     document: str
     run_file: Path | None
     expected: tuple[str, ...] = ()
-    """Phrases of which a right answer contains one, as the document has them; none where a right
-    answer can be put in many ways."""
+    """Facts that a right answer holds, as the document words them."""
 
     @cached_property
     def trace(self) -> Trace | None:
@@ -44,6 +44,14 @@ class Example:
         except (OSError, ValueError) as error:
             log.warning("recorded run %s left out: %s", self.run_file.name, error)
             return None
+
+    def facts_in(self, answer: str) -> list[bool]:
+        """Which of the expected facts an answer holds, as whole words, without case."""
+        return [
+            re.search(rf"(?<![0-9a-z]){re.escape(fact)}(?![0-9a-z])", answer, re.IGNORECASE)
+            is not None
+            for fact in self.expected
+        ]
 
     @property
     def label(self) -> str:
@@ -76,7 +84,7 @@ def read_example(path: Path, assets: Path) -> Example:
     data = json.loads(path.read_text(encoding="utf-8"))
     expected = data.get("expected", [])
     if not isinstance(expected, list):
-        raise TypeError(f"expected must be a list of phrases, got {expected!r}")
+        raise TypeError(f"expected must be a list of facts, got {expected!r}")
     run_file = assets / "runs" / f"{data['id']}.json.gz"
     return Example(
         id=str(data["id"]),

@@ -653,16 +653,15 @@ class Handlers:
             trace, label, render_figures(trace), key=key, example=example, ready=ready
         )
 
-    def _found(self, trace: dkv.Trace) -> list[bool] | None:
-        """Whether each answer contains what the example expects whose text and question these are;
-        None where they are of no example that expects something.
+    def _found(self, trace: dkv.Trace) -> list[list[bool]] | None:
+        """Which facts each answer holds of those that the example expects whose text and question
+        these are; None where they are of no example.
         """
         prompt = trace.prompt
-        contains = dkv.evaluate.metrics.contains_any
         for example in self.examples.values():
             asked = example.expected and example.question.strip() == prompt.question.strip()
             if asked and is_document_of(example, vm.document_of(prompt)):
-                return [bool(contains(run.answer, example.expected)) for run in trace.runs]
+                return [example.facts_in(run.answer) for run in trace.runs]
         return None
 
     def upload(self, path: str | None) -> Any:

@@ -210,9 +210,11 @@ def compressed_layers(run: Run, prompt: Prompt, model: ModelInfo) -> int:
     )
 
 
-def cards_payload(trace: Trace, source: str, found: Sequence[bool] | None = None) -> dict[str, Any]:
-    """The answer cards of a finished comparison; `found` says of every run whether its answer
-    contains the expected one, where one is expected.
+def cards_payload(
+    trace: Trace, source: str, found: Sequence[Sequence[bool]] | None = None
+) -> dict[str, Any]:
+    """The answer cards of a finished comparison; `found` says of every run which of the expected
+    facts its answer holds, where some are expected.
     """
     return {
         "final": True,
@@ -246,7 +248,7 @@ def compressed_words(layers: int, total: int, sliding: int = 0) -> str:
     return f"compressed at {layers} of {total - sliding} layers{also}"
 
 
-def cards(trace: Trace, found: Sequence[bool] | None = None) -> list[dict[str, Any]]:
+def cards(trace: Trace, found: Sequence[Sequence[bool]] | None = None) -> list[dict[str, Any]]:
     """Every finished answer, with what is said of it where an answer is expected."""
     said = verdicts(trace.runs, found) if found is not None else [[] for _ in trace.runs]
     return [
@@ -255,22 +257,29 @@ def cards(trace: Trace, found: Sequence[bool] | None = None) -> list[dict[str, A
     ]
 
 
-def verdicts(runs: Sequence[Run], found: Sequence[bool]) -> list[list[str]]:
-    """Per run, whether its answer contains the expected one; of a stopped answer only that it does.
-    Where FullKV's misses it too, compression is not to blame, and that is said.
+def verdicts(runs: Sequence[Run], found: Sequence[Sequence[bool]]) -> list[list[str]]:
+    """Per run, what its answer holds of the expected facts; of a stopped answer only what it does.
+    Where FullKV's lacks some too, compression is not to blame, and that is said.
     """
-    whole = [run.finish_reason != "cancelled" for run in runs]
-    states = list(zip(runs, found, whole, strict=True))
-    lost = any(run.method == "FullKV" and not hit and done for run, hit, done in states)
+    states = [
+        (run, sum(facts), len(facts), run.finish_reason != "cancelled")
+        for run, facts in zip(runs, found, strict=True)
+    ]
+    lost = any(run.method == "FullKV" and hits < of and done for run, hits, of, done in states)
     said = []
-    for run, hit, done in states:
-        words = ["contains the expected answer"] if hit else []
-        if not hit and done:
-            words = ["misses the expected answer"]
-            if lost and run.method != "FullKV":
-                words.append("FullKV is also wrong here")
+    for run, hits, of, done in states:
+        words = [facts_words(hits, of)] if hits or done else []
+        if done and hits < of and lost and run.method != "FullKV":
+            words.append("FullKV is also wrong here")
         said.append(words)
     return said
+
+
+def facts_words(hits: int, of: int) -> str:
+    """How many of the expected facts an answer holds."""
+    if of > 1:
+        return f"holds {hits} of {of} expected facts"
+    return "contains the expected answer" if hits else "misses the expected answer"
 
 
 def named(style_name: str, label: str) -> dict[str, str]:

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -50,7 +50,10 @@ class Soak:
     files: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     worked: list[float] = field(default_factory=list)
-    """Processor seconds of the server so far: what others do on the machine is not in them."""
+    """Processor seconds of the server so far."""
+    pace: list[float] = field(default_factory=list)
+    """Seconds of the same work every time, which a machine shared with others does now faster, now
+    slower."""
     lost: int = 0
     """Answers that gradio_client lost and asked for again."""
 
@@ -61,24 +64,28 @@ class Soak:
         self.files.append(process.num_fds())
         times = process.cpu_times()
         self.worked.append(times.user + times.system)
+        self.pace.append(pace())
 
     def rows(self, name: str) -> list[Row]:
         """The figures: the last fifth against the first one after the warm-up."""
         skip = max(1, round(len(self.resident) * WARM_UP))
         fifth = max(1, (len(self.resident) - skip) // 5)
-        timed = self.seconds[skip * VISIT :]
-        part = max(1, len(timed) // 5)
-
-        def grown(values: list[int]) -> float:
-            late = statistics.median(values[-fifth:])
-            return 100 * (late / statistics.median(values[skip : skip + fifth]) - 1)
-
-        slower = statistics.median(timed[-part:]) / statistics.median(timed[:part])
         costs = [later - earlier for earlier, later in pairwise(self.worked[skip - 1 :])]
-        dearer = statistics.median(costs[-fifth:]) / statistics.median(costs[:fifth])
+
+        def grown(values: Sequence[float]) -> float:
+            return statistics.median(values[-fifth:]) / statistics.median(values[:fifth])
+
+        machine = self.pace[skip:]
+        drift = grown(machine)
+
+        def slower(what: str, seconds: Sequence[float]) -> Row:
+            even = [one / pace for one, pace in zip(seconds, machine, strict=True)]
+            note = f"in units of fixed work, which took {drift:.2f}; {grown(seconds):.2f} as it is"
+            return Row(f"{name}: {what} each, last / first fifth", grown(even), "x", "<= 1.1", note)
+
         return [
             Row(f"{name}: resident memory after", self.resident[-1] / 2**20, "MiB"),
-            Row(f"{name}: its growth", grown(self.resident), "%", "< 5"),
+            Row(f"{name}: its growth", 100 * grown(self.resident[skip:]) - 100, "%", "< 5"),
             Row(
                 f"{name}: threads at the end, more than after the warm-up",
                 self._more(self.threads, skip, fifth),
@@ -91,8 +98,8 @@ class Soak:
                 "",
                 "<= 0",
             ),
-            Row(f"{name}: seconds each, last / first fifth", slower, "x", "<= 1.1"),
-            Row(f"{name}: processor seconds each, last / first fifth", dearer, "x", "<= 1.1"),
+            slower("seconds", self.seconds[skip:]),
+            slower("processor seconds", costs),
             Row(f"{name}: answers asked for twice", self.lost, ""),
         ]
 
@@ -100,6 +107,17 @@ class Soak:
     def _more(values: list[int], skip: int, fifth: int) -> float:
         """How many more at the end than after the warm-up; they come and go with requests."""
         return statistics.median(values[-fifth:]) - statistics.median(values[skip : skip + fifth])
+
+
+def pace() -> float:
+    """Seconds of some work that never changes: text to numbers and back."""
+    record = {str(n): [n / 7] * 20 for n in range(500)}
+    seconds = []
+    for _ in range(9):
+        start = time.perf_counter()
+        json.loads(json.dumps(record))
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
 
 
 @contextmanager
@@ -198,7 +216,7 @@ def soak(model: str, comparisons: int, words: int, keep: int) -> Soak:
                 seconds = by_client(url, number, words, model, found)
             else:
                 seconds = by_page(http, number, words, model)
-            found.seconds += [seconds] * VISIT
+            found.seconds.append(seconds)
             found.look(process)
             print(
                 f"{(number + 1) * VISIT:>4} comparisons, {found.resident[-1] / 2**20:.0f} MiB, "

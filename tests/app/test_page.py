@@ -239,6 +239,16 @@ def test_shipped_examples_have_records_and_readable_documents() -> None:
         assert example.document in example.trace.prompt.text
 
 
+def test_facts_are_whole_words_and_shipped_ones_are_in_their_documents(example: Example) -> None:
+    expecting = replace(example, expected=("60", "Heron Seven", "港"))
+    assert expecting.facts_in("It is 60.") == [True, False, False]
+    assert expecting.facts_in("160 or 601, heron seven; 海港口") == [False, True, True]
+    for shipped in load_examples().values():
+        assert shipped.expected, shipped.id
+        held = shipped.facts_in(shipped.document)
+        assert all(held), (shipped.id, held)
+
+
 def test_sentences_end_like_sentences() -> None:
     assert sentence_of(ValueError("capacity must exceed 8")) == "Capacity must exceed 8."
     assert sentence_of(KeyError()) == "KeyError."

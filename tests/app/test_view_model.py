@@ -89,19 +89,30 @@ def test_a_stopped_answer_says_so(trace: Trace) -> None:
 @pytest.mark.parametrize(
     ("found", "said"),
     [
-        ([True, True], [["contains the expected answer"]] * 2),
-        ([True, False], [["contains the expected answer"], ["misses the expected answer"]]),
+        ([[True], [True]], [["contains the expected answer"]] * 2),
+        ([[True], [False]], [["contains the expected answer"], ["misses the expected answer"]]),
         (
-            [False, False],
+            [[False], [False]],
             [
                 ["misses the expected answer"],
                 ["misses the expected answer", "FullKV is also wrong here"],
             ],
         ),
+        (
+            [[True, True, False], [False, True, False]],
+            [
+                ["holds 2 of 3 expected facts"],
+                ["holds 1 of 3 expected facts", "FullKV is also wrong here"],
+            ],
+        ),
+        (
+            [[True, True], [True, False]],
+            [["holds 2 of 2 expected facts"], ["holds 1 of 2 expected facts"]],
+        ),
     ],
 )
 def test_cards_say_whether_the_expected_answer_is_there(
-    trace: Trace, found: list[bool], said: list[list[str]]
+    trace: Trace, found: list[list[bool]], said: list[list[str]]
 ) -> None:
     payload = vm.cards_payload(trace, "label", found)
     assert [card["verdict"] for card in payload["cards"]] == said
@@ -110,8 +121,8 @@ def test_cards_say_whether_the_expected_answer_is_there(
 
 def test_a_stopped_answer_is_not_called_wrong(trace: Trace) -> None:
     runs = [replace(run, finish_reason="cancelled") for run in trace.runs]
-    assert vm.verdicts(runs, [False, False]) == [[], []]
-    assert vm.verdicts(runs, [False, True]) == [[], ["contains the expected answer"]]
+    assert vm.verdicts(runs, [[False], [False, False]]) == [[], []]
+    assert vm.verdicts(runs, [[False], [True]]) == [[], ["contains the expected answer"]]
 
 
 def test_numbers_read_well() -> None:
