@@ -24,6 +24,9 @@
     let hit = -1;
     let gap = -1;
 
+    // The explanations serve as tooltips too.
+    for (const about of element.querySelectorAll("[data-about]")) find(about.dataset.about).title = about.textContent;
+
     const run = () => store.trace.runs[view.run];
     const other = () => (view.against === null ? null : store.trace.runs[view.against]);
     const previewed = () => (store.hover && store.hover.source !== "document" && store.hover.layer !== undefined ? store.hover.layer : view.layer);

@@ -102,6 +102,7 @@
       element.classList.toggle("dkv-empty", !trace);
       find("table").hidden = !pin || !trace?.runs.length;
       find("marking").hidden = find("table").hidden || !store.server?.predict || !trace.key;
+      find("about").hidden = find("marking").hidden;
       find("title").textContent = "Evidence";
       find("note").textContent = hint;
       if (find("table").hidden) { find("table").replaceChildren(); return; }
