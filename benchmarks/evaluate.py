@@ -56,16 +56,18 @@ def example(
 def main() -> None:
     """Measure, print, write benchmarks/results/evaluate.json."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evaluate")
-    parser.add_argument("--lengths", default="2048")
     parser.add_argument(
-        "--new-tokens", type=int, default=512, help="512 is LongBench's length for summaries"
+        "--examples",
+        default="2048:512,4096:64",
+        help="prompt and answer tokens; 512 is LongBench's length for summaries, 64 for questions",
     )
-    parser.add_argument("--runs", type=int, default=1)
+    parser.add_argument("--runs", type=int, default=3)
     options = parser.parse_args()
     llm = dkv.load_model()
     rows: list[Row] = []
-    for length in map(int, options.lengths.split(",")):
-        rows += measure(llm, length, options.new_tokens, options.runs)
+    for sizes in options.examples.split(","):
+        length, new_tokens = map(int, sizes.split(":"))
+        rows += measure(llm, length, new_tokens, options.runs)
     publish("evaluate", rows)
 
 

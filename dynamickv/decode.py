@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dynamickv.cache import BatchedCache, KVCache
 from dynamickv.cuda_graph import LEAST_STEPS, DecodeGraph, graphable
-from dynamickv.decode_step import step_rows, steppable
+from dynamickv.decode_step import RowSteps, steppable
 from dynamickv.models import LoadedModel
 from dynamickv.observe import observed
 
@@ -124,7 +124,7 @@ def feeder(llm: LoadedModel, plain: bool) -> Feed:
     # Other formats gain little there, and their own pass rounds as `generate` does.
     reads_faster = llm.device.type == "cpu" and llm.model.dtype == torch.float32 and has_mkl()
     if plain and reads_faster and llm.attention == "sdpa" and steppable(llm):
-        return partial(step_rows, llm)
+        return RowSteps(llm)
     return partial(_feed, llm)
 
 

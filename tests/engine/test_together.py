@@ -11,7 +11,7 @@ import torch
 import dynamickv as dkv
 from dynamickv.cache import KVCache, prune
 from dynamickv.decode import extend, feeder
-from dynamickv.decode_step import step_rows
+from dynamickv.decode_step import PackedOps, RowSteps
 from tests.engine.tiny import COMPRESSING, DOCUMENT, FAMILIES, QUESTION, tiny_llm
 
 
@@ -96,9 +96,7 @@ ROWS: list[dkv.CompressionMethod] = [
 
 
 def takes_the_step(llm: dkv.LoadedModel, plain: bool = True) -> bool:
-    feed = feeder(llm, plain)
-    assert isinstance(feed, partial)
-    return bool(feed.func is step_rows)
+    return isinstance(feeder(llm, plain), RowSteps)
 
 
 def caches_of(prefill: dkv.Prefill, methods: list[dkv.CompressionMethod]) -> list[KVCache]:
@@ -116,10 +114,11 @@ def test_a_step_for_several_caches_computes_what_the_model_does(family: str, row
     stepped, expected = (caches_of(prefill, ROWS[:rows]) for _ in range(2))
     tokens = [40, 301, 7]
     positions = [prefill.length, prefill.length + 5, prefill.length + 9]
+    feed = RowSteps(llm)
     for step in range(4):
         active = rows if step < 3 else max(1, rows - 1)
         now = [position + step for position in positions[:active]]
-        logits = step_rows(llm, stepped[:active], tokens[:active], now)
+        logits = feed(stepped[:active], tokens[:active], now)
         for row, cache in enumerate(expected[:active]):
             own = extend(llm, cache, [tokens[row]], now[row])
             torch.testing.assert_close(logits[row], own, rtol=0, atol=1e-4)
@@ -132,6 +131,51 @@ def test_a_step_for_several_caches_computes_what_the_model_does(family: str, row
                 torch.testing.assert_close(held, same, rtol=0, atol=1e-4)
         after = [extend(llm, cache, [11, 12], prefill.length + 20) for cache in (one, other)]
         torch.testing.assert_close(*after, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", STEPPED)
+def test_packed_weights_compute_what_the_model_does(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Packed once enough rows were fed, used for as long as enough are left."""
+    packed: list[int] = []
+
+    class Watched(PackedOps):
+        def _product(self, x: torch.Tensor, *linears: torch.nn.Linear) -> torch.Tensor:
+            packed.append(len(x))
+            return super()._product(x, *linears)
+
+    monkeypatch.setattr("dynamickv.decode_step.PackedOps", Watched)
+    monkeypatch.setattr(RowSteps, "PAYS", 4)
+    llm = tiny_llm(family)
+    methods = [*ROWS, dkv.H2O(capacity=24), dkv.PyramidKV(capacity=24)]
+    feed, tokens = RowSteps(llm), [40, 301, 7, 9, 12]
+    prefill = dkv.prefill(llm, DOCUMENT, QUESTION, mass=True)
+    stepped, expected = (caches_of(prefill, methods) for _ in range(2))
+    for step, rows in enumerate((5, 5, 4, 3, 2)):
+        before = len(packed)
+        now = [prefill.length + step] * rows
+        logits = feed(stepped[:rows], tokens[:rows], now)
+        assert set(packed[before:]) == ({rows} if step in (1, 2, 3) else set())
+        for row, cache in enumerate(expected[:rows]):
+            own = extend(llm, cache, [tokens[row]], now[row])
+            torch.testing.assert_close(logits[row], own, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("lacks", ["memory", "oneDNN"])
+def test_weights_are_not_packed_without(lacks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RowSteps, "PAYS", 1)
+    if lacks == "memory":
+        monkeypatch.setattr("dynamickv.decode_step.free_memory", lambda: ("cpu", 1000))
+    else:
+        monkeypatch.setattr(PackedOps, "available", lambda: False)
+    monkeypatch.setattr(PackedOps, "__init__", None)
+    llm = tiny_llm()
+    prefill = dkv.prefill(llm, DOCUMENT, QUESTION)
+    caches = caches_of(prefill, [*ROWS, dkv.SnapKV(capacity=24)])
+    feed = RowSteps(llm)
+    for step in range(2):
+        assert feed(caches, [1, 2, 3, 4], [prefill.length + step] * 4).isfinite().all()
 
 
 def half() -> dkv.LoadedModel:

@@ -17,7 +17,7 @@ from gradio_client import Client
 from gradio_client.exceptions import AppError
 
 import dynamickv as dkv
-from dynamickv import decode
+from dynamickv.decode_step import RowSteps
 from tests.engine.tiny import DOCUMENT, QUESTION
 from tests.server.conftest import Server
 
@@ -130,7 +130,7 @@ def slow(server: Server, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     # The model's own pass, and the step that stands for it on the CPU.
     model = type(server.llm.model)
     monkeypatch.setattr(model, "forward", slowed(model.forward))
-    monkeypatch.setattr(decode, "step_rows", slowed(decode.step_rows))
+    monkeypatch.setattr(RowSteps, "__call__", slowed(RowSteps.__call__))
     return passes
 
 
