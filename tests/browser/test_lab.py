@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from app import lab as lab_layout
 from app import lab_model
 from app.examples import Example
 from app.model_host import ModelHost
+from dynamickv.evaluate.longbench import LongBenchExperiment
 from tests.browser.conftest import serve
 from tests.engine.tiny import DOCUMENT, QUESTION, tiny_llm
 
@@ -162,6 +165,33 @@ def test_uploaded_examples_are_scored_and_their_figures_arrive(page: Page, lab_u
     panel = page.locator("#dkv-lab-longbench")
     expect(panel).to_contain_text("Measured here 20")
     expect(panel).to_contain_text("trec")
+    expect(page.locator("#dkv-lab-longbench-run")).to_be_enabled()
+    expect(page.locator("#dkv-lab-longbench-stop")).to_be_disabled()
+
+
+def test_stop_ends_the_uploaded_examples_and_keeps_what_was_measured(
+    page: Page, lab_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = LongBenchExperiment.measure
+
+    def slowly(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(0.3)
+        return measure(*args, **kwargs)
+
+    monkeypatch.setattr(LongBenchExperiment, "measure", slowly)
+    show(page, lab_url, "LongBench")
+    row = {"context": DOCUMENT, "input": QUESTION, "answers": ["Who"], "all_classes": ["Who"]}
+    lines = "\n".join(json.dumps(row | {"input": f"{QUESTION} {n}"}) for n in range(20))
+    page.get_by_label("number input for Examples").fill("20")
+    with page.expect_file_chooser() as waiting:
+        page.locator("#dkv-lab-longbench-run").click()
+    file = {"name": "trec.jsonl", "mimeType": "text/plain", "buffer": lines.encode()}
+    waiting.value.set_files(file)
+    status = page.locator("#dkv-lab-longbench-status")
+    expect(status).to_contain_text(re.compile(r"[2-9] of 20"), timeout=60_000)
+    page.locator("#dkv-lab-longbench-stop").click()
+    expect(status).to_contain_text("Stopped", timeout=10_000)
+    expect(page.locator("#dkv-lab-longbench")).to_contain_text("trec")
     expect(page.locator("#dkv-lab-longbench-run")).to_be_enabled()
     expect(page.locator("#dkv-lab-longbench-stop")).to_be_disabled()
 
