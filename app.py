@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import os
+import sys
 
 import dynamickv as dkv
 from app.layout import MAX_EVENTS, build_app, launch_options
@@ -30,14 +31,22 @@ def main() -> None:
     shelf = Shelf(kept, max(kept // 8, 2**20))
     demo = build_app(host, url=address, turns=turns, shelf=shelf)
     demo.queue(max_size=MAX_EVENTS)
+    try:
+        demo.launch(
+            server_name=options.host,
+            server_port=options.port,
+            quiet=True,
+            auth=options.auth,
+            prevent_thread_lock=True,
+            **launch_options(host, turns),
+        )
+    except OSError as error:
+        if "empty port" not in str(error):
+            raise
+        print(f"error: port {options.port} is in use; choose another with --port", file=sys.stderr)
+        sys.exit(2)
     print(f"DynamicKV Explorer: {address} (Ctrl+C ends it)", flush=True)
-    demo.launch(
-        server_name=options.host,
-        server_port=options.port,
-        quiet=True,
-        auth=options.auth,
-        **launch_options(host, turns),
-    )
+    demo.block_thread()
 
 
 def read_options() -> argparse.Namespace:

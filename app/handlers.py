@@ -42,6 +42,8 @@ log = logging.getLogger(__name__)
 RESTORE = {"restore": True}
 """Tells the answer cards to show their last finished comparison again."""
 MAX_WAITING = 256
+QUIET = {"state": "idle", "message": "", "detail": ""}
+"""The status line when there is nothing to say."""
 OWN_TEXT = "own"
 """What the example picker holds while the document is nobody's example."""
 FORM_LENGTH = 14
@@ -535,7 +537,7 @@ class Handlers:
             return gr.skip(), gr.skip(), note, *form, *[gr.skip()] * (FORM_LENGTH - len(form))
         return (
             *self.shown_example(example),
-            {"state": "idle", "message": "", "detail": ""},
+            QUIET,
             *self.form_values(example.trace, example.max_new_tokens),
         )
 
@@ -674,14 +676,15 @@ class Handlers:
             raise page_error(error) from None
 
     def open_run(self, path: str | None) -> tuple[Any, ...]:
-        """Open a run file; outputs: tabs, cards, store, note, the form (`form_values`), example."""
+        """Open a run file; outputs: tabs, cards, store, note, the form (`form_values`), example,
+        status."""
         if path is None:
-            return (gr.skip(),) * (5 + FORM_LENGTH)
+            return (gr.skip(),) * (6 + FORM_LENGTH)
         try:
             trace = inputs.read_run_upload(path)
         except (ValueError, OSError) as error:
             note = {"value": "Not opened.", "note": sentence_of(error), "tone": "loud"}
-            return (*[gr.skip()] * 3, note, *[gr.skip()] * (1 + FORM_LENGTH))
+            return (*[gr.skip()] * 3, note, *[gr.skip()] * (2 + FORM_LENGTH))
         methods = ", ".join(run.method for run in trace.runs) or "no runs"
         note = {
             "value": "Opened.",
@@ -689,7 +692,7 @@ class Handlers:
         }
         shown = self._shown(trace, "file", self.shelf.put(trace, "file"))
         explore = gr.update(selected="explore")
-        return explore, *shown, note, *self.form_values(trace), OWN_TEXT
+        return explore, *shown, note, *self.form_values(trace), OWN_TEXT, QUIET
 
     @staticmethod
     def lock_reference(methods: list[str]) -> Any:
@@ -893,10 +896,10 @@ def idle_buttons() -> tuple[Any, Any]:
 
 
 def sentence_of(error: object) -> str:
-    """An error as a sentence: capital first (but not in a parameter's name), full stop last."""
+    """An error as a sentence: capital first, but not in a parameter's or file's name, full stop
+    last."""
     text = str(error).strip() or type(error).__name__
-    # A parameter's name stays as it is written.
-    first = text[0] if "_" in text.split(maxsplit=1)[0] else text[0].upper()
+    first = text[0] if re.search(r"[_.]\w", text.split(maxsplit=1)[0]) else text[0].upper()
     return first + text[1:] + ("" if text[-1] in ".!?" else ".")
 
 

@@ -458,7 +458,15 @@ def build_runs(
     load.upload(
         handlers.open_run,
         load,
-        [tabs, outputs.cards, outputs.store, note, *inputs.settings(), inputs.example],
+        [
+            tabs,
+            outputs.cards,
+            outputs.store,
+            note,
+            *inputs.settings(),
+            inputs.example,
+            inputs.status,
+        ],
         concurrency_limit=None,
         **PRIVATE,
     )

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import dynamickv as dkv
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MethodStyle:
@@ -125,7 +127,10 @@ def css_variables() -> str:
             + " ".join(f"--dkv-{name}: {value};" for name, value in palette.items())
             + " }"
         ]
-        for name, style in METHOD_STYLES.items():
+        for name, style in {
+            **{name: method_style(name) for name in dkv.METHODS},
+            **METHOD_STYLES,
+        }.items():
             lines.append(
                 f'{scope} [data-method="{name}"] {{ '
                 f"--method: {style.dark if dark else style.light}; }}"

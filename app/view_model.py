@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from dynamickv.trace import ModelInfo, Prompt, Run, Trace
+from dynamickv.trace import ModelInfo, Prompt, Run, Trace, seconds_per_token
 
 from .theme import method_style
 
@@ -392,12 +392,10 @@ def compression_row(run: Run) -> tuple[str, str]:
 
 
 def decode_row(per_token: Sequence[float], together: int = 1) -> tuple[str, str]:
-    """Mean time per decoded token; the first token comes free with the prefill."""
+    """Median time per decoded token."""
     note = "per token" if together == 1 else f"for {together} together"
-    steps = list(per_token[1:])
-    if not steps:
-        return NOTHING, note
-    return milliseconds(sum(steps) / len(steps)), note
+    found = seconds_per_token(per_token)
+    return (NOTHING if found is None else milliseconds(found)), note
 
 
 def agreement_row(run: Run) -> tuple[str, str]:

@@ -30,7 +30,7 @@ from dynamickv.models import (
     load_model,
 )
 from dynamickv.prompt import require_longer_document, require_text
-from dynamickv.trace import Run, Trace
+from dynamickv.trace import Run, Trace, seconds_per_token
 from dynamickv.version import __version__
 
 
@@ -57,8 +57,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; {self.prog} --help shows what there is\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m dynamickv", description="KV-cache compression, compared on your own text."
     )
     parser.add_argument("--version", action="version", version=__version__)
@@ -191,7 +198,6 @@ def report(trace: Trace) -> str:
 
 
 def _figures(run: Run) -> tuple[str, ...]:
-    steps = sorted(run.decode_seconds[1:]) or [0.0]
     match, difference = "-", "-"
     if run.agreement is not None:
         match, first = f"{run.agreement.token_match:.0%}", run.agreement.first_divergence
@@ -200,7 +206,7 @@ def _figures(run: Run) -> tuple[str, ...]:
         run.method,
         f"{run.kept_fraction:.1%}",
         f"{run.kv_bytes / 2**20:.2f}",
-        f"{steps[len(steps) // 2] * 1000:.1f}",
+        f"{1000 * (seconds_per_token(run.decode_seconds) or 0):.1f}",
         match,
         difference,
     )

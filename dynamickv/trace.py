@@ -15,10 +15,12 @@ import gzip
 import json
 import math
 import os
+import statistics
 import tempfile
 import types
 import typing
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -166,6 +168,12 @@ class Agreement:
     """What happened at `first_divergence`; None where one of the answers has no token there."""
 
 
+def seconds_per_token(decode_seconds: Sequence[float]) -> float | None:
+    """Median of a run's decoding steps; the first token comes free with the prefill."""
+    steps = decode_seconds[1:]
+    return statistics.median(steps) if steps else None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
     """One method's answer and what it kept to give it."""
@@ -294,10 +302,8 @@ class Trace:
             if payload[:2] == b"\x1f\x8b":
                 payload = zlib.decompressobj(wbits=31).decompress(payload, MAX_BYTES + 1)
             data = json.loads(payload.decode("utf-8")) if len(payload) <= MAX_BYTES else None
-        except (zlib.error, ValueError, RecursionError) as error:
-            raise ValueError(
-                f"{name} is not a run record ({type(error).__name__}); choose a file saved here"
-            ) from None
+        except (zlib.error, ValueError, RecursionError):
+            raise ValueError(f"{name} is not a run record; choose a file saved here") from None
         if len(payload) > MAX_BYTES:
             raise ValueError(
                 f"{name} is larger than {MAX_BYTES // 2**20} MiB, the most a run record holds; "

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import socket
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -195,3 +198,18 @@ def test_what_the_image_copies_exists_and_is_let_in() -> None:
     ]
     assert set(copied) == let_in
     assert all((ROOT / name).exists() for name in copied)
+
+
+def test_a_port_in_use_is_said_in_one_sentence() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = subprocess.run(
+            [sys.executable, "app.py", "--port", str(port), "--model", "none"],
+            capture_output=True, text=True, timeout=120, cwd=ROOT,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == f"error: port {port} is in use; choose another with --port\n"

@@ -125,10 +125,15 @@ def opacities(strong: float, layers: list[int], sliding: list[int]) -> float | l
 
 
 def film(trace: Trace, final_limit: float) -> list[Step]:
-    """One step per update of DynamicKV's budgets, then the result."""
-    run = next((run for run in trace.runs if run.budget_history), None)
-    if run is None:
+    """One step per update of the budgets, then the result: of a run that was added last with other
+    settings, else DynamicKV's."""
+    labelled = zip(trace.runs, run_names(trace.runs), strict=True)
+    found = [(run, names[1]) for run, names in labelled if run.budget_history]
+    if not found:
         return []
+    run, label = found[-1]
+    if label == run.method:  # nothing was added with other settings
+        run, label = next((one for one in found if one[1] == "DynamicKV"), found[-1])
     window = window_tokens(run, trace.prompt)
     capacity = int(run.parameters["capacity"])
     total = (capacity - window) * trace.model.num_layers
@@ -137,8 +142,8 @@ def film(trace: Trace, final_limit: float) -> list[Step]:
         steps.append(
             Step(
                 label=f"update {number} of {len(run.budget_history)}",
-                note=f"after layer {len(update) - 1}: {count(sum(update), 'token')} shared by "
-                f"{count(len(update), 'layer')} (budget {total:,})",
+                note=f"{label}, after layer {len(update) - 1}: {count(sum(update), 'token')} "
+                f"shared by {count(len(update), 'layer')} (budget {total:,})",
                 **bars_at(trace, run, [window + kept for kept in update]),
                 limit=max(1.08 * (window + max(update)), final_limit),
             )
@@ -147,8 +152,8 @@ def film(trace: Trace, final_limit: float) -> list[Step]:
     steps.append(
         Step(
             label="result",
-            note=f"{count(kept_total, 'token')} chosen over {trace.model.num_layers} layers "
-            f"(budget {total:,}), plus a window of {window}",
+            note=f"{label}: {count(kept_total, 'token')} chosen over {trace.model.num_layers} "
+            f"layers (budget {total:,}), plus a window of {window}",
             **bars_at(trace, run, run.budgets),
             limit=final_limit,
         )

@@ -23,7 +23,7 @@ def render(summary: Sequence[Mapping[str, Any]]) -> Figure:
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
         scattermode="group",
         xaxis={
-            "title": {"text": "Capacity (mean tokens kept per layer)"},
+            "title": {"text": "Capacity (budget, tokens per layer)"},
             "type": "category",
             "categoryorder": "array",
             "categoryarray": [*places, "all"],

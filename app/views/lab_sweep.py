@@ -40,7 +40,7 @@ def render(lines: Sequence[Mapping[str, Any]]) -> Figure:
                     "tickvals": sizes,
                     "ticktext": [f"{size:,}" for size in sizes],
                     "showticklabels": last,
-                    "title": {"text": "Capacity (mean tokens kept per layer)" if last else ""},
+                    "title": {"text": "Capacity (budget, tokens per layer)" if last else ""},
                     "fixedrange": True,
                     "zeroline": False,
                 },

@@ -180,11 +180,16 @@ def standing(summary: Sequence[Row], field: str) -> list[str]:
             )
             continue
         low, high = gain["interval"]
+        even = next(
+            (r for r in summary if (r["method"], r["capacity"]) == ("SnapKV", row["capacity"])), row
+        )
+        share = row["kv_bytes"] / even["kv_bytes"]
+        size = f" with {share:.2f} of its bytes" if abs(share - 1) >= 0.01 else ""
         verdict = "ahead of" if low > 0 else "behind" if high < 0 else "not told apart from"
         said.append(
             f"Capacity {row['capacity']}: DynamicKV has {100 * row[field]:.1f}{unit}, "
             f"{100 * gain['mean']:+.1f} points to SnapKV "
-            f"(95 % interval {100 * low:+.1f} to {100 * high:+.1f}): {verdict} it."
+            f"(95 % interval {100 * low:+.1f} to {100 * high:+.1f}): {verdict} it{size}."
         )
     return said
 

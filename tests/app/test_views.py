@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 import dynamickv as dkv
+from app.theme import css_variables, method_style
 from app.views import VIEWS, Figure, View, render_figures
 from app.views import budgets as budgets_view
 from app.views.base import blank_figure
@@ -64,6 +66,25 @@ def test_film_has_every_update_and_ends_at_the_result(trace: Trace) -> None:
     assert steps[0].x[3][: len(run.budget_history[0])] == run.budget_history[0]
     assert steps[0].x[3][len(run.budget_history[0]) :] == [0] * (30 - len(run.budget_history[0]))
     assert [a + b for a, b in zip(steps[-1].x[2], steps[-1].x[3], strict=True)] == run.budgets
+
+
+def test_the_film_says_whose_it_is_and_is_of_the_run_added_last(trace: Trace) -> None:
+    run = trace.run("DynamicKV")
+    first = budgets_view.render(trace).steps
+    assert first[0].note.startswith("DynamicKV, after layer")
+    assert first[-1].note.startswith("DynamicKV: ")
+    added = replace(run, parameters={**run.parameters, "window_size": 4})
+    both = budgets_view.render(replace(trace, runs=[*trace.runs, added])).steps
+    assert both[-1].note.startswith("DynamicKV, window size 4: ")
+    assert both[-1].note.endswith("plus a window of 4")
+
+
+def test_every_method_has_its_colour_on_the_page() -> None:
+    light, _, dark = css_variables().partition(".dark {")
+    for name in dkv.METHODS:
+        style = method_style(name)
+        assert f'[data-method="{name}"] {{ --method: {style.light}; }}' in light
+        assert f'[data-method="{name}"] {{ --method: {style.dark}; }}' in dark
 
 
 def test_a_record_without_updates_has_no_film() -> None:

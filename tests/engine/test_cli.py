@@ -193,6 +193,19 @@ def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert dkv.__version__ in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "arguments", [["compare", "--capacity", "abc"], ["needle", "--lengths"], ["nothing"], []]
+)
+def test_options_that_cannot_be_read_are_one_sentence(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert re.fullmatch(r"error: [^\n]+; python -m dynamickv.* --help shows what there is\n", err)
+
+
 # Bad input: exit code 2, one sentence on stderr, nothing on stdout.
 
 

@@ -79,6 +79,7 @@
   const percent = (share) => (share >= 0.9995 ? "100 %" : share < 0.0005 ? "< 0.1 %" : `${(100 * share).toFixed(share >= 0.2 ? 0 : 1)} %`);
 
   DynamicKV.register("answers", (element) => {
+    let adding = false;
     let finished = null; // the last cards that belong to a whole record
     const find = (role) => element.querySelector(`[data-role="${role}"]`);
     const link = find("link");
@@ -103,10 +104,14 @@
       put(find("notice"), payload.notice);
       const cards = find("cards");
       const same = payload.cards.length === cards.children.length && payload.cards.every((card, i) => cards.children[i].dataset.method === card.method && cards.children[i].querySelector("h3").textContent === card.label);
+      const last = payload.cards.at(-1);
+      adding ||= payload.cards.length > cards.children.length && last.label !== last.method;
       if (!same) cards.replaceChildren(...payload.cards.map(build));
       payload.cards.forEach((card, i) => fill(cards.children[i], card));
       find("partings").replaceChildren(...(payload.partings ?? []).map(parting));
-      if (payload.final) DynamicKV.store.cards = payload;
+      // A run that is added to those on screen comes last.
+      if (adding) requestAnimationFrame(() => { cards.scrollLeft = cards.scrollWidth; });
+      if (payload.final) { DynamicKV.store.cards = payload; adding = false; }
     };
   });
 })();

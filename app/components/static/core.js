@@ -44,12 +44,19 @@
   };
   const setPin = (pin) => { store.pin = pin; emit("pin", pin); };
 
+  // The run that is looked at first: one that was added here, else DynamicKV's, else the last that compresses.
+  function opening(runs) {
+    const last = runs.findLastIndex((run) => run.method !== "FullKV");
+    const ours = runs.findIndex((run) => run.label === "DynamicKV");
+    return Math.max(0, last >= 0 && runs[last].label !== runs[last].method ? last : ours >= 0 ? ours : last);
+  }
+
   function setTrace(payload) {
     store.payload = payload;
     store.trace = payload ? decode(payload) : null;
     store.hover = null;
     const runs = store.trace ? store.trace.runs : [];
-    Object.assign(view, { layer: null, head: null, against: null, run: Math.max(0, runs.findLastIndex((run) => run.method !== "FullKV")) });
+    Object.assign(view, { layer: null, head: null, against: null, run: opening(runs) });
     emit("trace", store.trace);
     setPin(null);
   }

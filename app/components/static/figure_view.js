@@ -310,10 +310,16 @@
           make("span", { className: "dkv-glyph", ariaHidden: "true" }, run.predicted ? "▭" : run.glyph), run.label);
         key_.setAttribute("aria-pressed", String(!hidden.has(run.look)));
         key_.disabled = Boolean(run.predicted);
-        key_.addEventListener("click", () => { if (!hidden.delete(run.look)) hidden.add(run.look); showKeys(); draw(); });
+        key_.addEventListener("click", () => { if (!hidden.delete(run.look)) hidden.add(run.look); showKeys(); showNote(); draw(); });
         return key_;
       }),
       ...(figure()?.layerAxis && store.trace.runs.some((run) => run.window) ? [make("span", { className: "dkv-key-window" }, "observation window")] : []));
+    }
+
+    function showNote() {
+      const off = hidden.has("FullKV") && figure().layerAxis;
+      find("wide").hidden = off || !figure().wideLimit;
+      find("note").textContent = `${figure().note}${off ? " They are switched off to make room: its key shows them." : ""}`;
     }
 
     function show() {
@@ -321,10 +327,9 @@
       showTabs();
       if (!figure()) return;
       showKeys();
+      showNote();
       slider.max = String(Math.max(0, figure().steps.length - 1));
       slider.value = slider.max;
-      find("wide").hidden = !figure().wideLimit;
-      find("note").textContent = figure().note;
       plot.style.height = `${height()}px`;
       showStep();
       draw();

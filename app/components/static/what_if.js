@@ -230,12 +230,14 @@
     }
     find("back").addEventListener("click", takeBack);
 
-    // Begin with the settings of the run on screen.
+    // Begin with the settings of the run that is looked at.
     function adopt() {
       drawn = null;
       error = "";
       if (!form || !store.trace) { say(); return; }
-      const run = store.trace.runs.findLast((item) => item.method in form.methods && !item.predicted);
+      const fits = (item) => item?.method in form.methods && !item.predicted;
+      const shown = store.trace.runs[store.view.run];
+      const run = fits(shown) ? shown : store.trace.runs.findLast(fits);
       method = run?.method ?? Object.keys(form.methods).at(-1);
       const taken = form.methods[method] ?? [];
       const known = Object.fromEntries(Object.entries(run?.parameters ?? {}).filter(([name]) => name in CONTROLS && taken.includes(name)));
