@@ -236,14 +236,14 @@ def test_a_click_in_the_text_pins_and_a_selection_shows_survival(
     point_at_text(page, 40, 12)
     page.mouse.down()
     page.mouse.up()
-    expect(page.locator(".dkv-evidence .dkv-note")).to_contain_text("heads that keep it")
+    expect(page.locator(".dkv-evidence [data-role=note]")).to_contain_text("heads that keep it")
     point_at_text(page, 10, 12)
     page.mouse.down()
     box = page.locator(".dkv-text[data-role=text]").bounding_box()
     assert box is not None
     page.mouse.move(box["x"] + 180, box["y"] + 34, steps=4)
     page.mouse.up()
-    expect(page.locator(".dkv-evidence .dkv-note")).to_contain_text("per cent of it kept")
+    expect(page.locator(".dkv-evidence [data-role=note]")).to_contain_text("per cent of it kept")
     pin = page.evaluate("window.DynamicKV.store.pin")
     kept = record(recorded, "ordinary").run("DynamicKV").retained.unpack(30, 878)
     part = kept[:, :, pin["first"] : pin["last"] + 1]
@@ -500,7 +500,7 @@ def test_a_record_with_hostile_names_is_only_words(
     waiting.value.save_as(tmp_path / "chart.svg")
     assert "<img" not in (tmp_path / "chart.svg").read_text()
     page.evaluate("window.DynamicKV.setPin({first: 2, last: 2})")
-    expect(page.locator(".dkv-evidence .dkv-note")).to_contain_text("pinned by hand")
+    expect(page.locator(".dkv-evidence [data-role=note]")).to_contain_text("pinned by hand")
     assert page.locator(".dkv-panel img, .dkv-answers img").count() == 0
     assert page.evaluate("window.pwned") is None
 
