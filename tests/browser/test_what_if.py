@@ -105,7 +105,8 @@ def test_a_passage_is_dropped_and_pinned_by_hand_and_answered_with(
     page.wait_for_function(f"!{PREDICTED}.predicted && {PREDICTED}.parameters.pinned")
     assert page.evaluate(f"{PREDICTED}.retained.bits") == bits
     page.evaluate("window.DynamicKV.setPin({first: 44, last: 44})")
-    expect(page.locator(".dkv-evidence [data-role=note]")).to_contain_text(f"evicted by hand in {label}")
+    note = page.locator(".dkv-evidence [data-role=note]")
+    expect(note).to_contain_text(f"evicted by hand in {label}")
     page.get_by_label("No longer evicted").click()
     page.wait_for_function(f"{PREDICTED}.predicted && !{PREDICTED}.parameters.evicted")
     page.get_by_role("button", name="Take back").click()
