@@ -144,26 +144,30 @@ def compare_stream(
         for answer in answers:
             if not (apart and answer.keeps_everything):
                 answer.join(together)
-    for index, answer in enumerate(answers):
-        yield answer.compressed(index)
-    finished: dict[int, Run] = {}
-    while len(finished) < len(answers):
+    try:
         for index, answer in enumerate(answers):
-            if index in finished:
-                continue
-            if stop():
-                answer.finish_reason = "cancelled"
-            else:
-                with memory_watched(ANSWERING):
-                    token = answer.step(index)
-                yield token
-            if answer.finish_reason is not None:
-                finished[index] = answer.finish()
-                yield RunFinished(index, finished[index])
-    runs = [*earlier, *(finished[index] for index in range(len(answers)))]
-    runs = _with_agreement(runs, len(earlier))
-    runs = _with_divergences(llm, prefill, prompt, answers, runs)
-    yield ComparisonFinished(_trace(llm, prefill, prompt, runs))
+            yield answer.compressed(index)
+        finished: dict[int, Run] = {}
+        while len(finished) < len(answers):
+            for index, answer in enumerate(answers):
+                if index in finished:
+                    continue
+                if stop():
+                    answer.finish_reason = "cancelled"
+                else:
+                    with memory_watched(ANSWERING):
+                        token = answer.step(index)
+                    yield token
+                if answer.finish_reason is not None:
+                    finished[index] = answer.finish()
+                    yield RunFinished(index, finished[index])
+        runs = [*earlier, *(finished[index] for index in range(len(answers)))]
+        runs = _with_agreement(runs, len(earlier))
+        runs = _with_divergences(llm, prefill, prompt, answers, runs)
+        yield ComparisonFinished(_trace(llm, prefill, prompt, runs))
+    finally:
+        # Closed outside of any block, Python 3.12 would keep all this as long as the generator.
+        answers.clear()
 
 
 def _validate(

@@ -66,7 +66,7 @@ def refusal_of(*arguments: Any, kind: type[Exception] = ValueError, **settings: 
 
 
 def test_a_gguf_file_is_converted_and_answers(gguf: Path, cache: Path) -> None:
-    llm = dkv.load_model(gguf)
+    llm = dkv.load_model(gguf, device="cpu")
     assert llm.geometry == dkv.Geometry(
         num_layers=2, num_query_heads=6, num_kv_heads=2, head_dim=8, max_positions=1024
     )
@@ -360,7 +360,7 @@ def test_a_cache_that_cannot_be_written_is_an_os_error(
 
 
 def test_a_folder_is_loaded_with_its_weights(folder: Path) -> None:
-    llm = dkv.load_model(folder)
+    llm = dkv.load_model(folder, device="cpu")
     assert llm.name == str(folder)
     assert llm.revision == "local"
     expected = tiny_model()
