@@ -79,7 +79,6 @@
   const percent = (share) => (share >= 0.9995 ? "100 %" : share < 0.0005 ? "< 0.1 %" : `${(100 * share).toFixed(share >= 0.2 ? 0 : 1)} %`);
 
   DynamicKV.register("answers", (element) => {
-    let adding = false;
     let finished = null; // the last cards that belong to a whole record
     const find = (role) => element.querySelector(`[data-role="${role}"]`);
     const link = find("link");
@@ -95,6 +94,8 @@
     return (received) => {
       const payload = received?.restore ? finished : received;
       if (!payload) return;
+      const last = payload.cards.at(-1);
+      const added = payload.final && payload.cards.length > (finished?.cards.length ?? Infinity) && last.label !== last.method;
       if (payload.final) finished = payload;
       link.hidden = !payload.final || !DynamicKV.store.trace?.example;
       put(find("question"), payload.question);
@@ -104,14 +105,12 @@
       put(find("notice"), payload.notice);
       const cards = find("cards");
       const same = payload.cards.length === cards.children.length && payload.cards.every((card, i) => cards.children[i].dataset.method === card.method && cards.children[i].querySelector("h3").textContent === card.label);
-      const last = payload.cards.at(-1);
-      adding ||= payload.cards.length > cards.children.length && last.label !== last.method;
       if (!same) cards.replaceChildren(...payload.cards.map(build));
       payload.cards.forEach((card, i) => fill(cards.children[i], card));
       find("partings").replaceChildren(...(payload.partings ?? []).map(parting));
-      // A run that is added to those on screen comes last.
-      if (adding) requestAnimationFrame(() => { cards.scrollLeft = cards.scrollWidth; });
-      if (payload.final) { DynamicKV.store.cards = payload; adding = false; }
+      // A run that was added to those on screen comes last.
+      if (added) requestAnimationFrame(() => { cards.scrollTo({ left: cards.scrollWidth, behavior: "instant" }); });
+      if (payload.final) DynamicKV.store.cards = payload;
     };
   });
 })();
