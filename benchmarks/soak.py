@@ -64,7 +64,7 @@ class Soak:
         self.files.append(process.num_fds())
         times = process.cpu_times()
         self.worked.append(times.user + times.system)
-        self.pace.append(pace())
+        self.pace.append(fixed_work())
 
     def rows(self, name: str) -> list[Row]:
         """The figures: the last fifth against the first one after the warm-up."""
@@ -109,7 +109,7 @@ class Soak:
         return statistics.median(values[-fifth:]) - statistics.median(values[skip : skip + fifth])
 
 
-def pace() -> float:
+def fixed_work() -> float:
     """Seconds of some work that never changes: text to numbers and back."""
     record = {str(n): [n / 7] * 20 for n in range(500)}
     seconds = []

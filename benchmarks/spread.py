@@ -22,7 +22,7 @@ import torch
 import dynamickv as dkv
 from benchmarks import gpu
 from benchmarks.prompts import QUESTION, document_of
-from benchmarks.report import RESULTS, Row, publish
+from benchmarks.report import Row, publish
 from dynamickv.evaluate.journal import Journal
 from dynamickv.prefill import prefill_prompt
 
@@ -243,7 +243,6 @@ def main() -> None:
         rows += spread_model(options)
         publish(name, rows)
         publish(name, rows + beyond_one(options))
-    print(RESULTS)
 
 
 if __name__ == "__main__":

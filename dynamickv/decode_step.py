@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynamickv.cache import KVCache, KVLayer
-from dynamickv.memory import free_memory
+from dynamickv.memory import free_host_memory
 from dynamickv.models import LoadedModel
 
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -299,14 +299,10 @@ class RowSteps:
     def _ops(self, rows: int) -> CpuOps:
         self._fed += max(0, rows - self.FEW)
         if self._packable and self._packed is None and self._fed >= self.PAYS:
-            self._packable = free_memory()[1] > 2 * weights_size(self._llm)
+            size: int = self._llm.model.get_memory_footprint()  # type: ignore[no-untyped-call]
+            self._packable = free_host_memory() > 2 * size
             self._packed = PackedOps() if self._packable else None
         return self._packed if self._packed is not None and rows >= self.FEW else CpuOps()
-
-
-def weights_size(llm: LoadedModel) -> int:
-    """Bytes of a model's weights."""
-    return sum(weight.numel() * weight.element_size() for weight in llm.model.parameters())
 
 
 class DecodeStep:

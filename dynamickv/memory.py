@@ -41,14 +41,17 @@ def release_memory() -> None:
 
 
 def free_memory() -> tuple[str, int]:
-    """The device that models are loaded on here, "cuda" or "cpu", and its free bytes.
-
-    On a CPU that is the least of what the machine and this process's container have left.
-    """
+    """The device that models are loaded on here, "cuda" or "cpu", and its free bytes."""
     if torch.cuda.is_available():
         return "cuda", int(torch.cuda.mem_get_info()[0])
+    return "cpu", free_host_memory()
+
+
+def free_host_memory() -> int:
+    """Free bytes for models on the CPU: the least of what the machine and this process's container
+    have left."""
     left = int(psutil.virtual_memory().available)
-    return "cpu", min(left, _container_left(CGROUP) or left)
+    return min(left, _container_left(CGROUP) or left)
 
 
 def bytes_per_value(device: str) -> int:

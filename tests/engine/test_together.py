@@ -166,7 +166,7 @@ def test_packed_weights_compute_what_the_model_does(
 def test_weights_are_not_packed_without(lacks: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RowSteps, "PAYS", 1)
     if lacks == "memory":
-        monkeypatch.setattr("dynamickv.decode_step.free_memory", lambda: ("cpu", 1000))
+        monkeypatch.setattr("dynamickv.decode_step.free_host_memory", lambda: 1000)
     else:
         monkeypatch.setattr(PackedOps, "available", lambda: False)
     monkeypatch.setattr(PackedOps, "__init__", None)

@@ -94,8 +94,7 @@
     return (received) => {
       const payload = received?.restore ? finished : received;
       if (!payload) return;
-      const last = payload.cards.at(-1);
-      const added = payload.final && payload.cards.length > (finished?.cards.length ?? Infinity) && last.label !== last.method;
+      const added = payload.final && payload.cards.length > (finished?.cards.length ?? Infinity) && DynamicKV.added(payload.cards.at(-1));
       if (payload.final) finished = payload;
       link.hidden = !payload.final || !DynamicKV.store.trace?.example;
       put(find("question"), payload.question);

@@ -44,11 +44,15 @@
   };
   const setPin = (pin) => { store.pin = pin; emit("pin", pin); };
 
-  // The run that is looked at first: one that was added here, else DynamicKV's, else the last that compresses.
+  // Runs that were added to a comparison, with other settings, are labelled with them.
+  const added = (run) => run.label !== run.method;
+
+  // The run that is looked at first: one that was added, else DynamicKV's, else the last that compresses.
   function opening(runs) {
     const last = runs.findLastIndex((run) => run.method !== "FullKV");
+    if (last < 0 || added(runs[last])) return Math.max(0, last);
     const ours = runs.findIndex((run) => run.label === "DynamicKV");
-    return Math.max(0, last >= 0 && runs[last].label !== runs[last].method ? last : ours >= 0 ? ours : last);
+    return ours < 0 ? last : ours;
   }
 
   function setTrace(payload) {
@@ -224,7 +228,7 @@
   if (document.body) dress(); else document.addEventListener("DOMContentLoaded", dress);
 
   window.DynamicKV = {
-    store, emit, on, decode, setView, setLayer, setRun, setHover, setPin, setTrace, setPredicted, register, mount,
+    store, emit, on, decode, setView, setLayer, setRun, setHover, setPin, setTrace, setPredicted, register, mount, added,
     saveRun, saveBlob, wholeRecord, scoresOf, make, framed, plain, counting, dark, cssColor, reducedMotion,
   };
 })();

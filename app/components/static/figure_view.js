@@ -319,7 +319,7 @@
     function showNote() {
       const off = hidden.has("FullKV") && figure().layerAxis;
       find("wide").hidden = off || !figure().wideLimit;
-      find("note").textContent = `${figure().note}${off ? " They are switched off to make room: its key shows them." : ""}`;
+      find("note").textContent = [figure().note, off && "FullKV's bars are switched off to make room: its key shows them."].filter(Boolean).join(" ");
     }
 
     function show() {
