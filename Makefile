@@ -58,7 +58,7 @@ bench: setup
 	$(BIN)/python -m benchmarks $(ARGS)
 
 hostile: setup
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/server tests/app/test_guard.py tests/app/test_turns.py tests/engine/test_models.py tests/engine/test_trace.py $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/server tests/app/serving tests/engine/models/test_models.py tests/engine/record/test_trace.py $(ARGS)
 
 soak: setup
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.soak $(ARGS)

@@ -8,12 +8,12 @@ import os
 import sys
 
 import dynamickv as dkv
-from app.layout import MAX_EVENTS, build_app, launch_options
-from app.logs import LEVELS, set_up
-from app.model_host import ModelHost
-from app.shelf import PREFILL_BYTES, Shelf
-from app.turns import Turns
-from app.zero_gpu import is_zero_gpu
+from app.page import MAX_EVENTS, build_app, launch_options
+from app.serving.logs import LEVELS, set_up
+from app.serving.model_host import ModelHost
+from app.serving.shelf import PREFILL_BYTES, Shelf
+from app.serving.turns import Turns
+from app.serving.zero_gpu import is_zero_gpu
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from dynamickv.trace import Trace
+from dynamickv.record.trace import Trace
 
 log = logging.getLogger(__name__)
 ASSETS = Path(__file__).parent.parent / "assets"

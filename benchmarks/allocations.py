@@ -27,9 +27,9 @@ import dynamickv as dkv
 from benchmarks.prompts import EXAMPLES
 from benchmarks.report import RESULTS, machine
 from dynamickv.cache import prune
-from dynamickv.decode import decode
+from dynamickv.decoding.decode import decode
 from dynamickv.methods.base import ScoredMethod
-from dynamickv.observe import observed
+from dynamickv.reading.observe import observed
 from dynamickv.records import LayerObservation, Prefill
 from dynamickv.scoring import window_attention
 

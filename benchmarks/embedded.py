@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dynamickv as dkv
-from dynamickv.conversion import converted
 from dynamickv.models import KNOWN_MODELS, embedded_file
+from dynamickv.models.conversion import converted
 
 
 def main() -> None:

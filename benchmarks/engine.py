@@ -12,10 +12,9 @@ from benchmarks.prompts import prompt_of
 from benchmarks.report import Row, median_seconds, paired_seconds, ratio
 from dynamickv.answer import select
 from dynamickv.cache import prune
-from dynamickv.decode import decode
-from dynamickv.prefill import prefill_prompt
-from dynamickv.prompt import EncodedPrompt
-from dynamickv.records import Prefill
+from dynamickv.decoding.decode import decode
+from dynamickv.reading.prefill import prefill_prompt
+from dynamickv.records import EncodedPrompt, Prefill
 
 CAPACITY = 128
 NEW_TOKENS = 24

@@ -14,8 +14,8 @@ import dynamickv as dkv
 from benchmarks.prompts import prompt_of
 from benchmarks.report import Row, paired_seconds, publish, ratio
 from dynamickv.evaluate.experiment import answers
-from dynamickv.prefill import prefill_prompt
-from dynamickv.prompt import EncodedPrompt
+from dynamickv.reading.prefill import prefill_prompt
+from dynamickv.records import EncodedPrompt
 
 SIX = ("FullKV", "StreamingLLM", "H2O", "SnapKV", "PyramidKV", "DynamicKV")
 CAPACITY = 128

@@ -49,12 +49,12 @@ from transformers import (
 import dynamickv as dkv
 from benchmarks.report import RESULTS, Row
 from dynamickv.cache import KVCache, prune
-from dynamickv.cuda_graph import DecodeGraph, fastest_ops, graphable
-from dynamickv.decode import choose, extend
-from dynamickv.decode_step import PlainOps, Slots
-from dynamickv.observe import observed
-from dynamickv.prefill import prefill_prompt
-from dynamickv.prompt import EncodedPrompt
+from dynamickv.decoding.cuda_graph import DecodeGraph, fastest_ops, graphable
+from dynamickv.decoding.decode import choose, extend
+from dynamickv.decoding.decode_step import PlainOps, Slots
+from dynamickv.reading.observe import observed
+from dynamickv.reading.prefill import prefill_prompt
+from dynamickv.records import EncodedPrompt
 
 LONGEST = 131072
 WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -1012,7 +1012,7 @@ def tune(bench: Bench) -> None:
     """Decode time for several shapes of the projection kernels."""
     if bench.device.type != "cuda":
         return
-    from dynamickv.kernels import TritonOps
+    from dynamickv.decoding.kernels import TritonOps
 
     llm = build(bench, "Llama-3-8B")
     prefill = prefill_prompt(llm, prompt(llm, 4096))

@@ -16,8 +16,8 @@ from pathlib import Path
 import dynamickv as dkv
 from benchmarks.prompts import QUESTION, document_of
 from benchmarks.report import Row, publish
-from dynamickv.conversion import converted
 from dynamickv.models import KNOWN_MODELS, embedded_file
+from dynamickv.models.conversion import converted
 
 LENGTH, CAPACITY, NEW_TOKENS, ROUNDS = 3584, 128, 24, 2
 METHODS = ("FullKV", "StreamingLLM", "H2O", "SnapKV", "PyramidKV", "DynamicKV")

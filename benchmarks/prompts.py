@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import dynamickv as dkv
-from dynamickv.prompt import EncodedPrompt, encode_prompt
+from dynamickv.reading.prompt import encode_prompt
+from dynamickv.records import EncodedPrompt
 
 EXAMPLES = Path(__file__).parent.parent / "assets" / "examples"
 QUESTION = "What is the most important fact in this text?"

@@ -24,7 +24,7 @@ from benchmarks import gpu
 from benchmarks.prompts import QUESTION, document_of
 from benchmarks.report import Row, publish
 from dynamickv.evaluate.journal import Journal
-from dynamickv.prefill import prefill_prompt
+from dynamickv.reading.prefill import prefill_prompt
 
 ROOT = Path(__file__).parent.parent
 LOST = 3

@@ -14,7 +14,7 @@ import dynamickv as dkv
 from benchmarks import readme
 from benchmarks.prompts import prompt_of
 from benchmarks.report import Row, publish
-from dynamickv.prefill import prefill_prompt
+from dynamickv.reading.prefill import prefill_prompt
 from dynamickv.records import Prefill
 
 LENGTHS = (4096, 8160)

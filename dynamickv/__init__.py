@@ -6,16 +6,10 @@ trace = compare(llm, document, question, methods=[FullKV(), DynamicKV(capacity=1
 
 from dynamickv import evaluate
 from dynamickv.answer import Preview, preview
-from dynamickv.catalogue import DEFAULT_MODEL, KNOWN_MODELS, KnownModel
 from dynamickv.compare import compare, compare_stream
 from dynamickv.conversation import Conversation
-from dynamickv.events import ComparisonFinished, Compressed, Event, Progress, RunFinished, Token
-from dynamickv.forcing import divergence, forced_logits
-from dynamickv.memory import (
-    OutOfMemory,
-    free_memory,
-    release_memory,
-)
+from dynamickv.decoding.forcing import divergence, forced_logits
+from dynamickv.memory import OutOfMemory, free_memory, release_memory
 from dynamickv.methods import (
     H2O,
     METHODS,
@@ -31,14 +25,33 @@ from dynamickv.methods import (
     build_method,
     build_methods,
 )
+from dynamickv.methods.retain import retain
 from dynamickv.models import Geometry, LoadedModel, load_model
-from dynamickv.prefill import prefill, prefill_text
-from dynamickv.prompt import require_longer_document
+from dynamickv.models.catalogue import DEFAULT_MODEL, KNOWN_MODELS, KnownModel
+from dynamickv.reading.prefill import prefill, prefill_text
+from dynamickv.reading.prompt import require_longer_document
+from dynamickv.reading.store import PrefillStore
+from dynamickv.record import trace
+from dynamickv.record.events import (
+    ComparisonFinished,
+    Compressed,
+    Event,
+    Progress,
+    RunFinished,
+    Token,
+)
+from dynamickv.record.trace import (
+    Agreement,
+    Divergence,
+    ModelInfo,
+    Prompt,
+    Retained,
+    Run,
+    Scores,
+    Trace,
+)
 from dynamickv.records import LayerObservation, Prefill, Retention
-from dynamickv.retain import retain
 from dynamickv.serve import CompressedCache, compress
-from dynamickv.store import PrefillStore
-from dynamickv.trace import Agreement, Divergence, ModelInfo, Prompt, Retained, Run, Scores, Trace
 from dynamickv.version import __version__
 
 __all__ = [
@@ -97,4 +110,5 @@ __all__ = [
     "release_memory",
     "require_longer_document",
     "retain",
+    "trace",
 ]

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from dynamickv.cache import KVCache, prune
-from dynamickv.decode import Step, TextStream, decode, extend
-from dynamickv.events import Compressed, Token
+from dynamickv.decoding.decode import Step, TextStream, decode, extend
+from dynamickv.decoding.together import Member, Together
 from dynamickv.methods import CompressionMethod, ScoredMethod
 from dynamickv.models import LoadedModel
-from dynamickv.prompt import EncodedPrompt
-from dynamickv.records import Prefill, Retention
-from dynamickv.together import Member, Together
-from dynamickv.trace import Retained, Run, Scores
+from dynamickv.record.events import Compressed, Token
+from dynamickv.record.trace import Retained, Run, Scores
+from dynamickv.records import EncodedPrompt, Prefill, Retention
 
 
 class Answer:

@@ -13,10 +13,8 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
-from dynamickv.catalogue import KnownModel
 from dynamickv.compare import compare_stream
 from dynamickv.evaluate.options import Help, add_commands, add_settings
-from dynamickv.events import ComparisonFinished, Progress, Token
 from dynamickv.memory import bytes_per_value, free_memory
 from dynamickv.methods import METHODS, CompressionMethod, build_methods
 from dynamickv.models import (
@@ -29,8 +27,10 @@ from dynamickv.models import (
     kept_conversions,
     load_model,
 )
-from dynamickv.prompt import require_longer_document, require_text
-from dynamickv.trace import Run, Trace, seconds_per_token
+from dynamickv.models.catalogue import KnownModel
+from dynamickv.reading.prompt import require_longer_document, require_text
+from dynamickv.record.events import ComparisonFinished, Progress, Token
+from dynamickv.record.trace import Run, Trace, seconds_per_token
 from dynamickv.version import __version__
 
 

@@ -13,19 +13,19 @@ from datetime import datetime, timezone
 import torch
 import transformers
 
-from dynamickv.agreement import agreement
 from dynamickv.answer import Answer, probabilities_along
-from dynamickv.cuda_graph import graphable
-from dynamickv.events import ComparisonFinished, Event, Progress, RunFinished
+from dynamickv.decoding.cuda_graph import graphable
+from dynamickv.decoding.together import Together
 from dynamickv.memory import ANSWERING, CHOOSING, READING, memory_watched
 from dynamickv.methods import METHODS, CompressionMethod, FullKV
 from dynamickv.models import LoadedModel
-from dynamickv.prefill import TAIL
-from dynamickv.prefill import prefill as run_prefill
-from dynamickv.prompt import EncodedPrompt, encode_prompt, require_text
-from dynamickv.records import Prefill
-from dynamickv.together import Together
-from dynamickv.trace import Divergence, ModelInfo, Prompt, Run, Trace
+from dynamickv.reading.prefill import TAIL
+from dynamickv.reading.prefill import prefill as run_prefill
+from dynamickv.reading.prompt import encode_prompt, require_text
+from dynamickv.record.agreement import agreement
+from dynamickv.record.events import ComparisonFinished, Event, Progress, RunFinished
+from dynamickv.record.trace import Divergence, ModelInfo, Prompt, Run, Trace
+from dynamickv.records import EncodedPrompt, Prefill
 from dynamickv.version import engine_version
 
 

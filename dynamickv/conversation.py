@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dynamickv.answer import select
 from dynamickv.cache import prune
-from dynamickv.decode import TextStream, decode, extend
+from dynamickv.decoding.decode import TextStream, decode, extend
 from dynamickv.methods import CompressionMethod
 from dynamickv.models import LoadedModel
-from dynamickv.prompt import follow_up_ids, require_text
+from dynamickv.reading.prompt import follow_up_ids, require_text
 from dynamickv.records import Prefill
 
 

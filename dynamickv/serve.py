@@ -18,9 +18,9 @@ from dynamickv.cache import HeadwiseLayer, KVCache, KVLayer
 from dynamickv.methods import CompressionMethod
 from dynamickv.methods.base import Selection
 from dynamickv.models import Geometry
-from dynamickv.observe import observed
+from dynamickv.models.rope import longer_sequences_forgotten
+from dynamickv.reading.observe import observed
 from dynamickv.records import LayerObservation, Retention
-from dynamickv.rope import longer_sequences_forgotten
 from dynamickv.scoring import attention_mass
 
 if TYPE_CHECKING:

@@ -290,7 +290,9 @@ RULES = (
             forbids("torch", "transformers"),
             lambda source: (
                 (line, what)
-                for line, what in allows("dynamickv", "dynamickv.trace", "dynamickv.events")(source)
+                for line, what in allows(
+                    "dynamickv", "dynamickv.record.trace", "dynamickv.record.events"
+                )(source)
                 if not is_public_name(what.removeprefix("imports "))
             ),
         ),
@@ -316,10 +318,9 @@ RULES = (
         finder=forbids("gradio"),
         scope=("app/**/*.py",),
         exempt=(
-            "app/layout.py",
-            "app/handlers.py",
-            "app/lab.py",
-            "app/lab_handlers.py",
+            "app/page.py",
+            "app/*/handlers.py",
+            "app/*/layout.py",
             "app/components/**/*.py",
         ),
         bad=("import gradio as gr", "from gradio import themes"),
@@ -328,8 +329,8 @@ RULES = (
     Rule(
         name="views know only the view model, the theme and the run record",
         finder=both(
-            allows("app", "app.views", "app.view_model", "app.theme"),
-            allows("dynamickv", "dynamickv.trace"),
+            allows("app", "app.views", "app.explore.view_model", "app.theme"),
+            allows("dynamickv", "dynamickv.record.trace"),
         ),
         scope=("app/views/**/*.py",),
         bad=("from ..handlers import Handlers", "import dynamickv as dkv", "import app.layout"),
@@ -340,13 +341,13 @@ RULES = (
         name="the view model knows only the theme and the run record",
         finder=both(
             allows("app", "app.theme"),
-            allows("dynamickv", "dynamickv.trace"),
+            allows("dynamickv", "dynamickv.record.trace"),
             forbids("gradio", "plotly"),
         ),
-        scope=("app/view_model.py",),
+        scope=("app/explore/view_model.py",),
         bad=("from .handlers import Handlers", "import dynamickv", "import plotly"),
         good=("from dynamickv.trace import Trace", "from .theme import method_style"),
-        example_path="app/view_model.py",
+        example_path="app/explore/view_model.py",
     ),
     Rule(
         name="no global statement",

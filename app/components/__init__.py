@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from app.view_model import dumps
+from app.explore.view_model import dumps
 
 from .base import Component, head
 from .offline import offline_page

@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 
 import gradio as gr
 
+from app.explore.view_model import dumps
 from app.theme import css_variables
-from app.view_model import dumps
 
 STATIC = Path(__file__).parent / "static"
 # Order matters: core and retention define what the others use.

@@ -9,8 +9,8 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
+from app.explore.view_model import dumps
 from app.theme import MONO, SANS
-from app.view_model import dumps
 
 from .base import SCRIPTS, read, styles
 

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 
 import dynamickv as dkv
-from app import view_model as vm
 from app.examples import ASSETS
+from app.explore import view_model as vm
 from app.views import VIEWS
 from app.views.questions import render_questions
-from dynamickv.trace import Run, Trace
+from dynamickv.record.trace import Run, Trace
 
 log = logging.getLogger(__name__)
 FILM_METHODS = ("SnapKV", "DynamicKV")

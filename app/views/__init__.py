@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dynamickv.trace import Trace
+from dynamickv.record.trace import Trace
 
 from . import budgets, depth
 from .base import Figure, Step, View

@@ -12,7 +12,7 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.utils import PlotlyJSONEncoder
 
-from dynamickv.trace import Trace
+from dynamickv.record.trace import Trace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

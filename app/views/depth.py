@@ -8,9 +8,9 @@ import html
 
 import numpy as np
 
+from app.explore.view_model import run_names
 from app.theme import method_style
-from app.view_model import run_names
-from dynamickv.trace import Run, Trace
+from dynamickv.record.trace import Run, Trace
 
 from .base import Figure, View, blank_figure
 

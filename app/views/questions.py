@@ -7,7 +7,7 @@ from __future__ import annotations
 import plotly.graph_objects as go
 
 from app.theme import method_style
-from dynamickv.trace import Trace
+from dynamickv.record.trace import Trace
 
 from .base import Figure, layer_bars
 

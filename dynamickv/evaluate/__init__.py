@@ -15,14 +15,7 @@ from dynamickv.evaluate import (
     tasks,
 )
 from dynamickv.evaluate.about import circumstances
-from dynamickv.evaluate.experiment import (
-    Experiment,
-    Measured,
-    Stopped,
-    methods_at,
-    rows_of,
-    run,
-)
+from dynamickv.evaluate.experiment import Experiment, Measured, Stopped, methods_at, rows_of, run
 from dynamickv.evaluate.journal import Journal, results_folder
 from dynamickv.evaluate.share import Share
 

@@ -34,7 +34,7 @@ from dynamickv.evaluate.tasks import (
 )
 from dynamickv.methods import CompressionMethod
 from dynamickv.models import LoadedModel, load_model
-from dynamickv.prompt import require_longer_document, require_text
+from dynamickv.reading.prompt import require_longer_document, require_text
 
 
 def needle(options: argparse.Namespace) -> None:

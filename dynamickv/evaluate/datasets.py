@@ -19,8 +19,8 @@ from typing import Any
 
 import huggingface_hub
 
-from dynamickv.conversion import cache_folder
 from dynamickv.evaluate.data import data_file
+from dynamickv.models.conversion import cache_folder
 
 log = logging.getLogger(__name__)
 

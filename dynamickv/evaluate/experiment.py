@@ -13,15 +13,15 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from dynamickv.agreement import agreement
 from dynamickv.compare import compare_stream
 from dynamickv.evaluate.journal import Journal
 from dynamickv.evaluate.share import Share
-from dynamickv.events import RunFinished
 from dynamickv.methods import METHODS, CompressionMethod, FullKV, build_method
 from dynamickv.models import LoadedModel
+from dynamickv.record.agreement import agreement
+from dynamickv.record.events import RunFinished
+from dynamickv.record.trace import Run
 from dynamickv.records import Prefill
-from dynamickv.trace import Run
 
 Unit = dict[str, Any]
 Row = dict[str, Any]

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dynamickv.conversion import cache_folder
+from dynamickv.models.conversion import cache_folder
 
 
 class Journal:

@@ -22,7 +22,7 @@ from dynamickv.evaluate.experiment import Row, Stop, Unit, answers, entry, key, 
 from dynamickv.evaluate.metrics import METRICS, contains_all, contains_any
 from dynamickv.methods import CompressionMethod
 from dynamickv.models import LoadedModel
-from dynamickv.prefill import TAIL, prefill_text
+from dynamickv.reading.prefill import TAIL, prefill_text
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,8 +18,8 @@ from dynamickv.evaluate.haystack import Haystack, Hidden, hide, invent
 from dynamickv.evaluate.metrics import contains_all, fuzzy
 from dynamickv.methods import CompressionMethod
 from dynamickv.models import LoadedModel
-from dynamickv.prefill import TAIL, prefill
-from dynamickv.prompt import encode_prompt
+from dynamickv.reading.prefill import TAIL, prefill
+from dynamickv.reading.prompt import encode_prompt
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,14 +15,14 @@ from typing import Any
 
 from torch import Tensor
 
-from dynamickv.agreement import agreement
+from dynamickv.decoding.forcing import divergence, forced_logits
 from dynamickv.evaluate.experiment import Row, Stop, Stopped, Unit, answers, entry, stopper
-from dynamickv.forcing import divergence, forced_logits
 from dynamickv.methods import CompressionMethod, FullKV
 from dynamickv.models import LoadedModel
-from dynamickv.prefill import TAIL, prefill
+from dynamickv.reading.prefill import TAIL, prefill
+from dynamickv.record.agreement import agreement
+from dynamickv.record.trace import Run
 from dynamickv.records import Prefill
-from dynamickv.trace import Run
 
 LEAST = 16
 COLUMNS = (

@@ -24,8 +24,8 @@ from dynamickv.evaluate.experiment import Row, Stop, Unit, stopper
 from dynamickv.evaluate.statistics import RESAMPLES, bootstrap
 from dynamickv.methods import CompressionMethod
 from dynamickv.models import LoadedModel
-from dynamickv.prefill import TAIL, prefill
-from dynamickv.trace import Retained
+from dynamickv.reading.prefill import TAIL, prefill
+from dynamickv.record.trace import Retained
 
 QUESTIONS = "questions.json"
 """Beside a folder's texts: document -> kind -> question, for documents with questions of their

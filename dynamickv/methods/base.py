@@ -17,13 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dynamickv.methods.edits import (
-    Spans,
-    edited_positions,
-    read_spans,
-    require_apart,
-    whole_prompt,
-)
+from dynamickv.methods.edits import Spans, edited_positions, read_spans, require_apart, whole_prompt
 from dynamickv.records import Heads, LayerObservation, Retention
 from dynamickv.scoring import (
     pool,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from app.model_host import ModelHost
-from dynamickv.trace import Trace
+from app.serving.model_host import ModelHost
+from dynamickv.record.trace import Trace
 from tests.app.synthetic import synthetic_trace
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dynamickv.trace import Agreement, ModelInfo, Prompt, Retained, Run, Trace
+from dynamickv.record.trace import Agreement, ModelInfo, Prompt, Retained, Run, Trace
 
 HEADS, HEAD_DIM = 3, 64
 WORDS = [

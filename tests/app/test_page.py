@@ -13,18 +13,18 @@ import gradio as gr
 import pytest
 
 import dynamickv as dkv
-from app import view_model as vm
 from app.components import AnswerCards, Component, TraceStore, head
 from app.components.base import STATIC
 from app.examples import Example, load_examples
-from app.handlers import FORM_LENGTH, OWN_TEXT, Handlers, seen_at, sentence_of, tokens_of
-from app.layout import build_app, launch_options
-from app.method_cards import method_cards
-from app.model_host import ModelHost
+from app.explore import view_model as vm
+from app.explore.handlers import FORM_LENGTH, OWN_TEXT, Handlers, seen_at, sentence_of, tokens_of
+from app.page import build_app, launch_options
+from app.runs.method_cards import method_cards
+from app.serving.model_host import ModelHost
 from app.snippets import snippets
 from app.views import VIEWS, View
 from app.views.base import Figure, blank_figure
-from dynamickv.trace import Trace
+from dynamickv.record.trace import Trace
 from tests.engine.tiny import DOCUMENT, QUESTION, tiny_llm
 
 PUBLIC = {"compare", "tokenize", "methods", "models"}

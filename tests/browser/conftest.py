@@ -17,10 +17,10 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
 from app.examples import Example
-from app.layout import build_app, launch_options
-from app.model_host import ModelHost
-from app.shelf import Shelf
-from dynamickv.trace import Scores, Trace
+from app.page import build_app, launch_options
+from app.serving.model_host import ModelHost
+from app.serving.shelf import Shelf
+from dynamickv.record.trace import Scores, Trace
 from tests.app.synthetic import synthetic_trace
 
 LEFT = re.compile("console: (AbortError: signal is aborted|Unexpected error Connection errored)")

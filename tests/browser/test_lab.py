@@ -13,10 +13,10 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, expect
 
-from app import lab as lab_layout
-from app import lab_model
 from app.examples import Example
-from app.model_host import ModelHost
+from app.lab import layout as lab_layout
+from app.lab import view_model as lab_model
+from app.serving.model_host import ModelHost
 from dynamickv.evaluate.longbench import LongBenchExperiment
 from tests.browser.conftest import serve
 from tests.engine.tiny import DOCUMENT, QUESTION, tiny_llm

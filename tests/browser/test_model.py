@@ -8,7 +8,7 @@ import pytest
 from gradio_client import Client
 from playwright.sync_api import Page, expect
 
-from dynamickv.trace import Trace
+from dynamickv.record.trace import Trace
 from tests.browser.conftest import open_page
 
 pytestmark = [pytest.mark.browser, pytest.mark.model]

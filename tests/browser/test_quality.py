@@ -12,7 +12,7 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from app.examples import Example
-from app.model_host import ModelHost
+from app.serving.model_host import ModelHost
 from tests.app.synthetic import synthetic_trace
 from tests.browser.conftest import example, no_model, open_page, pick, serious_findings, serve
 from tests.browser.test_recorded import TWO_FRAMES

@@ -9,7 +9,7 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from app.examples import Example
-from dynamickv.trace import Trace
+from dynamickv.record.trace import Trace
 from tests.browser.conftest import HOSTILE, open_page, pick
 
 pytestmark = pytest.mark.browser

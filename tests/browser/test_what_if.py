@@ -15,9 +15,9 @@ import torch
 from playwright.sync_api import Page, expect
 
 import dynamickv as dkv
-from app.model_host import ModelHost
-from app.shelf import Shelf
-from dynamickv.prompt import encode_text
+from app.serving.model_host import ModelHost
+from app.serving.shelf import Shelf
+from dynamickv.reading.prompt import encode_text
 from tests.app.synthetic import synthetic_trace
 from tests.browser.conftest import example, no_model, open_page, serious_findings, serve
 from tests.engine.tiny import DOCUMENT, QUESTION, tiny_llm

@@ -17,7 +17,7 @@ import torch
 
 import dynamickv as dkv
 from dynamickv.cache import KVCache
-from tests.engine import naive
+from tests.engine.methods import naive
 from tests.engine.tiny import (
     COMPRESSING,
     DOCUMENT,
@@ -600,7 +600,7 @@ def test_agreement_is_measured_on_the_tokens(trace: dkv.Trace) -> None:
 def test_an_answer_that_ends_early_diverges_where_it_ends(llm: dkv.LoadedModel) -> None:
     methods = [dkv.FullKV(), dkv.SnapKV(capacity=5000)]
     runs = dkv.compare(llm, DOCUMENT, QUESTION, methods=methods, max_new_tokens=8).runs
-    from dynamickv.agreement import agreement
+    from dynamickv.record.agreement import agreement
 
     shorter = dataclasses.replace(runs[1], token_ids=runs[1].token_ids[:5])
     assert agreement(shorter, runs[0]).first_divergence == 5

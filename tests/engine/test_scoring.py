@@ -13,7 +13,7 @@ import torch
 
 import dynamickv as dkv
 from dynamickv import scoring
-from tests.engine import naive
+from tests.engine.methods import naive
 from tests.engine.tiny import random_layers
 
 

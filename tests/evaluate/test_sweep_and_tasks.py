@@ -17,13 +17,8 @@ from dynamickv.evaluate import Journal, methods_at, rows_of, run
 from dynamickv.evaluate import sweep as sweep_module
 from dynamickv.evaluate.sweep import SweepExperiment, capacities_up_to, sweep_csv, sweep_summary
 from dynamickv.evaluate.tables import sweep_table, tasks_table
-from dynamickv.evaluate.tasks import (
-    TaskExperiment,
-    read_documents,
-    read_questions,
-    tasks_summary,
-)
-from dynamickv.trace import Retained
+from dynamickv.evaluate.tasks import TaskExperiment, read_documents, read_questions, tasks_summary
+from dynamickv.record.trace import Retained
 from tests.engine.tiny import DOCUMENT, QUESTION
 
 METHODS = methods_at(["H2O", "SnapKV", "DynamicKV"], [16])

@@ -15,9 +15,9 @@ import httpx
 import pytest
 
 import dynamickv as dkv
-from app.layout import MAX_EVENTS, build_app, launch_options
-from app.model_host import ModelHost
-from app.turns import Turns
+from app.page import MAX_EVENTS, build_app, launch_options
+from app.serving.model_host import ModelHost
+from app.serving.turns import Turns
 from tests.engine.tiny import tiny_llm
 
 

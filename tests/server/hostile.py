@@ -6,7 +6,7 @@ import gzip
 import json
 from typing import Any
 
-from dynamickv.trace import Trace
+from dynamickv.record.trace import Trace
 from tests.app.synthetic import synthetic_trace
 from tests.engine.tiny import DOCUMENT, QUESTION
 

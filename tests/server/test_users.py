@@ -17,7 +17,7 @@ from gradio_client import Client
 from gradio_client.exceptions import AppError
 
 import dynamickv as dkv
-from dynamickv.decode_step import RowSteps
+from dynamickv.decoding.decode_step import RowSteps
 from tests.engine.tiny import DOCUMENT, QUESTION
 from tests.server.conftest import Server
 

@@ -8,11 +8,7 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from dynamickv.integrations.vllm.backend import (
-    CompressedBackend,
-    CompressedBuilder,
-    CompressedImpl,
-)
+from dynamickv.integrations.vllm.backend import CompressedBackend, CompressedBuilder, CompressedImpl
 
 
 class CompressedCPUImpl(CompressedImpl, CPUAttentionBackendImpl):  # type: ignore[misc]

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from vllm.v1.attention.backends import flash_attn
 
-from dynamickv.integrations.vllm.backend import (
-    CompressedBackend,
-    CompressedBuilder,
-    CompressedImpl,
-)
+from dynamickv.integrations.vllm.backend import CompressedBackend, CompressedBuilder, CompressedImpl
 
 
 class CompressedFlashAttentionImpl(CompressedImpl, flash_attn.FlashAttentionImpl):  # type: ignore[misc]

@@ -1,0 +1,1 @@
+"""The Explore tab: run, what-if, evidence."""

@@ -1,0 +1,188 @@
+"""The Lab: four measurements with a form, a status line and a panel each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+import dynamickv as dkv
+from app.components import LabPanel, LabStatus
+from app.inputs import DEFAULT_CAPACITY, MAX_EXAMPLE_BYTES, MAX_EXAMPLES, offered_methods
+
+from .handlers import FILE_NAME, LabHandlers
+from .view_model import recorded
+
+longbench_tasks = dkv.evaluate.datasets.longbench_tasks
+SIX = ("FullKV", "StreamingLLM", "H2O", "SnapKV", "PyramidKV", "DynamicKV")
+PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+COMMANDS = """The same from a terminal, for longer runs, other models, several GPUs or hosts:
+
+```text
+python -m dynamickv longbench --data DIR --capacity 128,512 --output results
+accelerate launch -m dynamickv longbench --data DIR --model organisation/model --output results
+```
+
+`DIR` holds LongBench's files, one per task, or RULER's. A run that was stopped goes on from there.
+"""
+
+
+@dataclass(slots=True)
+class Shared:
+    """What the Lab takes from Explore."""
+
+    document: gr.Textbox
+    question: gr.Textbox
+    model: gr.Dropdown
+
+
+@dataclass(slots=True)
+class Part:
+    """Widgets that every measurement has."""
+
+    measure: gr.Button | gr.UploadButton
+    stop: gr.Button
+    status: LabStatus
+    panel: LabPanel
+
+
+def build_lab(handlers: LabHandlers, shared: Shared) -> None:
+    """The tab's content; measurements and the page's runs take turns."""
+    models = [shared.model]
+    with gr.Tabs(elem_id="dkv-lab-tabs"):
+        with gr.Tab("Needle", id="lab-needle"), gr.Row(elem_classes=["dkv-split"]):
+            with gr.Column(scale=3, min_width=300, elem_classes=["dkv-lab-form"]):
+                gr.Markdown(
+                    "Hide a number at every depth of texts of every length, and ask for it."
+                )
+                methods = _methods(SIX)
+                sizes = gr.Textbox(
+                    "64, 128",
+                    label="Capacities",
+                    elem_id="dkv-lab-capacities",
+                    elem_classes=["dkv-field-capacity"],
+                )
+                lengths = gr.Textbox(
+                    "512, 1024", label="Lengths, in tokens", elem_classes=["dkv-field-length"]
+                )
+                depths = gr.Slider(1, 11, value=3, step=1, label="Depths")
+                samples = gr.Slider(1, 10, value=1, step=1, label="Texts per cell")
+                needles = gr.Slider(1, 4, value=1, step=1, label="Needles per text")
+                buttons = _buttons("needle")
+            part = _part("needle", *buttons)
+            fields = [*models, methods, sizes, lengths, depths, samples, needles]
+            _wire(handlers, handlers.needle, fields, part)
+        with gr.Tab("Sweep", id="lab-sweep"), gr.Row(elem_classes=["dkv-split"]):
+            with gr.Column(scale=3, min_width=300, elem_classes=["dkv-lab-form"]):
+                gr.Markdown(
+                    "Explore's document and question, read once, at 16 tokens per layer, at its "
+                    "doubles and at the whole prompt. KL is taken while FullKV's answer is fed. "
+                    "Recorded is the harbour report with its question."
+                )
+                methods = _methods(SIX[1:])
+                longest = gr.Slider(8, 128, value=48, step=8, label="Longest answer, in tokens")
+                buttons = _buttons("sweep")
+            part = _part("sweep", *buttons)
+            fields = [shared.document, shared.question, *models, methods, longest]
+            _wire(handlers, handlers.sweep, fields, part)
+        with gr.Tab("Tasks", id="lab-tasks"), gr.Row(elem_classes=["dkv-split"]):
+            with gr.Column(scale=3, min_width=300, elem_classes=["dkv-lab-form"]):
+                gr.Markdown(
+                    "Fifteen short documents of our own (prose, code, labelled examples), each "
+                    "with the questions that suit it. If budgets follow the task, those of one "
+                    "task lie closer together than those of different tasks."
+                )
+                names = [name for name in offered_methods() if name != "FullKV"]
+                method = gr.Dropdown(names, value="DynamicKV", label="Method")
+                capacity = gr.Slider(
+                    16, 1024, value=DEFAULT_CAPACITY, step=8, label="Capacity (tokens per layer)"
+                )
+                buttons = _buttons("tasks")
+            part = _part("tasks", *buttons)
+            _wire(handlers, handlers.tasks, [*models, method, capacity], part)
+        with gr.Tab("LongBench", id="lab-longbench"):
+            with gr.Row(elem_classes=["dkv-split"]):
+                with gr.Column(scale=3, min_width=300, elem_classes=["dkv-lab-form"]):
+                    gr.Markdown(
+                        f"The first examples of a file in LongBench's or RULER's format, at most "
+                        f"{MAX_EXAMPLE_BYTES // 2**20} MiB (.jsonl). It is deleted once it is read."
+                    )
+                    methods = _methods(SIX)
+                    sizes = gr.Textbox(
+                        "128", label="Capacities", elem_classes=["dkv-field-capacity"]
+                    )
+                    limit = gr.Slider(1, MAX_EXAMPLES, value=3, step=1, label="Examples")
+                    task = gr.Dropdown(
+                        [FILE_NAME, *longbench_tasks()], value=FILE_NAME, label="Task"
+                    )
+                    upload, stop, status = _upload_buttons("longbench")
+                part = _part("longbench", upload, stop, status)
+                widgets: list[Any] = [upload, *models, task, methods, sizes, limit]
+                _wire(handlers, handlers.longbench, widgets, part, upload.upload)
+            gr.Markdown(COMMANDS, elem_classes=["dkv-lab-commands"])
+
+
+def _methods(chosen: tuple[str, ...]) -> gr.CheckboxGroup:
+    """The papers' methods ticked, the others offered."""
+    offered = [name for name in offered_methods() if name in chosen or name not in SIX]
+    return gr.CheckboxGroup(offered, value=list(chosen), label="Methods")
+
+
+def _buttons(kind: str) -> tuple[gr.Button, gr.Button, LabStatus]:
+    with gr.Column(elem_classes=["dkv-lab-action"]):
+        with gr.Row():
+            measure = gr.Button(
+                "Measure", variant="primary", min_width=80, elem_id=f"dkv-lab-{kind}-run"
+            )
+            stop = _stop_button(kind)
+        status = _idle_status(kind)
+    return measure, stop, status
+
+
+def _upload_buttons(kind: str) -> tuple[gr.UploadButton, gr.Button, LabStatus]:
+    """The same, where a measurement starts with a file."""
+    with gr.Column(elem_classes=["dkv-lab-action"]):
+        with gr.Row():
+            measure = gr.UploadButton(
+                "Measure a file",
+                file_types=[".jsonl"],
+                variant="primary",
+                min_width=80,
+                elem_id=f"dkv-lab-{kind}-run",
+            )
+            stop = _stop_button(kind)
+        status = _idle_status(kind)
+    return measure, stop, status
+
+
+def _stop_button(kind: str) -> gr.Button:
+    return gr.Button("Stop", interactive=False, min_width=80, elem_id=f"dkv-lab-{kind}-stop")
+
+
+def _idle_status(kind: str) -> LabStatus:
+    idle = {"state": "idle", "message": "", "detail": ""}
+    return LabStatus(idle, elem_id=f"dkv-lab-{kind}-status")
+
+
+def _part(
+    kind: str, measure: gr.Button | gr.UploadButton, stop: gr.Button, status: LabStatus
+) -> Part:
+    with gr.Column(scale=9, min_width=300):
+        panel = LabPanel(recorded(kind), elem_id=f"dkv-lab-{kind}")
+    return Part(measure=measure, stop=stop, status=status, panel=panel)
+
+
+def _wire(
+    handlers: LabHandlers, handler: Any, fields: list[Any], part: Part, start: Any = None
+) -> None:
+    """`start` is the event that begins a measurement, if it is not a click on Measure."""
+    start = start or part.measure.click
+    start(
+        handler,
+        fields,
+        [part.status, part.panel, part.measure, part.stop],
+        concurrency_limit=None,
+        **PRIVATE,
+    )
+    part.stop.click(handlers.stop, None, part.status, queue=False, **PRIVATE)

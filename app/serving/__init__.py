@@ -1,0 +1,1 @@
+"""One machine, many people: models, turns, limits, logs."""

@@ -1,0 +1,188 @@
+"""Greedy decoding from a cache, one step at a time. The generator is the primitive; a whole answer
+is a fold over it."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from dynamickv.cache import BatchedCache, KVCache
+from dynamickv.decoding.cuda_graph import LEAST_STEPS, DecodeGraph, graphable
+from dynamickv.decoding.decode_step import RowSteps, steppable
+from dynamickv.models import LoadedModel
+from dynamickv.reading.observe import observed
+
+Feed = Callable[[Sequence[KVCache], Sequence[int], Sequence[int]], Tensor]
+"""(caches, one token for each, their true positions) -> next-token logits, (caches, vocabulary)."""
+Advance = Callable[[int], tuple[int, float, float]]
+"""Feeds a token; (the most likely token after it, its log probability, seconds it took)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One decoded token."""
+
+    token_id: int
+    logprob: float
+    seconds: float
+    last: str | None
+    """Why decoding ends here ("stop" or "length"), or None."""
+
+
+def decode(
+    llm: LoadedModel,
+    cache: KVCache,
+    logits: Tensor,
+    position: int,
+    max_new_tokens: int,
+    advance: Advance | None = None,
+) -> Iterator[Step]:
+    """Yield greedy tokens until the end of the answer, `max_new_tokens` or the model's last
+    position.
+
+    On CUDA, answers of some length come from a captured graph; the time to capture it is in no
+    step's seconds.
+
+    Args:
+        cache: what the prompt left behind; grows by one position per step.
+        logits: next-token logits after the prompt, (vocabulary,).
+        position: true position of the next token, whatever the cache dropped.
+        advance: feeds tokens in another way, such as together with other runs.
+    """
+    count = 0
+    most = min(max_new_tokens, llm.geometry.max_positions - position + 1)
+    start = time.perf_counter()
+    token_id, logprob = choose(logits)
+    seconds = time.perf_counter() - start
+    while True:
+        count += 1
+        last = None
+        if token_id in llm.stop_ids:
+            last = "stop"
+        elif count >= most:
+            last = "length"
+        yield Step(token_id, logprob, seconds, last)
+        if last is not None:
+            return
+        advance = advance or _stepper(llm, cache, position, most - 1)
+        token_id, logprob, seconds = advance(token_id)
+
+
+def _stepper(llm: LoadedModel, cache: KVCache, position: int, steps: int) -> Advance:
+    """Feed tokens one after another from `position` on."""
+    if steps >= LEAST_STEPS and cache.plain and graphable(llm):
+        step = DecodeGraph(llm, cache, position, steps).advance
+    else:
+        feed = feeder(llm, cache.plain)
+        positions = itertools.count(position)
+
+        def step(token_id: int) -> tuple[int, float]:
+            return choose(feed([cache], [token_id], [next(positions)])[0])
+
+    def advance(token_id: int) -> tuple[int, float, float]:
+        start = time.perf_counter()
+        return *step(token_id), time.perf_counter() - start
+
+    return advance
+
+
+@torch.inference_mode()
+def choose(logits: Tensor) -> tuple[int, float]:
+    """The most likely token and its natural-log probability."""
+    token_id = int(logits.argmax())
+    wide = logits.float()
+    return token_id, float(wide[token_id] - wide.logsumexp(dim=-1))
+
+
+@torch.inference_mode()
+def extend(llm: LoadedModel, cache: KVCache, token_ids: Sequence[int], position: int) -> Tensor:
+    """Feed tokens from their true position on; next-token logits, (vocabulary,).
+
+    Layers may hold different numbers of positions: each attends to what it holds and, causally, to
+    the new tokens.
+    """
+    return _forward(llm, cache, [list(token_ids)], [position])[0]
+
+
+def has_mkl() -> bool:
+    """Whether torch multiplies matrices with MKL here."""
+    return bool(torch.backends.mkl.is_available())  # type: ignore[no-untyped-call]
+
+
+def feeder(llm: LoadedModel, plain: bool) -> Feed:
+    """The fastest way to feed single tokens without a graph.
+
+    Args:
+        plain: whether all caches will be.
+    """
+    # Other formats gain little there, and their own pass rounds as `generate` does.
+    reads_faster = llm.device.type == "cpu" and llm.model.dtype == torch.float32 and has_mkl()
+    if plain and reads_faster and llm.attention == "sdpa" and steppable(llm):
+        return RowSteps(llm)
+    return partial(_feed, llm)
+
+
+@torch.inference_mode()
+def _feed(
+    llm: LoadedModel, caches: Sequence[KVCache], token_ids: Sequence[int], positions: Sequence[int]
+) -> Tensor:
+    cache = caches[0] if len(caches) == 1 else BatchedCache(caches)
+    return _forward(llm, cache, [[token_id] for token_id in token_ids], positions)
+
+
+def _forward(
+    llm: LoadedModel,
+    cache: KVCache | BatchedCache,
+    token_ids: list[list[int]],
+    positions: Sequence[int],
+) -> Tensor:
+    """The model's own forward pass of as many tokens in each row; logits after the last ones,
+    (rows, vocabulary)."""
+    device = llm.device
+    first = torch.tensor(positions, device=device)[:, None]
+    with observed(llm.model):
+        output = llm.model(
+            torch.tensor(token_ids, device=device),
+            # The pruned cache is shorter than the text it stands for: its length is not the
+            # next position.
+            position_ids=first + torch.arange(len(token_ids[0]), device=device),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+    logits: Tensor = output.logits[:, -1]
+    return logits
+
+
+class TextStream:
+    """Turns token ids into text piece by piece; the pieces concatenate to the whole answer's text.
+
+    A character that spans several tokens appears with its last one.
+    """
+
+    def __init__(self, llm: LoadedModel) -> None:
+        self._tokenizer = llm.tokenizer
+        self._token_ids: list[int] = []
+        self.text = ""
+        self.pieces: list[str] = []
+
+    def push(self, token_id: int, final: bool) -> str:
+        """Add a token; the text it completes."""
+        self._token_ids.append(token_id)
+        text = str(
+            self._tokenizer.decode(
+                self._token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        )
+        if not final and text.endswith("\ufffd"):
+            text = text.rstrip("\ufffd")
+        piece = text[len(self.text) :] if text.startswith(self.text) else ""
+        self.text += piece
+        self.pieces.append(piece)
+        return piece

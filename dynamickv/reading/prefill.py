@@ -1,0 +1,145 @@
+"""prompt -> Prefill: one plain forward pass, with each layer's keys, values and last queries kept.
+
+The logits are those of the plain model, bit for bit: observing copies a few queries and changes no
+computation.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dynamickv.cache import KVCache, KVLayer
+from dynamickv.reading.observe import observed
+from dynamickv.reading.prompt import encode_prompt, encode_text
+from dynamickv.records import EncodedPrompt, LayerObservation, Prefill
+from dynamickv.scoring import attention_mass
+
+if TYPE_CHECKING:
+    from dynamickv.models import LoadedModel
+
+TAIL = 64
+"""Queries kept per layer: the widest observation window that can be chosen afterwards."""
+
+
+def prefill(
+    llm: LoadedModel,
+    document: str,
+    question: str | None = None,
+    *,
+    question_aware: bool | None = None,
+    truncate: bool = False,
+    chat_template: bool = True,
+    tail: int = TAIL,
+    mass: bool = False,
+    on_layer: Callable[[int], None] | None = None,
+) -> Prefill:
+    """Read a document and a question once; any number of methods can follow.
+
+    Args:
+        question: None reads the document alone, so that several questions can follow.
+        question_aware: False stops after the document, so that compression does not see the
+            question, which is fed to the compressed caches later. By default True with a question.
+        truncate: cut the middle out of a document that is too long instead of refusing it.
+        chat_template: False feeds plain text.
+        tail: last queries to keep per layer, the widest `window_size` allowed later.
+        mass: also record the attention every position receives from all queries, which H2O needs
+            and which about doubles the work.
+        on_layer: called with the number of layers done; an exception it raises stops the pass.
+
+    Raises:
+        ValueError: empty text, or a prompt longer than the model reads.
+    """
+    prompt = encode_prompt(
+        llm.tokenizer,
+        document,
+        "?" if question is None else question,
+        limit=llm.geometry.max_positions,
+        truncate=truncate,
+        chat_template=chat_template,
+    )
+    if question is None or question_aware is False:
+        prompt = prompt.document_part(question or "")
+    return prefill_prompt(llm, prompt, tail=tail, mass=mass, on_layer=on_layer)
+
+
+def prefill_text(
+    llm: LoadedModel,
+    text: str,
+    *,
+    limit: int | None = None,
+    chat_template: bool = False,
+    tail: int = TAIL,
+    mass: bool = False,
+    on_layer: Callable[[int], None] | None = None,
+) -> Prefill:
+    """`prefill` of a prompt that is laid out already, question included, such as a benchmark's.
+
+    Args:
+        limit: a text of more tokens keeps its first and last limit // 2, as LongBench does.
+        chat_template: True makes the text the user's message.
+
+    Raises:
+        ValueError: empty text, or a prompt longer than the model reads.
+    """
+    prompt = encode_text(llm.tokenizer, text, limit=limit, chat_template=chat_template)
+    most = llm.geometry.max_positions
+    if prompt.length > most:
+        raise ValueError(
+            f"the prompt has {prompt.length:,} tokens and this model reads {most:,}; "
+            "shorten it or set a lower limit"
+        )
+    return prefill_prompt(llm, prompt, tail=tail, mass=mass, on_layer=on_layer)
+
+
+@torch.inference_mode()
+def prefill_prompt(
+    llm: LoadedModel,
+    prompt: EncodedPrompt,
+    *,
+    tail: int = TAIL,
+    mass: bool = False,
+    on_layer: Callable[[int], None] | None = None,
+) -> Prefill:
+    """`prefill` for a prompt that is already encoded."""
+    layers: list[LayerObservation] = []
+    mass_seconds = 0.0
+
+    def record(layer: KVLayer, query: Tensor, scaling: float) -> None:
+        nonlocal mass_seconds
+        keys = layer.held()[0][0]
+        received = None
+        if mass:
+            llm.synchronize()
+            started = time.perf_counter()
+            received = attention_mass(query[0], keys, scaling)
+            llm.synchronize()
+            mass_seconds += time.perf_counter() - started
+        tail_queries = query[0, :, -tail:].clone()
+        layers.append(
+            LayerObservation(queries=tail_queries, keys=keys, scaling=scaling, mass=received)
+        )
+        if on_layer is not None:
+            on_layer(len(layers))
+
+    cache = KVCache(llm.geometry.num_layers, record, llm.geometry.windows)
+    token_ids = torch.from_numpy(np.array([prompt.token_ids])).to(llm.device)
+    start = time.perf_counter()
+    with observed(llm.model):
+        output = llm.model(token_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    logits = output.logits[0, -1]
+    llm.synchronize()
+    return Prefill(
+        prompt=prompt,
+        layers=tuple(layers),
+        values=tuple(layer.held()[1][0] for layer in cache.whole_layers()),
+        sliding=cache.sliding(),
+        logits=logits,
+        seconds=time.perf_counter() - start - mass_seconds,
+        mass_seconds=mass_seconds,
+    )

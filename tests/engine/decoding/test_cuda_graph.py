@@ -1,0 +1,201 @@
+"""The decode step written for capture answers like the model's own forward pass, on any device and
+with any operations; the graph itself needs CUDA."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any
+
+import pytest
+import torch
+
+import dynamickv as dkv
+from dynamickv.cache import KVCache, prune
+from dynamickv.decoding.cuda_graph import DecodeGraph, graphable
+from dynamickv.decoding.decode import choose, decode, extend
+from dynamickv.decoding.decode_step import DecodeStep, PlainOps, steppable
+from tests.engine.tiny import (
+    DOCUMENT,
+    FAMILIES,
+    QUESTION,
+    SMALL_INSTANCES,
+    small_instances,
+    tiny_llm,
+)
+
+STEPS = 20
+families = pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gemma3"])
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+METHODS = [
+    *SMALL_INSTANCES,
+    *(m for m in small_instances(granularity="query_head") if m.name == "SnapKV"),
+]
+
+
+def pruned(llm: dkv.LoadedModel, method: Any, room: int = 0) -> tuple[KVCache, dkv.Prefill]:
+    prefill = dkv.prefill(llm, DOCUMENT, QUESTION, mass=method.needs_mass)
+    return prune(prefill, method.select(prefill.layers), room), prefill
+
+
+def plain(llm: dkv.LoadedModel, method: Any) -> list[tuple[int, float]]:
+    """Token ids and log-probabilities from the model's own forward pass."""
+    cache, prefill = pruned(llm, method)
+    answer = [choose(prefill.logits)]
+    for position in range(prefill.length, prefill.length + STEPS):
+        answer.append(choose(extend(llm, cache, [answer[-1][0]], position)))
+    return answer
+
+
+@torch.inference_mode()
+def stepped(llm: dkv.LoadedModel, method: Any, ops: PlainOps) -> list[tuple[int, float]]:
+    """The same from `DecodeStep`, run eagerly."""
+    cache, prefill = pruned(llm, method)
+    step = DecodeStep(llm, cache, prefill.length, STEPS, ops)
+    answer = [choose(prefill.logits)]
+    for _ in range(STEPS):
+        step.token.fill_(answer[-1][0])
+        step()
+        token_id, logprob = step.chosen.tolist()
+        answer.append((int(token_id), logprob))
+    return answer
+
+
+def assert_same(actual: list[tuple[int, float]], expected: list[tuple[int, float]]) -> None:
+    assert [token for token, _ in actual] == [token for token, _ in expected]
+    assert len({token for token, _ in actual}) > 3, "one token repeated would prove little"
+    assert [value for _, value in actual] == pytest.approx(
+        [value for _, value in expected], abs=2e-4
+    )
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_step_decodes_every_method_like_the_model(method: Any) -> None:
+    llm = tiny_llm()
+    assert_same(stepped(llm, method, PlainOps()), plain(llm, method))
+
+
+@families
+def test_step_decodes_every_family_like_the_model(family: str) -> None:
+    llm, method = tiny_llm(family), dkv.DynamicKV(capacity=24)
+    assert steppable(llm)
+    assert_same(stepped(llm, method, PlainOps()), plain(llm, method))
+
+
+def test_rewinding_gives_the_same_tokens_again() -> None:
+    llm, method = tiny_llm(), dkv.DynamicKV(capacity=24)
+    cache, prefill = pruned(llm, method)
+    with torch.inference_mode():
+        step = DecodeStep(llm, cache, prefill.length, 4, PlainOps())
+        first = [step().clone() for _ in range(4)]
+        step.rewind()
+        assert step.slots.tolist() == [layer.length for layer in cache.layers]
+        again = [step().clone() for _ in range(4)]
+    assert torch.equal(torch.stack(first), torch.stack(again))
+
+
+def test_slots_follow_each_layer_and_positions_the_text() -> None:
+    llm = tiny_llm()
+    cache, prefill = pruned(llm, dkv.DynamicKV(capacity=24))
+    lengths = [layer.length for layer in cache.layers]
+    assert len(set(lengths)) > 1
+    with torch.inference_mode():
+        step = DecodeStep(llm, cache, prefill.length, 3, PlainOps())
+        for _ in range(3):
+            step()
+    assert step.slots.tolist() == [length + 3 for length in lengths]
+    assert step.position.item() == prefill.length + 3
+
+
+def test_reserved_room_is_zero_and_what_is_held_stays() -> None:
+    llm = tiny_llm()
+    cache, prefill = pruned(llm, dkv.SnapKV(capacity=24))
+    layer = cache.layers[0]
+    before = [states.clone() for states in layer.held()]
+    buffers = layer.reserve(7)
+    for buffer, states in zip(buffers, before, strict=True):
+        assert buffer.shape[2] == 24 + 7
+        assert torch.equal(buffer[:, :, :24], states)
+        assert not buffer[:, :, 24:].any()
+    assert layer.reserve(7)[0].data_ptr() == buffers[0].data_ptr()
+    layer.grow_in_place()
+    assert (layer.length, layer.seen) == (25, prefill.length + 1)
+    assert layer.held()[0].data_ptr() == buffers[0].data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {"hidden_act": "gelu"}),
+        ("llama", {"mlp_bias": True}),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}},
+        ),
+    ],
+    ids=["gelu", "mlp bias", "dynamic rope"],
+)
+def test_models_the_step_does_not_compute_are_left_alone(
+    family: str, changes: dict[str, Any]
+) -> None:
+    assert not steppable(tiny_llm(family, **changes))
+
+
+def test_graphs_are_for_cuda() -> None:
+    assert not graphable(tiny_llm())
+
+
+# Triton kernels: on CUDA, or anywhere with TRITON_INTERPRET=1 set before the start.
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1",
+    reason="needs Triton and TRITON_INTERPRET=1; on CUDA the graph's tests run the kernels",
+)
+@families
+@pytest.mark.parametrize("granularity", ["kv_head", "query_head"])
+def test_kernels_compute_what_the_plain_operations_do(
+    family: str, granularity: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dynamickv.decoding.kernels import TritonOps
+
+    monkeypatch.setitem(globals(), "STEPS", 3)
+    llm = tiny_llm(family, num_hidden_layers=2)
+    method = dkv.SnapKV(capacity=24, granularity=granularity)
+    answer, expected = (stepped(llm, method, ops) for ops in (TritonOps(), PlainOps()))
+    assert [token for token, _ in answer] == [token for token, _ in expected]
+    assert [value for _, value in answer] == pytest.approx([v for _, v in expected], abs=1e-5)
+
+
+def to_cuda(llm: dkv.LoadedModel) -> dkv.LoadedModel:
+    llm.model.to("cuda")
+    return llm
+
+
+@needs_cuda
+@families
+@pytest.mark.parametrize("granularity", ["kv_head", "query_head"])
+def test_graph_decodes_like_the_model(family: str, granularity: str) -> None:
+    llm = to_cuda(tiny_llm(family))
+    method = dkv.DynamicKV(capacity=24, granularity=granularity)
+    cache, prefill = pruned(llm, method)
+    graph = DecodeGraph(llm, cache, prefill.length, STEPS)
+    answer = [choose(prefill.logits)]
+    for _ in range(STEPS):
+        answer.append(graph.advance(answer[-1][0]))
+    assert_same(answer, plain(llm, method))
+    assert [layer.seen for layer in cache.layers] == [prefill.length + STEPS] * len(cache.layers)
+
+
+@needs_cuda
+def test_decode_takes_the_graph_and_answers_in_turns() -> None:
+    llm = to_cuda(tiny_llm())
+    methods = [dkv.FullKV(), dkv.DynamicKV(capacity=24)]
+    expected = [[token for token, _ in plain(llm, method)] for method in methods]
+    streams = []
+    for method in methods:
+        cache, prefill = pruned(llm, method)
+        streams.append(decode(llm, cache, prefill.logits, prefill.length, STEPS + 1))
+    turns = list(zip(*streams, strict=True))
+    assert [[turn[i].token_id for turn in turns] for i in range(2)] == expected
