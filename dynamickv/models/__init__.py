@@ -9,14 +9,10 @@ from dynamickv.models.conversion import (
     file_hash,
     kept_conversions,
 )
-from dynamickv.models.loading import (
-    QUANTIZATIONS,
-    Geometry,
-    LoadedModel,
-    embedded_file,
-    load_model,
-    require_compressible,
-)
+from dynamickv.models.geometry import Geometry, require_compressible
+from dynamickv.models.loaded import QUANTIZATIONS, LoadedModel
+from dynamickv.models.loading import load_model
+from dynamickv.models.sources import embedded_file
 
 __all__ = [
     "DEFAULT_MODEL",

