@@ -127,6 +127,11 @@ def prefill_prompt(
             )
             llm.synchronize()
             mass_seconds += time.perf_counter() - started
+        if len(layers) == len(places) or layer.index != places[len(layers)]:
+            raise ValueError(
+                f"layer {layer.index} of {llm.name} was read out of order, so no choice can be "
+                "made layer by layer; choose another model"
+            )
         observation = attended.row(0, layer.held()[0].shape[1], tail=tail, mass=received)
         layers.append(replace(observation, queries=observation.queries.clone()))
         if on_layer is not None:
