@@ -185,7 +185,7 @@ def report(trace: Trace) -> str:
             f"({prompt.original_length:,} tokens before)."
         )
     for run in trace.runs:
-        if run.method != "FullKV" and run.kept_fraction == 1:
+        if "capacity" in run.parameters and run.kept_fraction == 1:
             lines.append(
                 f"NOTHING TO COMPRESS: {run.method} may keep {run.parameters['capacity']:,} tokens "
                 f"per layer and the prompt has {prompt.length:,}."

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dynamickv.cache import HeadwiseLayer, KVCache, KVLayer
 from dynamickv.methods import CompressionMethod
-from dynamickv.methods.base import Selection
+from dynamickv.methods.selection import Selection
 from dynamickv.models import Geometry
 from dynamickv.models.rope import longer_sequences_forgotten
 from dynamickv.reading.observe import observed

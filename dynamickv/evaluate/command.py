@@ -13,6 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from dynamickv.answer import recording_for
 from dynamickv.evaluate import tables
 from dynamickv.evaluate.about import circumstances
 from dynamickv.evaluate.datasets import hub_folder, read_tasks
@@ -35,6 +36,7 @@ from dynamickv.evaluate.tasks import (
 from dynamickv.methods import CompressionMethod
 from dynamickv.models import LoadedModel, load_model
 from dynamickv.reading.prompt import require_longer_document, require_text
+from dynamickv.record.agreement import YARDSTICK
 
 
 def needle(options: argparse.Namespace) -> None:
@@ -102,7 +104,7 @@ def sweep(options: argparse.Namespace) -> None:
     require_text("document", document)
     require_text("question", options.question)
     require_longer_document(document, options.question)
-    names = [name for name in _names(options.methods) if name != "FullKV"]
+    names = [name for name in _names(options.methods) if name != YARDSTICK]
     capacities = None if options.capacity is None else _numbers("--capacity", options.capacity)
     methods = methods_at(names, [(capacities or [16])[0]])
     output = _output_file(options.output)
@@ -110,9 +112,7 @@ def sweep(options: argparse.Namespace) -> None:
     experiment = SweepExperiment(
         llm, document, options.question, capacities, options.max_new_tokens, options.truncate
     )
-    experiment.prepare(
-        any(method.needs_mass for method in methods), max(method.tail for method in methods)
-    )
+    experiment.prepare(**recording_for(methods))
     rows = _measured(experiment, methods, output.with_suffix(".jsonl"), Share())
     lines = sweep_summary(rows or [])
     _write(output, llm, Share(), lines)

@@ -6,10 +6,11 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+from dynamickv.evaluate.tables import ORDER
 from dynamickv.methods import METHODS, DynamicKV
 from dynamickv.models import DEFAULT_MODEL, QUANTIZATIONS
 
-SIX = "FullKV,StreamingLLM,H2O,SnapKV,PyramidKV,DynamicKV"
+SIX = ",".join(ORDER)
 """The methods of the paper's tables, in its order."""
 FIVE = SIX.partition(",")[2]
 BESIDE = "what is measured goes at once to a .jsonl file beside it, from where a run goes on"

@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from dynamickv.answer import preview
+from dynamickv.answer import preview, recording_for
 from dynamickv.evaluate.data import data_file
 from dynamickv.evaluate.experiment import Row, Stop, Unit, stopper
 from dynamickv.evaluate.statistics import RESAMPLES, bootstrap
 from dynamickv.methods import CompressionMethod
 from dynamickv.models import LoadedModel
-from dynamickv.reading.prefill import TAIL, prefill
+from dynamickv.reading.prefill import prefill
 from dynamickv.record.trace import Retained
 
 QUESTIONS = "questions.json"
@@ -131,8 +131,7 @@ class TaskExperiment:
             self._documents[unit["document"]],
             self._questions[unit["document"]][unit["kind"]],
             truncate=True,
-            tail=max(TAIL, *(method.tail for method in methods)),
-            mass=any(method.needs_mass for method in methods),
+            **recording_for(methods),
             on_layer=stopper(stop),
         )
         # The document's last token may join what follows it, so it is left out.
