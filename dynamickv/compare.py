@@ -4,8 +4,6 @@ one run record."""
 from __future__ import annotations
 
 import platform
-import queue
-import threading
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -21,16 +19,13 @@ from dynamickv.memory import ANSWERING, CHOOSING, READING, memory_watched
 from dynamickv.methods import METHODS, CompressionMethod
 from dynamickv.models import LoadedModel
 from dynamickv.reading.prefill import prefill as run_prefill
+from dynamickv.reading.prefill_stream import prefill_stream
 from dynamickv.reading.prompt import encode_prompt, require_text
 from dynamickv.record.agreement import with_agreement
-from dynamickv.record.events import ComparisonFinished, Event, Progress, RunFinished
+from dynamickv.record.events import ComparisonFinished, Event, RunFinished
 from dynamickv.record.trace import ModelInfo, Prompt, Run, Trace
 from dynamickv.records import EncodedPrompt, Prefill
 from dynamickv.version import engine_version
-
-
-class Cancelled(Exception):
-    """Raised inside the prefill when nobody waits for it any more."""
 
 
 def compare(
@@ -112,8 +107,8 @@ def compare_stream(
     stop = should_stop or (lambda: False)
     if prefill is None:
         with memory_watched(READING):
-            prefill = yield from _prefill_stream(
-                llm,
+            prefill = yield from prefill_stream(
+                len(llm.geometry.compressed_layers),
                 lambda on_layer: run_prefill(
                     llm,
                     str(document),
@@ -222,51 +217,6 @@ def _with_question(llm: LoadedModel, prefill: Prefill, question: str | None) -> 
         )
     cut = prefill.prompt.original_length - prefill.length
     return replace(prompt, original_length=prompt.length + cut)
-
-
-def _prefill_stream(
-    llm: LoadedModel,
-    run: Callable[[Callable[[int], None]], Prefill],
-    stop: Callable[[], bool],
-) -> Generator[Event, None, Prefill | None]:
-    """Run a prefill in a thread, so that its progress can be told and it can be stopped.
-
-    None when it was stopped.
-    """
-    total = len(llm.geometry.compressed_layers)
-    messages: queue.SimpleQueue[int | Prefill | BaseException] = queue.SimpleQueue()
-    abandoned = threading.Event()
-
-    def on_layer(layer: int) -> None:
-        if abandoned.is_set() or stop():
-            raise Cancelled
-        messages.put(layer)
-
-    def work() -> None:
-        try:
-            messages.put(run(on_layer))
-        except Cancelled:  # the one just caught would keep the prefill's tensors alive
-            messages.put(Cancelled())
-        except BaseException as error:  # handed to the reader, which raises it
-            messages.put(error)
-
-    yield Progress("prefill", 0, total)
-    worker = threading.Thread(target=work, name="prefill", daemon=True)
-    worker.start()
-    try:
-        while True:
-            message = messages.get()
-            if isinstance(message, int):
-                yield Progress("prefill", message, total)
-            elif isinstance(message, Prefill):
-                return None if stop() else message
-            elif isinstance(message, Cancelled):
-                return None
-            else:
-                raise message
-    finally:
-        abandoned.set()
-        worker.join()
 
 
 def _trace(llm: LoadedModel, prefill: Prefill, prompt: EncodedPrompt, runs: list[Run]) -> Trace:

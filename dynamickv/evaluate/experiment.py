@@ -215,6 +215,11 @@ def answers(
     return with_agreement([finished[index] for index in range(len(methods))])
 
 
+def of_model(llm: LoadedModel) -> dict[str, str]:
+    """What every experiment's settings say of the model."""
+    return {"model": llm.name, "revision": llm.revision, "dtype": llm.dtype}
+
+
 def entry(run: Run) -> Row:
     """What a journal keeps of a run."""
     row: Row = {

@@ -19,7 +19,7 @@ from typing import Any
 from dynamickv.answer import recording_for
 from dynamickv.evaluate.data import data_file
 from dynamickv.evaluate.datasets import Example, task_of
-from dynamickv.evaluate.experiment import Row, Stop, Unit, answers, entry, key, stopper
+from dynamickv.evaluate.experiment import Row, Stop, Unit, answers, entry, key, of_model, stopper
 from dynamickv.evaluate.metrics import METRICS, contains_all, contains_any
 from dynamickv.methods import CompressionMethod
 from dynamickv.models import LoadedModel
@@ -130,9 +130,7 @@ class LongBenchExperiment:
         prompts = hashlib.sha256(key(dict(protocol.prompts)).encode("utf-8")).hexdigest()[:16]
         return {
             "experiment": "longbench",
-            "model": llm.name,
-            "revision": llm.revision,
-            "dtype": llm.dtype,
+            **of_model(llm),
             "prompts": prompts,
             "chat_template": protocol.chat_template,
             "max_length": protocol.max_length,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dynamickv.answer import recording_for
-from dynamickv.evaluate.experiment import Row, Stop, Unit, answers, entry, key, stopper
+from dynamickv.evaluate.experiment import Row, Stop, Unit, answers, entry, key, of_model, stopper
 from dynamickv.evaluate.haystack import Haystack, Hidden, hide, invent
 from dynamickv.evaluate.metrics import contains_all, fuzzy
 from dynamickv.methods import CompressionMethod
@@ -83,9 +83,7 @@ class NeedleExperiment:
         return {
             "experiment": "needle",
             "texts": "one per trial",
-            "model": llm.name,
-            "revision": llm.revision,
-            "dtype": llm.dtype,
+            **of_model(llm),
             "haystack": self._haystack.name,
             "needles": grid.needles,
             "custom": custom,

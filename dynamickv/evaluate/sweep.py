@@ -17,7 +17,16 @@ from torch import Tensor
 
 from dynamickv.answer import recording_for
 from dynamickv.decoding.forcing import divergence, forced_logits
-from dynamickv.evaluate.experiment import Row, Stop, Stopped, Unit, answers, entry, stopper
+from dynamickv.evaluate.experiment import (
+    Row,
+    Stop,
+    Stopped,
+    Unit,
+    answers,
+    entry,
+    of_model,
+    stopper,
+)
 from dynamickv.methods import CompressionMethod, FullKV
 from dynamickv.models import LoadedModel
 from dynamickv.reading.prefill import TAIL, prefill
@@ -70,9 +79,7 @@ class SweepExperiment:
         text = f"{self._document}\0{self._question}"
         return {
             "experiment": "sweep",
-            "model": self._llm.name,
-            "revision": self._llm.revision,
-            "dtype": self._llm.dtype,
+            **of_model(self._llm),
             "prompt": hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16],
             "max_new_tokens": self._max_new_tokens,
         }

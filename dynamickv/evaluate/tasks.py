@@ -20,7 +20,7 @@ import numpy as np
 
 from dynamickv.answer import preview, recording_for
 from dynamickv.evaluate.data import data_file
-from dynamickv.evaluate.experiment import Row, Stop, Unit, stopper
+from dynamickv.evaluate.experiment import Row, Stop, Unit, of_model, stopper
 from dynamickv.evaluate.statistics import RESAMPLES, bootstrap
 from dynamickv.methods import CompressionMethod
 from dynamickv.models import LoadedModel
@@ -107,9 +107,7 @@ class TaskExperiment:
         """What a result depends on besides document, kind and method."""
         return {
             "experiment": "tasks",
-            "model": self._llm.name,
-            "revision": self._llm.revision,
-            "dtype": self._llm.dtype,
+            **of_model(self._llm),
         }
 
     def units(self) -> list[Unit]:
