@@ -18,14 +18,23 @@ ENGINE = "dynamickv"
 FLOORS: dict[str, tuple[str, ...]] = {
     "command line": ("__main__", "cli"),
     "measuring": ("evaluate",),
-    "flows": ("serve", "conversation", "compare", "answer"),
+    "flows": ("serve", "generate_call", "prompt_row", "conversation", "compare", "answer"),
     "other engines": ("integrations",),
     "token by token": ("decoding",),
     "a model": ("models",),
     "a prompt": ("reading",),
     "what to keep": ("methods",),
     "what happened": ("record",),
-    "ground floor": ("cache", "records", "scoring", "memory", "version"),
+    "ground floor": (
+        "cache",
+        "row_layers",
+        "other_layers",
+        "layers",
+        "records",
+        "scoring",
+        "memory",
+        "version",
+    ),
 }
 """From the top down. A room may import from itself, its own floor and the floors below."""
 

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynamickv.cache import KVCache, KVLayer
+from dynamickv.cache import KVCache
+from dynamickv.layers import KVLayer
 from dynamickv.memory import free_host_memory
 from dynamickv.models import LoadedModel
 
