@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -16,9 +17,25 @@ from dynamickv.decoding.decode import Step, TextStream, decode, extend
 from dynamickv.decoding.together import Member, Together
 from dynamickv.methods import CompressionMethod, ScoredMethod
 from dynamickv.models import LoadedModel
+from dynamickv.reading.prefill import TAIL
 from dynamickv.record.events import Compressed, Token
 from dynamickv.record.trace import Retained, Run, Scores
 from dynamickv.records import EncodedPrompt, Prefill, Retention
+
+
+class Recording(TypedDict):
+    """What a prefill records for methods, by the names of its arguments."""
+
+    tail: int
+    mass: bool
+
+
+def recording_for(methods: Sequence[CompressionMethod]) -> Recording:
+    """All that any of these methods reads."""
+    return {
+        "tail": max(TAIL, *(method.tail for method in methods)),
+        "mass": any(method.needs_mass for method in methods),
+    }
 
 
 class Answer:
@@ -126,37 +143,6 @@ class Answer:
             decode_seconds=[step.seconds for step in self._done],
             decoded_together=self._together.size if self._member and self._together else 1,
         )
-
-
-@torch.inference_mode()
-def probabilities_along(
-    llm: LoadedModel,
-    prefill: Prefill,
-    prompt: EncodedPrompt,
-    retention: Retention,
-    answer: Sequence[int],
-    wanted: Sequence[tuple[int, Sequence[int]]],
-) -> list[list[float]]:
-    """How probable tokens are along an answer, with the cache of that retention.
-
-    Args:
-        answer: token ids that are fed.
-        wanted: (how many of them come before, the token ids that are asked for).
-
-    Returns:
-        for each of `wanted`, one probability per token id.
-    """
-    later = prompt.token_ids[prefill.length :]
-    fed = [*later, *answer[: max((before for before, _ in wanted), default=0)]]
-    cache = prune(prefill, retention, len(fed)) if fed else None
-    logits, done = prefill.logits, 0
-    shares: dict[int, Tensor] = {}
-    for before in sorted({before for before, _ in wanted}):
-        end = len(later) + before
-        if cache is not None and end > done:
-            logits, done = extend(llm, cache, fed[done:end], prefill.length + done), end
-        shares[before] = logits.float().softmax(dim=-1)
-    return [[float(shares[before][token]) for token in tokens] for before, tokens in wanted]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

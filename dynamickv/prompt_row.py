@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dynamickv.methods import CompressionMethod
-from dynamickv.methods.base import Selection
+from dynamickv.methods.selection import Selection
 from dynamickv.records import Attended, Heads, Retention
 from dynamickv.scoring import attention_mass
 
