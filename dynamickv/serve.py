@@ -15,16 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from dynamickv.cache import KVCache, fresh_layers
-from dynamickv.generate_call import GenerateCall, generate_call
-from dynamickv.layers import HeadwiseLayer, KVLayer
+from dynamickv.layers.kv import HeadwiseLayer, KVLayer
+from dynamickv.layers.rows import RowsLayer, in_rows
 from dynamickv.methods import CompressionMethod
 from dynamickv.models import Geometry
 from dynamickv.models.geometry import require_choosable
 from dynamickv.models.rope import longer_sequences_forgotten
-from dynamickv.prompt_row import PromptRow
+from dynamickv.reading.generate_call import GenerateCall, generate_call
 from dynamickv.reading.observe import observed
+from dynamickv.reading.prompt_row import PromptRow
 from dynamickv.records import Attended, Retention
-from dynamickv.row_layers import RowsLayer, in_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

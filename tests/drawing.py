@@ -18,7 +18,7 @@ ENGINE = "dynamickv"
 FLOORS: dict[str, tuple[str, ...]] = {
     "command line": ("__main__", "cli"),
     "measuring": ("evaluate",),
-    "flows": ("serve", "generate_call", "prompt_row", "conversation", "compare", "answer"),
+    "flows": ("serve", "conversation", "compare", "answer"),
     "other engines": ("integrations",),
     "token by token": ("decoding",),
     "a model": ("models",),
@@ -27,8 +27,6 @@ FLOORS: dict[str, tuple[str, ...]] = {
     "what happened": ("record",),
     "ground floor": (
         "cache",
-        "row_layers",
-        "other_layers",
         "layers",
         "records",
         "scoring",

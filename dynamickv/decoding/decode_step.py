@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynamickv.cache import KVCache
-from dynamickv.layers import KVLayer
+from dynamickv.layers.kv import KVLayer
 from dynamickv.memory import free_host_memory
 from dynamickv.models import LoadedModel
 

@@ -21,9 +21,9 @@ import transformers  # its parts load when named, which takes seconds: the page 
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dynamickv.layers import BatchedLayer, HeadwiseLayer, KVLayer, attended_layer
+from dynamickv.layers.kv import BatchedLayer, HeadwiseLayer, KVLayer, attended_layer
+from dynamickv.layers.rows import RowsLayer
 from dynamickv.records import Attended
-from dynamickv.row_layers import RowsLayer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

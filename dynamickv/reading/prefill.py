@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from dynamickv.cache import KVCache
-from dynamickv.layers import KVLayer
+from dynamickv.layers.kv import KVLayer
 from dynamickv.reading.observe import observed
 from dynamickv.reading.prompt import encode_prompt, encode_text
 from dynamickv.records import Attended, EncodedPrompt, LayerObservation, Prefill

@@ -10,8 +10,8 @@ from transformers import PretrainedConfig
 
 import dynamickv as dkv
 from dynamickv.cache import prune
+from dynamickv.layers.other import SlidingLayer
 from dynamickv.models import require_compressible
-from dynamickv.other_layers import SlidingLayer
 from tests.engine.tiny import (
     COMPRESSING,
     DOCUMENT,
