@@ -171,6 +171,7 @@ def test_the_method_of_the_recipe_keeps_its_capacity(
     layer = LayerObservation(
         queries=torch.randn(4, method.tail, 8), keys=torch.randn(2, 40, 8), scaling=1.0
     )
+    assert method.score(layer).shape == (2, 40 - method.window_size)
     assert [len(head) for head in method.select([layer]).indices[0]] == [12, 12]
 
 
