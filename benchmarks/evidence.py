@@ -1,4 +1,5 @@
-"""README's account of recorded measurements, from assets/evidence: python -m benchmarks.evidence.
+"""docs/measured.md's account of recorded measurements, from assets/evidence:
+python -m benchmarks.evidence.
 
 They were recorded with these commands; --output leads to a .jsonl file of all answers beside the
 summary, and a command that was stopped goes on where it was when it is started again.
@@ -22,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import dynamickv as dkv
+from benchmarks.readme import PAGE, put
 
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
 EVIDENCE = ROOT / "assets" / "evidence"
 START, END = "<!-- evidence: python -m benchmarks.evidence writes this -->", "<!-- /evidence -->"
 tables = dkv.evaluate.tables
@@ -97,10 +98,8 @@ def _markdown(lines: list[list[str]]) -> str:
 
 
 def main() -> None:
-    """Put it into README."""
-    text = README.read_text("utf-8")
-    before, _, rest = text.partition(START)
-    README.write_text(before + section() + rest.partition(END)[2], "utf-8")
+    """Put it into docs/measured.md."""
+    put(PAGE, section(), (START, END))
 
 
 if __name__ == "__main__":
