@@ -68,13 +68,11 @@ class Answer:
         whole = prefill.whole_bytes // prefill.length * prompt.length
         others = cache.others(llm.geometry.kinds)
         self._kv_bytes_full = whole + sum(other.nbytes for other in others.values())
-        compressed = retained_mask(self.retention, prompt.length)
+        compressed = retained_mask(self.retention, prompt.length, llm.geometry.num_kv_heads)
         self._kept_fraction = share_kept(self.retention, prompt.length)
         held = {place: other.held for place, other in sorted(others.items())}
-        self._mask = with_others(compressed, held)
-        self._budgets = list(self.retention.budgets)
-        for place, number in held.items():
-            self._budgets.insert(place, number)
+        self._mask = of_all_layers(compressed, prefill.places, held)
+        self._budgets = in_place_order(self.retention.budgets, prefill.places, held)
         self._scores = layer_scores(method, prefill, prompt.length) if scores else None
         self.keeps_everything = bool(self._mask.all())
         self._cache: KVCache | None = cache
@@ -176,18 +174,16 @@ def preview(method: CompressionMethod, prefill: Prefill, length: int | None = No
         )
     length = prefill.length if length is None else length
     retention = method.select(prefill.recalling)
-    chosen = retained_mask(retention, length)
+    chosen = retained_mask(retention, length, max(keys.shape[0] for keys in prefill.keys))
     held = {
         place: min(length, other.window - 1) if other.window else other.held
         for place, other in sorted(prefill.others.items())
     }
-    budgets = list(retention.budgets)
-    for place, number in held.items():
-        budgets.insert(place, number)
     positions = [sum(len(head) for head in kept) for kept in retention.indices]
     later = length - prefill.length
     compressed = sum(
         (number + later * len(kept))
+        * max(1, keys.shape[0] // len(kept))
         * (keys.shape[2] * keys.element_size() + values.shape[2] * values.element_size())
         for number, kept, keys, values in zip(
             positions, retention.indices, prefill.keys, prefill.values, strict=True
@@ -198,9 +194,9 @@ def preview(method: CompressionMethod, prefill: Prefill, length: int | None = No
         for place, other in prefill.others.items()
     )
     return Preview(
-        budgets=budgets,
+        budgets=in_place_order(retention.budgets, prefill.places, held),
         budget_history=[list(update) for update in retention.budget_history],
-        mask=with_others(chosen, held),
+        mask=of_all_layers(chosen, prefill.places, held),
         kept_fraction=share_kept(retention, length),
         kv_bytes=compressed + others,
     )
@@ -221,12 +217,12 @@ def share_kept(retention: Retention, length: int) -> float:
     return kept / (heads * length)
 
 
-def retained_mask(retention: Retention, length: int) -> np.ndarray:
+def retained_mask(retention: Retention, length: int, least_heads: int = 1) -> np.ndarray:
     """Boolean (compressed layers, heads, length); what was fed after the compression is kept.
 
     A layer that stores fewer heads than others repeats them, as query heads would read them.
     """
-    heads = max(len(kept) for kept in retention.indices)
+    heads = max(least_heads, *(len(kept) for kept in retention.indices))
     mask = np.zeros((len(retention.indices), heads, length), bool)
     mask[:, :, retention.prompt_length :] = True
     for layer, kept in enumerate(retention.indices):
@@ -235,16 +231,23 @@ def retained_mask(retention: Retention, length: int) -> np.ndarray:
     return mask
 
 
-def with_others(mask: np.ndarray, held: Mapping[int, int]) -> np.ndarray:
-    """The mask of all layers, given how many of the last positions each of the others holds."""
-    if not held:
-        return mask
-    num_layers, (_, heads, length) = len(mask) + len(held), mask.shape
-    everything = np.zeros((num_layers, heads, length), bool)
-    everything[[place for place in range(num_layers) if place not in held]] = mask
+def of_all_layers(mask: np.ndarray, places: Sequence[int], held: Mapping[int, int]) -> np.ndarray:
+    """The mask of all layers, given where those of `mask` stand and how many of the last positions
+    each of the others holds."""
+    _, heads, length = mask.shape
+    everything = np.zeros((len(mask) + len(held), heads, length), bool)
+    everything[list(places)] = mask
     for place, number in held.items():
         everything[place, :, length - number :] = True
     return everything
+
+
+def in_place_order(
+    budgets: Sequence[int], places: Sequence[int], held: Mapping[int, int]
+) -> list[int]:
+    """The budgets of all layers, as `of_all_layers`."""
+    known = {**dict(zip(places, budgets, strict=True)), **held}
+    return [known[place] for place in sorted(known)]
 
 
 @torch.inference_mode()

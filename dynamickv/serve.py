@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,6 +53,8 @@ class CompressedCache(KVCache):
         """Token ids of every pass, (rows, tokens)."""
         self._call: Any = None
         """Options of the `generate` that feeds this cache now."""
+        self._order: list[int] = []
+        """Places of the layers to compress, as they were read."""
         self._waiting: list[int] = []
         """Layers that an update changed and that are not cut yet."""
         self._ended = False
@@ -64,13 +67,15 @@ class CompressedCache(KVCache):
         """
         if not self._rows or not self._rows[0].done:
             raise ValueError("no prompt has gone through this cache yet; call generate first")
-        return self._rows[row].retention()
+        kept = self._rows[row].retention()
+        by_place = sorted(zip(self._order, kept.indices, strict=True), key=lambda pair: pair[0])
+        return replace(kept, indices=tuple(positions for _, positions in by_place))
 
     def reset(self) -> None:
         """Forget the prompt; the next one is compressed anew."""
         self.layers = fresh_layers(self._config, self._after_attention)
         self._rows, self.prompt_end, self._seen = [], 0, 0
-        self._fed, self._call, self._waiting = [], None, []
+        self._fed, self._call, self._order, self._waiting = [], None, [], []
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -239,21 +244,16 @@ class CompressedCache(KVCache):
         self.peak_bytes = max(self.peak_bytes, self.nbytes)
         if not self._rows or self._rows[0].done:
             return
-        place = self._geometry.compressed_layers.index(layer.index)
-        if layer.seen >= self.prompt_end and place != self._rows[0].observed:
-            raise ValueError(
-                f"layer {layer.index} was read before earlier ones, so no choice can be made in "
-                "order; choose another model"
-            )
-        stored = layer.held()[0].shape[1]
+        stored = 1 if self._geometry.joint else layer.held()[0].shape[1]
         if layer.seen < self.prompt_end:
             for number, row in enumerate(self._rows):
-                row.read_on(place, attended, number)
+                row.read_on(layer.index, attended, number)
             return
+        self._order.append(layer.index)
         changed = range(0)
         for number, row in enumerate(self._rows):
             first = int(self._padding[number])
-            seen = row.observe(place, attended, number, stored, first, self.prompt_end)
+            seen = row.observe(layer.index, attended, number, stored, first, self.prompt_end)
             changed = max(changed, seen, key=len)
         # An update makes the host wait for the device. The layers before this one are cut with the
         # next, so that the host can prepare it while the device works.
@@ -269,7 +269,7 @@ class CompressedCache(KVCache):
             return
         chosen = [row.positions_of(layers) for row in self._rows]
         for index, kept in zip(layers, zip(*chosen, strict=True), strict=True):
-            place = self._geometry.compressed_layers[index]
+            place = self._order[index]
             held = self.layers[place]
             if isinstance(held, RowsLayer):
                 held.keep_rows([row for row in kept if isinstance(row, Tensor)])

@@ -321,8 +321,10 @@ class BatchedLayer(KVLayer):  # type: ignore[no-untyped-call]
 
 def gather(states: Tensor, kept: Tensor, room: int) -> Tensor:
     """Rows `kept` (heads, count) of (num_kv_heads, n, head_dim) -> (1, heads, count + room,
-    head_dim), room unset."""
+    head_dim), room unset; one row of `kept` serves all heads."""
     num_kv_heads, length, head_dim = states.shape
+    if kept.shape[0] < num_kv_heads:
+        kept = kept.expand(num_kv_heads, -1)
     heads, count = kept.shape
     buffer = torch.empty(heads, count + room, head_dim, dtype=states.dtype, device=states.device)
     group = heads // num_kv_heads

@@ -40,15 +40,17 @@ KINDS: dict[str, LayerKind] = {
     "mlp": LayerKind("without attention"),
 }
 """Every kind of layer that is served; a model with a layer of another kind is refused."""
+JOINT = ("diffllama", "jetmoe")
+"""Model types whose attention does not read KV head by KV head: the one pairs the values of one
+head with the keys of another, the other repeats its heads for every expert."""
 UNSERVED: dict[str, str] = {
-    "diffllama": "pairs the values of one KV head with the keys of another",
+    "dory": "lets the last token alone ask in some layers",
     "doge": "masks positions by their values at every step",
-    "dory": "runs its layers in loops, later ones before earlier ones",
     "inkling_text": "adds a learned bias by distance to its attention logits",
     "inkling2_text": "adds a learned bias by distance to its attention logits",
     "inkling2_loop_text": "adds a learned bias by distance to its attention logits",
-    "jetmoe": "repeats its keys for every expert",
     "minimax": "keeps a cache class of its own",
+    "mllama_text_model": "attends to images in some layers",
 }
 """Model types whose attention depends on more than a head's queries and keys, or whose caches
 are not made of layers."""
@@ -83,8 +85,9 @@ class Geometry:
     """Longest sequence the model reads, in tokens."""
     layers: tuple[LayerGeometry, ...] = ()
     """Every layer's own; by default all attend to the whole prompt and are of the sizes above."""
-    latent: bool = False
-    """Whether the cache stores one latent for all heads (MLA), so that they share one choice."""
+    joint: bool = False
+    """Whether all heads of a layer share one choice: where the cache stores one latent for them
+    (MLA), and where heads are mixed behind it."""
     switch: int | None = None
     """Prompt length beyond which the model turns all keys by other frequencies (longrope): an
     answer must not cross it."""
@@ -138,7 +141,7 @@ class Geometry:
             head_dim=first.head_dim,
             max_positions=int(config.max_position_embeddings * stretch(config)),
             layers=layers,
-            latent=_latent(config),
+            joint=_latent(config) or config.model_type in JOINT,
             switch=_switch(config),
         )
 
@@ -226,8 +229,8 @@ def require_compressible(config: Any) -> None:
 def require_choosable(geometry: Geometry, parameters: Mapping[str, Any]) -> None:
     """Raise ValueError where a method's parameters ask for a choice that a model's cache cannot
     hold."""
-    if geometry.latent and parameters.get("granularity") == "query_head":
+    if geometry.joint and parameters.get("granularity") == "query_head":
         raise ValueError(
-            "granularity='query_head' needs keys of its own for every query head, and this model "
-            "caches one latent for all heads; use granularity='kv_head'"
+            "granularity='query_head' needs keys of its own for every query head, and in this "
+            "model all heads of a layer share one choice; use granularity='kv_head'"
         )

@@ -110,6 +110,7 @@ def prefill_prompt(
     """`prefill` for a prompt that is already encoded."""
     layers: list[LayerObservation] = []
     places = llm.geometry.compressed_layers
+    read: list[int] = []
     mass_seconds = 0.0
 
     def record(layer: KVLayer, attended: Attended) -> None:
@@ -127,12 +128,9 @@ def prefill_prompt(
             )
             llm.synchronize()
             mass_seconds += time.perf_counter() - started
-        if len(layers) == len(places) or layer.index != places[len(layers)]:
-            raise ValueError(
-                f"layer {layer.index} of {llm.name} was read out of order, so no choice can be "
-                "made layer by layer; choose another model"
-            )
-        observation = attended.row(0, layer.held()[0].shape[1], tail=tail, mass=received)
+        stored = 1 if llm.geometry.joint else layer.held()[0].shape[1]
+        observation = attended.row(0, stored, tail=tail, mass=received)
+        read.append(layer.index)
         layers.append(replace(observation, queries=observation.queries.clone()))
         if on_layer is not None:
             on_layer(len(layers))
@@ -144,17 +142,18 @@ def prefill_prompt(
         output = llm.model(token_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     logits = output.logits[0, -1]
     llm.synchronize()
-    if len(layers) != len(places):
+    if sorted(read) != places:
         raise ValueError(
             f"{len(layers)} of {llm.name}'s {len(places)} layers to compress were observed, so "
             "nothing is sure to be compressed; choose another model"
         )
-    held = [layer.held() for layer in cache.whole_layers()]
+    held = [cache.layers[place].held() for place in read]
     return Prefill(
         prompt=prompt,
         layers=tuple(layers),
         keys=tuple(keys[0] for keys, _ in held),
         values=tuple(values[0] for _, values in held),
+        places=tuple(read),
         others=cache.others(llm.geometry.kinds),
         states=cache.states(),
         logits=logits,
