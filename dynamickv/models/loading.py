@@ -21,13 +21,8 @@ import torch
 from safetensors import SafetensorError
 
 from dynamickv.models.catalogue import DEFAULT_MODEL
-from dynamickv.models.conversion import (
-    converted,
-    file_hash,
-    first_line,
-    quiet,
-    unreadable,
-)
+from dynamickv.models.conversion import converted, quiet, source_hash
+from dynamickv.models.faults import first_line, unreadable
 from dynamickv.models.geometry import require_compressible
 from dynamickv.models.loaded import QUANTIZATIONS, LoadedModel
 from dynamickv.models.sources import resolve
@@ -80,7 +75,7 @@ def load_model(
     source, pinned, gguf = resolve(name, revision)
     origin = None
     if gguf is not None:
-        source, origin = converted(gguf), f"gguf-{file_hash(gguf)[:12]}"
+        source, origin = converted(gguf), f"gguf-{source_hash(gguf)[:12]}"
     with _explained(name):
         config = _read_config(source, pinned)
     require_compressible(config)

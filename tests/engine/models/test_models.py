@@ -233,7 +233,7 @@ def test_an_interrupted_conversion_leaves_nothing_behind(
 HELD_UP = """
 import sys, time
 from pathlib import Path
-from dynamickv import conversion
+from dynamickv.models import conversion
 
 def wait(*_):
     Path(sys.argv[2]).touch()
