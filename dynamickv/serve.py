@@ -122,6 +122,13 @@ def compress(model: PreTrainedModel, method: CompressionMethod) -> Iterator[Comp
     if not isinstance(method, CompressionMethod):
         raise ValueError(f"{method!r} is not a method; give one such as DynamicKV(capacity=512)")
     cache = CompressedCache(method, Geometry.of(model.config))
+    other = getattr(model.generation_config, "cache_implementation", None)
+    if other is not None:
+        raise ValueError(
+            f"generation_config.json of {model.name_or_path or 'this model'} asks for a {other} "
+            "cache (cache_implementation), and generate takes none beside it; "
+            "set model.generation_config.cache_implementation = None"
+        )
 
     def check(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         if named.get("past_key_values") is cache:

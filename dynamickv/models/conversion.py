@@ -203,7 +203,7 @@ def _read_model(source: files.Gguf, folder: Path) -> Any:
     config = AutoConfig.from_pretrained(folder, gguf_file=joined.name)
     complete(config, source)
     require_weights(config, source)
-    model, info = AutoModelForCausalLM.from_pretrained(
+    read: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         gguf_file=joined.name,
         config=config,
@@ -212,6 +212,7 @@ def _read_model(source: files.Gguf, folder: Path) -> Any:
         ignore_mismatched_sizes=True,
         output_loading_info=True,
     )
+    model, info = read
     joined.unlink()
     for fault in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if info[fault]:

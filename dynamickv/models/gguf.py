@@ -198,8 +198,8 @@ def _read_part(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, int]], 
         block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
         nbytes = math.prod(shape) // block * block_bytes
         if start + nbytes > size:
-            fault = f"its {name} ends at byte {start + nbytes:,} and the file at {size:,}"
-            raise UnusableModelError(_broken(path, fault))
+            ends = f"its {name} ends at byte {start + nbytes:,} and the file at {size:,}"
+            raise UnusableModelError(_broken(path, ends))
         tensors.append(Tensor(name, shape, kind, path, start, nbytes))
     return metadata, spans, tensors
 

@@ -211,7 +211,7 @@ def require_weights(config: Any, model: Gguf) -> None:
     if model.architecture not in architectures:
         return  # and transformers' own check is all there is
     with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config)
+        empty: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     names = get_tensor_name_map(architectures[model.architecture], config.num_hidden_layers)
     tied = set(getattr(empty, "_tied_weights_keys", None) or ())
     known = set(NOT_WEIGHTS)
