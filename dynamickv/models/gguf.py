@@ -143,28 +143,42 @@ def write_joined(model: Gguf, path: Path) -> None:
 
     What reads its configuration and weights is then done in seconds, and sees every tensor.
     """
-    left_out = {key for key in model.spans if key in VOCABULARY or key.startswith("split.")}
     tokens = len(model.metadata.get("tokenizer.ggml.tokens", ()))
-    added = [("tokenizer.ggml.tokens", tokens)] if tokens else []
+    added = {"tokenizer.ggml.tokens": tokens} if tokens else {}
     if (embedding := model.tensors.get("token_embd.weight")) and model.get("vocab_size") is None:
-        added.append((f"{model.architecture}.vocab_size", embedding.shape[0]))
-    kept = [span for key, span in model.spans.items() if key not in left_out]
+        added[f"{model.architecture}.vocab_size"] = embedding.shape[0]
+    _write(model, path, VOCABULARY, added, list(model.tensors.values()))
+
+
+def write_header(model: Gguf, path: Path) -> None:
+    """Write the metadata alone, all of it: what a tokenizer is made from."""
+    _write(model, path, (), {}, [])
+
+
+def _write(
+    model: Gguf, path: Path, without: tuple[str, ...], added: dict[str, int], tensors: list[Tensor]
+) -> None:
+    kept = [
+        span
+        for key, span in model.spans.items()
+        if key not in without and not key.startswith("split.")
+    ]
     alignment = int(model.metadata.get("general.alignment", ALIGNMENT))
     with path.open("wb") as file, model.parts[0].open("rb") as first:
         count = len(kept) + len(added)
-        file.write(struct.pack("<4sIQQ", b"GGUF", 3, len(model.tensors), count))
+        file.write(struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), count))
         for start, end in kept:
             first.seek(start)
-            file.write(first.read(end - start))
-        for key, value in added:
+            _copy(first, file, end - start)
+        for key, value in added.items():
             file.write(_text(key) + struct.pack("<II", UINT32, value))
         offset = 0
-        for tensor in model.tensors.values():
+        for tensor in tensors:
             sizes = tuple(reversed(tensor.shape))
             shape = struct.pack(f"<I{len(sizes)}Q", len(sizes), *sizes)
             file.write(_text(tensor.name) + shape + struct.pack("<IQ", tensor.kind, offset))
             offset += _aligned(tensor.nbytes, alignment)
-        for tensor in model.tensors.values():
+        for tensor in tensors:
             file.write(bytes(-file.tell() % alignment))
             with tensor.part.open("rb") as source:
                 source.seek(tensor.start)

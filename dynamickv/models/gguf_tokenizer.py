@@ -1,7 +1,8 @@
 """The tokenizer of a GGUF file, split as the file says that its vocabulary was learned.
 
 Byte-level BPE is built here: transformers knows few names of `tokenizer.ggml.pre`, reads the others
-as GPT-2's without a word, and takes minutes for a large vocabulary. Other kinds are transformers'.
+as GPT-2's without a word, and takes minutes for a large vocabulary. Other kinds are transformers',
+but for the space that SentencePiece puts before a text.
 The names and their rules are llama.cpp's (src/llama-vocab.cpp); where its pattern only approximates
 the original tokenizer's, the original's stands here.
 """
@@ -9,7 +10,9 @@ the original tokenizer's, the original's stands here.
 from __future__ import annotations
 
 import logging
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
@@ -17,7 +20,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dynamickv.models.faults import UnusableModelError
-from dynamickv.models.gguf import Gguf
+from dynamickv.models.gguf import Gguf, write_header
 
 log = logging.getLogger(__name__)
 
@@ -97,13 +100,37 @@ def load_tokenizer(model: Gguf) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: if the file names a way of splitting text that is not known here.
     """
-    if model.metadata.get("tokenizer.ggml.model") == "gpt2":
+    kind = model.metadata.get("tokenizer.ggml.model")
+    if kind == "gpt2":
         return _byte_level(model)
-    # The class alone reads the tokenizer; AutoTokenizer reads the configuration too, for a minute.
-    ready: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(
-        model.parts[0].parent, gguf_file=model.name
-    )
+    with tempfile.TemporaryDirectory(prefix="dynamickv-") as folder:
+        # Alone in a folder: transformers would rather take a tokenizer.json that lies beside it.
+        write_header(model, Path(folder) / "header.gguf")
+        # By its class: AutoTokenizer reads the configuration too, which takes a minute.
+        ready: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(
+            folder, gguf_file="header.gguf"
+        )
+    if kind == "llama" and not model.architecture.startswith("gemma"):
+        _as_sentencepiece(
+            ready.backend_tokenizer, model.metadata.get("tokenizer.ggml.add_space_prefix", True)
+        )
     return ready
+
+
+def _as_sentencepiece(tokenizer: Tokenizer, prefix: bool) -> None:
+    """Mark spaces and the start of a text, also after markup, as SentencePiece and llama.cpp do."""
+    tokenizer.normalizer = normalizers.Sequence(
+        [*([normalizers.Prepend("▁")] if prefix else []), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.pre_tokenizer = None
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            *([decoders.Strip(" ", 1, 0)] if prefix else []),
+        ]
+    )
 
 
 def _byte_level(model: Gguf) -> PreTrainedTokenizerFast:

@@ -100,7 +100,7 @@ def load_model(
     to_place = device_map is None and not packed and packing is None
     layers = device_map if device_map is not None or to_place else {"": place}
     with _explained(name):
-        tokenizer = _read_tokenizer(source, config, pinned)
+        tokenizer = _read_tokenizer(source, config, pinned, converted=gguf is not None)
         model = _read_weights(source, config, number_format, backend, layers, packing, pinned)
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
@@ -180,8 +180,14 @@ def _read_config(source: Path | str, revision: str | None) -> Any:
 
 
 def _read_tokenizer(
-    source: Path | str, config: Any, revision: str | None
+    source: Path | str, config: Any, revision: str | None, *, converted: bool
 ) -> PreTrainedTokenizerBase:
+    if converted:
+        # AutoTokenizer would put the rules of the model's family in the place of the file's own.
+        from transformers import PreTrainedTokenizerFast
+
+        own: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(source)
+        return own
     if config.model_type == "internlm2":
         from dynamickv.models.internlm2 import load_tokenizer
 
