@@ -89,7 +89,8 @@ def compare_stream(
         max_new_tokens: longest answer in tokens.
         question_aware: False compresses right after the document and then feeds the question to
             the compressed caches, so that nothing is kept for the question's sake.
-        truncate: cut the middle out of a document that is too long instead of refusing it.
+        truncate: cut the middle out of a document that is too long instead of refusing it, with
+            room left for the answer.
         scores: record every scored method's importance per layer and position.
         earlier: runs of this `prefill` that are done; the record holds them before the new ones,
             and a FullKV among them is what the new ones are compared with.
@@ -115,6 +116,7 @@ def compare_stream(
                     question,
                     question_aware=question_aware,
                     truncate=truncate,
+                    answer_tokens=max_new_tokens,
                     **recording_for(methods),
                     on_layer=on_layer,
                 ),

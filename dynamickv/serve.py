@@ -318,6 +318,13 @@ def compress(model: PreTrainedModel, method: CompressionMethod) -> Iterator[Comp
         raise ValueError(f"{method!r} is not a method; give one such as DynamicKV(capacity=512)")
     cache = CompressedCache(method, model.config)
     require_choosable(cache._geometry, method.parameters)
+    other = getattr(model.generation_config, "cache_implementation", None)
+    if other is not None:
+        raise ValueError(
+            f"generation_config.json of {model.name_or_path or 'this model'} asks for a {other} "
+            "cache (cache_implementation), and generate takes none beside it; "
+            "set model.generation_config.cache_implementation = None"
+        )
 
     prompt_logits: list[Tensor] = []
 

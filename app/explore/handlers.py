@@ -480,9 +480,12 @@ class Handlers:
                 "tone": "loud",
                 "tokens": size.prompt,
             }
+        # The last token of an answer is never read.
+        room = size.limit - size.prompt + 1
+        rest = f", so answers end after {room}" if room < inputs.MAX_NEW_TOKENS else ""
         return {
             "value": vm.count(size.prompt, "token"),
-            "note": f"in the prompt; the model reads {size.limit:,}",
+            "note": f"in the prompt; the model reads {size.limit:,}{rest}",
             "tokens": size.prompt,
         }
 

@@ -35,6 +35,7 @@ def prefill(
     *,
     question_aware: bool | None = None,
     truncate: bool = False,
+    answer_tokens: int = 0,
     chat_template: bool = True,
     tail: int = TAIL,
     mass: bool = False,
@@ -47,6 +48,7 @@ def prefill(
         question_aware: False stops after the document, so that compression does not see the
             question, which is fed to the compressed caches later. By default True with a question.
         truncate: cut the middle out of a document that is too long instead of refusing it.
+        answer_tokens: how long answers may become, for which a cut leaves room.
         chat_template: False feeds plain text.
         tail: last queries to keep per layer, the widest `window_size` allowed later.
         mass: also record the attention every position receives from all queries, which H2O needs
@@ -61,6 +63,7 @@ def prefill(
         document,
         "?" if question is None else question,
         limit=llm.geometry.max_positions,
+        answer_tokens=answer_tokens,
         truncate=truncate,
         chat_template=chat_template,
     )
