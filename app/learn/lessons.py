@@ -20,9 +20,12 @@ import numpy as np
 
 import dynamickv as dkv
 from app.examples import ASSETS
-from app.explore import view_model as vm
+from app.record.cards import cards, partings
+from app.record.payload import trace_payload
+from app.record.words import source_label
 from app.views import VIEWS
 from app.views.questions import render_questions
+from app.wording import count, mebibytes, percent
 from dynamickv.record.trace import Run, Trace
 
 log = logging.getLogger(__name__)
@@ -99,8 +102,8 @@ def lesson_payload(lesson: Lesson) -> dict[str, Any]:
         "example": lesson.example,
         "trace": shown_trace(trace, lesson.example),
         "film": VIEWS["budgets"].render(shown).to_json(),
-        "cards": vm.cards(trace),
-        "partings": vm.partings(trace),
+        "cards": cards(trace),
+        "partings": partings(trace),
         "scores": lesson.behind["log_scores"],
         "attention": lesson.behind["attention"],
         "spans": lesson.spans,
@@ -114,7 +117,7 @@ def lesson_payload(lesson: Lesson) -> dict[str, Any]:
 
 def shown_trace(trace: Trace, example: str) -> dict[str, Any]:
     """A record as the explorer's views read it."""
-    return vm.trace_payload(trace, vm.source_label("recorded", trace.created), example=example)
+    return trace_payload(trace, source_label("recorded", trace.created), example=example)
 
 
 def pair_payload(assets: Path = ASSETS) -> dict[str, Any] | None:
@@ -154,7 +157,7 @@ def pair_numbers(first: Trace, second: Trace) -> dict[str, str]:
     )
     both, either = int((one & other).sum()), int((one | other).sum())
     return {
-        "both": vm.percent(both / either),
+        "both": percent(both / either),
         "moved": f"{moved // 2:,}",
         "total": f"{sum(first.run('DynamicKV').budgets):,}",
     }
@@ -205,10 +208,10 @@ def told_numbers(lesson: Lesson) -> dict[str, str]:
         "kv_heads": f"{trace.model.num_kv_heads}",
         "query_heads": f"{trace.model.num_query_heads}",
         "head_dim": f"{trace.model.head_dim}",
-        "full": vm.mebibytes(full.kv_bytes),
+        "full": mebibytes(full.kv_bytes),
         "per_token": f"{full.kv_bytes / length / 1024:.1f} KiB",
-        "kept_bytes": vm.mebibytes(ours.kv_bytes),
-        "kept": vm.percent(ours.kept_fraction),
+        "kept_bytes": mebibytes(ours.kv_bytes),
+        "kept": percent(ours.kept_fraction),
         "capacity": f"{method.capacity:,}",
         "window": f"{method.window_size}",
         "mean_budget": f"{method.mean_budget:,}",
@@ -223,20 +226,20 @@ def told_numbers(lesson: Lesson) -> dict[str, str]:
         "least_layer": f"{least}",
         "first_layer_then": f"{steps[0]['budgets'][0]:,}",
         "first_layer_now": f"{steps[-1]['budgets'][0]:,}",
-        "to_first": vm.percent(float(first)),
-        "to_window": vm.percent(float(window)),
-        "to_tenth": vm.percent(float(tenth)),
-        "to_others": vm.percent(float(1 - first - window - tenth)),
-        "evidence_tokens": vm.count(sum(b - a + 1 for a, b in lesson.spans), "token"),
+        "to_first": percent(float(first)),
+        "to_window": percent(float(window)),
+        "to_tenth": percent(float(tenth)),
+        "to_others": percent(float(1 - first - window - tenth)),
+        "evidence_tokens": count(sum(b - a + 1 for a, b in lesson.spans), "token"),
     }
     for run in trace.runs:
         key = run.method.lower()
         kept = survival(run, trace, lesson.spans)
         numbers |= {
             f"answer_{key}": run.answer,
-            f"kept_{key}": vm.percent(run.kept_fraction),
+            f"kept_{key}": percent(run.kept_fraction),
             f"survives_{key}": f"{sum(share > 0 for share in kept)}",
-            f"evidence_{key}": vm.percent(sum(kept) / len(kept)),
+            f"evidence_{key}": percent(sum(kept) / len(kept)),
             f"parts_{key}": parting(run),
         }
     return numbers
