@@ -113,11 +113,11 @@ def method_settings() -> dict[str, list[str]]:
 
 def form_defaults() -> dict[str, Any]:
     """What the form shows before anyone touches it: DynamicKV's defaults, and of a setting that
-    DynamicKV has not, those of the first method that has it.
+    DynamicKV has not, that of the first offered method that has it.
     """
     found = defaults(dkv.DynamicKV)
-    for method in dkv.METHODS.values():
-        own = defaults(method)
+    for method in offered_methods():
+        own = defaults(dkv.METHODS[method])
         found |= {name: own[name] for name in SETTINGS if name in own and name not in found}
     return found
 

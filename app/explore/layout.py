@@ -25,6 +25,7 @@ from app.inputs import DEFAULT_METHODS, DEFAULT_NEW_TOKENS, MAX_NEW_TOKENS
 from app.serving.events import IN_TURNS, LIGHT, PRIVATE
 from app.serving.model_host import ModelHost
 from app.serving.shown import Shown
+from app.serving.status import idle
 from app.settings import (
     ADVANCED,
     CAPACITIES,
@@ -34,7 +35,6 @@ from app.settings import (
     offered_methods,
     what_if_form,
 )
-from app.status import idle
 from app.views import VIEWS
 
 from .handlers import ExploreHandlers, FormHandlers

@@ -11,7 +11,7 @@ import dynamickv as dkv
 from app.record.cards import card_frame, decode_row
 from app.record.words import compressed_words, finish_words
 from app.serving.speed import Estimate
-from app.status import reading, running
+from app.serving.status import reading, running
 from app.wording import count, mebibytes, percent, seconds
 
 PREFILL_SHARE = 0.6

@@ -23,10 +23,10 @@ from app.inputs import MAX_NEW_TOKENS, build_request, whole_number
 from app.serving.comparisons import CHARACTERS_PER_TOKEN
 from app.serving.events import WAIT, address, busy_buttons, handlers, idle_buttons, session
 from app.serving.speed import Speed
+from app.serving.status import idle, running, told, waiting
 from app.serving.stops import Stops
 from app.serving.turns import Turns
 from app.serving.zero_gpu import is_zero_gpu
-from app.status import idle, running, told, waiting
 from app.uploads import MAX_EXAMPLES, read_examples_upload
 from app.wording import seconds
 

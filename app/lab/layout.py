@@ -10,8 +10,8 @@ import gradio as gr
 import dynamickv as dkv
 from app.components import LabPanel, LabStatus
 from app.serving.events import LIGHT, PRIVATE
+from app.serving.status import idle
 from app.settings import DEFAULT_CAPACITY, offered_methods
-from app.status import idle
 from app.uploads import MAX_EXAMPLE_BYTES, MAX_EXAMPLES
 
 from .handlers import FILE_NAME, LabHandlers

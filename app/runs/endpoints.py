@@ -23,9 +23,9 @@ from app.inputs import (
 from app.serving.comparisons import Comparisons, log_run
 from app.serving.events import IN_TURNS, WAIT, address, handlers, session
 from app.serving.model_host import PromptSize
+from app.serving.status import TOLD
 from app.serving.turns import Ticket, Turns
 from app.settings import DEFAULT_CAPACITY
-from app.status import TOLD
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 LIGHT: dict[str, Any] = {"concurrency_limit": None}

@@ -13,9 +13,9 @@ from app.inputs import DEFAULT_METHODS, DEFAULT_NEW_TOKENS, build_request
 from app.serving.events import handlers, placed, seen_at
 from app.serving.shelf import Shelf
 from app.serving.shown import Shown
+from app.serving.status import idle, sentence_of
 from app.settings import DEFAULT_CAPACITY
 from app.snippets import snippets
-from app.status import idle, sentence_of
 from app.uploads import read_run_upload
 
 OPENED = ("tabs", "cards", "store", "note", *FIELDS, "example", "status")

@@ -11,10 +11,10 @@ from typing import Protocol
 import dynamickv as dkv
 from app.examples import Example
 from app.inputs import Request
-from app.status import cancelled
 
 from .model_host import PromptSize
 from .speed import Estimate, Speed
+from .status import cancelled
 from .zero_gpu import estimate, is_zero_gpu, on_gpu
 
 log = logging.getLogger(__name__)

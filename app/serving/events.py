@@ -9,9 +9,8 @@ from typing import Any
 
 import gradio as gr
 
-from app.status import sentence_of
-
 from .sealed import sealed
+from .status import sentence_of
 
 WAIT = 0.5
 """Seconds between two looks at the queue: how soon a closed tab gives up its place."""

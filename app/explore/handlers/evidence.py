@@ -6,7 +6,7 @@ from typing import Any
 
 from app.explore.predictions import Predictions
 from app.serving.events import handlers
-from app.status import sentence_of
+from app.serving.status import sentence_of
 
 
 @handlers

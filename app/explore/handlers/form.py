@@ -15,7 +15,7 @@ from app.form import FIELDS, form_of
 from app.serving.events import handlers, page_error, placed
 from app.serving.model_host import PromptSize
 from app.serving.shown import Shown
-from app.status import idle
+from app.serving.status import idle
 from app.uploads import read_text_upload
 
 PICKED = ("cards", "store", "status", *FIELDS)

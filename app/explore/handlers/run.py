@@ -26,9 +26,9 @@ from app.serving.events import (
 )
 from app.serving.shelf import Shelf
 from app.serving.shown import Shown
+from app.serving.status import ended, failed, idle, running, told, waiting
 from app.serving.stops import Stops
 from app.serving.turns import Turns
-from app.status import ended, failed, idle, running, told, waiting
 
 RESTORE = {"restore": True}
 """Tells the answer cards to show their last finished comparison again."""

@@ -21,8 +21,8 @@ from app.record.words import document_of, run_names
 from app.serving.events import busy_buttons, handlers, idle_buttons
 from app.serving.shelf import Shelf
 from app.serving.shown import Shown
+from app.serving.status import ended, idle, reading, running, sentence_of
 from app.serving.zero_gpu import is_zero_gpu
-from app.status import ended, idle, reading, running, sentence_of
 from app.wording import seconds
 
 from .run import Shows, follow

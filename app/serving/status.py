@@ -8,8 +8,9 @@ import time
 from typing import Any
 
 import dynamickv as dkv
-from app.serving.turns import Place
 from app.wording import count, seconds
+
+from .turns import Place
 
 log = logging.getLogger(__name__)
 Status = dict[str, Any]
