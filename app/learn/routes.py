@@ -15,7 +15,8 @@ from starlette.routing import Route
 from app.components import dumps
 
 from .geometry import describe_models
-from .lessons import Lesson, lesson_payload, load_lessons, pair_payload
+from .lessons import Lesson, load_lessons
+from .view_model import lesson_payload, pair_payload
 
 
 def lesson_routes() -> list[Route]:
