@@ -111,7 +111,7 @@ class LabHandlers:
             llm = self._models.get(model)
             experiment = lab.needle.NeedleExperiment(llm, grid)
             yield from self._measure(
-                llm, experiment, chosen, stop, guess, "cell",
+                llm, experiment, chosen, stop, guess, "cells",
                 lambda rows, source: needle_panel(lab.summary.needle_summary(rows), source),
                 self._kept("needle", experiment.settings),
             )  # fmt: skip
@@ -141,7 +141,7 @@ class LabHandlers:
             # The journal would hold answers about somebody's text: it goes when this ends.
             with tempfile.TemporaryDirectory(prefix="dynamickv-") as folder:
                 yield from self._measure(
-                    llm, experiment, chosen, stop, "", "capacity",
+                    llm, experiment, chosen, stop, "", "capacities",
                     lambda rows, source: sweep_panel(lab.sweep.sweep_summary(rows), source),
                     lab.Journal(Path(folder) / "sweep.jsonl"),
                 )  # fmt: skip
@@ -164,7 +164,7 @@ class LabHandlers:
             characters = sum(map(experiment.size, experiment.units()))
             guess = self._guess(round(characters / CHARACTERS_PER_TOKEN), 0, 0)
             yield from self._measure(
-                llm, experiment, chosen, stop, guess, "question",
+                llm, experiment, chosen, stop, guess, "questions",
                 lambda rows, source: tasks_panel(
                     [lab.tasks.tasks_summary(rows, chosen[0].name)], source
                 ),
@@ -207,7 +207,7 @@ class LabHandlers:
             # The journal would hold answers about somebody's text: it goes when this ends.
             with tempfile.TemporaryDirectory(prefix="dynamickv-") as folder:
                 yield from self._measure(
-                    llm, experiment, chosen, stop, guess, "example",
+                    llm, experiment, chosen, stop, guess, "examples",
                     lambda rows, source: longbench_panel(
                         lab.summary.longbench_summary(rows), source
                     ),
@@ -226,7 +226,7 @@ class LabHandlers:
         methods: Sequence[dkv.CompressionMethod],
         stop: threading.Event,
         guess: str,
-        noun: str,
+        nouns: str,
         build: Build,
         journal: lab.Journal,
     ) -> Iterator[Outputs]:
@@ -237,7 +237,7 @@ class LabHandlers:
                 guess if step.seconds_left is None else f"about {seconds(step.seconds_left)} left"
             )
             status = running(
-                f"Measured {step.done} of {step.total} {noun}s"
+                f"Measured {step.done} of {step.total} {nouns}"
                 if step.total
                 else "All is measured",
                 step.done / max(step.total, 1),
