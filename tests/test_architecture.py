@@ -173,6 +173,34 @@ def assembled_templates(source: Source) -> Iterator[tuple[int, str]]:
             yield keyword.value.lineno, "html_template put together from parts"
 
 
+# The page's house, from the front door down: a room imports only from floors below its own, so no
+# tab knows another.
+PAGE_FLOORS = (
+    ("page",),
+    ("launch",),
+    ("explore", "lab", "learn", "runs"),
+    ("serving", "components", "form", "uploads", "snippets"),
+    ("views", "examples", "inputs"),
+    ("record", "settings"),
+    ("theme", "wording"),
+)
+
+
+def page_floor(room: str) -> int:
+    """Which floor a file or folder of app/ is on; 0 is the highest."""
+    return next(n for n, rooms in enumerate(PAGE_FLOORS) if room in rooms)
+
+
+def page_imports_upwards(source: Source) -> Iterator[tuple[int, str]]:
+    """Imports of another room of the page that is not below this one."""
+    room = PurePosixPath(source.path).parts[1].removesuffix(".py")
+    for line, name in source.imports:
+        family, _, rest = name.partition(".")
+        other = rest.partition(".")[0]
+        if family == "app" and other != room and page_floor(other) <= page_floor(room):
+            yield line, f"{room} imports {name}"
+
+
 PLACEHOLDER = re.compile(r"\{\{|\$\{")
 CDN = re.compile(
     r"""(?x)
@@ -308,7 +336,7 @@ RULES = (
             "import dynamickv.cache",
             "import torch",
         ),
-        good=("import dynamickv as dkv", "from dynamickv.trace import Trace"),
+        good=("import dynamickv as dkv", "from dynamickv.record.trace import Trace"),
     ),
     Rule(
         name="only views import plotly",
@@ -319,40 +347,76 @@ RULES = (
         good=("from app.views import VIEWS",),
     ),
     Rule(
-        name="only layout, handlers and components import gradio",
+        name="the page's imports run downwards, and no tab knows another",
+        finder=page_imports_upwards,
+        scope=("app/**/*.py",),
+        exempt=("app/__init__.py",),
+        bad=(
+            "from app.lab.view_model import recorded",
+            "from ..runs.handlers import RunsHandlers",
+            "from app import page",
+            "def f():\n    from app.launch import launch_options",
+        ),
+        good=(
+            "from .view_model import counted",
+            "from app.serving.turns import Turns",
+            "from app import inputs",
+            "from app.wording import count",
+        ),
+        example_path="app/explore/example.py",
+    ),
+    Rule(
+        name="only layouts, handlers, endpoints and components import gradio",
         finder=forbids("gradio"),
         scope=("app/**/*.py",),
         exempt=(
             "app/page.py",
-            "app/*/handlers.py",
             "app/*/layout.py",
+            "app/*/handlers.py",
+            "app/*/handlers/*.py",
+            "app/runs/endpoints.py",
+            "app/serving/events.py",
             "app/components/**/*.py",
         ),
         bad=("import gradio as gr", "from gradio import themes"),
         good=("import gradient",),
     ),
     Rule(
-        name="views know only the view model, the theme and the run record",
+        name="views know only a record's words, numbers as words, and the theme",
         finder=both(
-            allows("app", "app.views", "app.explore.view_model", "app.theme"),
+            allows("app", "app.views", "app.record.words", "app.theme", "app.wording"),
             allows("dynamickv", "dynamickv.record.trace"),
         ),
         scope=("app/views/**/*.py",),
-        bad=("from ..handlers import Handlers", "import dynamickv as dkv", "import app.layout"),
-        good=("from ..view_model import count", "from .base import View", "import plotly"),
+        bad=(
+            "from app.explore.handlers import FormHandlers",
+            "from app.record.cards import cards",
+            "import dynamickv as dkv",
+            "import app.page",
+        ),
+        good=(
+            "from app.record.words import run_names",
+            "from app.wording import count",
+            "from .base import View",
+            "import plotly",
+        ),
         example_path="app/views/example.py",
     ),
     Rule(
-        name="the view model knows only the theme and the run record",
+        name="what a record says needs only the theme and the run record",
         finder=both(
-            allows("app", "app.theme"),
+            allows("app", "app.record", "app.theme", "app.wording"),
             allows("dynamickv", "dynamickv.record.trace"),
             forbids("gradio", "plotly"),
         ),
-        scope=("app/explore/view_model.py",),
-        bad=("from .handlers import Handlers", "import dynamickv", "import plotly"),
-        good=("from dynamickv.trace import Trace", "from .theme import method_style"),
-        example_path="app/explore/view_model.py",
+        scope=("app/record/**/*.py",),
+        bad=("from app.serving.shelf import Shelf", "import dynamickv", "import plotly"),
+        good=(
+            "from dynamickv.record.trace import Trace",
+            "from app.theme import method_style",
+            "from .words import run_names",
+        ),
+        example_path="app/record/example.py",
     ),
     Rule(
         name="no global statement",
@@ -547,3 +611,10 @@ def test_the_drawing_in_the_docs_is_what_the_engine_imports() -> None:
         "docs/extending.md shows other imports than dynamickv/ has; "
         "`python -m tests.drawing --write` puts the measured ones there"
     )
+
+
+def test_every_room_of_the_page_has_a_floor() -> None:
+    page = ROOT / "app"
+    rooms = {path.parent.name for path in page.glob("*/*.py")}
+    rooms |= {path.stem for path in page.glob("*.py")} - {"__init__"}
+    assert sorted(room for floor in PAGE_FLOORS for room in floor) == sorted(rooms)
