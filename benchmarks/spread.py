@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 import dynamickv as dkv
@@ -100,14 +100,9 @@ def lose_one(name: str, arguments: list[str], output: Path, processes: int) -> i
         if launcher.poll() is not None:
             raise SystemExit("the launched processes ended before one could be killed")
         time.sleep(0.05)
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            environment = (process / "environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        mine = f"/proc/{launcher.pid}" != str(process) and f"RANK={processes - 1}".encode()
-        if mine in environment and b"WORLD_SIZE=%d" % processes in environment:
-            os.kill(int(process.name), 9)
+    for process in psutil.Process(launcher.pid).children(recursive=True):
+        if process.environ().get("RANK") == str(processes - 1):
+            process.kill()
     if launcher.wait() == 0:
         raise SystemExit("nobody noticed that a process was killed")
     return len(found(name, output))
