@@ -24,6 +24,7 @@ from typing import Any
 
 import dynamickv as dkv
 from benchmarks.readme import PAGE, put
+from benchmarks.report import markdown
 
 ROOT = Path(__file__).parent.parent
 EVIDENCE = ROOT / "assets" / "evidence"
@@ -61,7 +62,7 @@ def _needle(summary: list[dict[str, Any]]) -> str:
     trials = max(row["trials"] for row in summary)
     said = " ".join(tables.standing(summary, "exact"))
     return (
-        f"{_markdown(tables.needle_paper_lines(summary))}\n\n"
+        f"{markdown(tables.needle_paper_lines(summary))}\n\n"
         f"{trials} trials in {len(cells)} cells, prompts of {', '.join(f'{n:,}' for n in lengths)} "
         f"tokens. Wilson's 95 % intervals in per cent: {_intervals(summary, 0)}. {said}"
     )
@@ -72,7 +73,7 @@ def _longbench(summary: list[dict[str, Any]]) -> str:
     measured = ", ".join(f"{name} ({number} examples)" for name, number in tasks.items())
     said = " ".join(tables.standing(summary, "average"))
     return (
-        f"{_markdown(tables.longbench_paper_lines(summary))}\n\n"
+        f"{markdown(tables.longbench_paper_lines(summary))}\n\n"
         f"Here: {measured}. 95 % intervals by bootstrap over examples: "
         f"{_intervals(summary, 1)}. {said}"
     )
@@ -90,11 +91,6 @@ def _intervals(summary: list[dict[str, Any]], digits: int) -> str:
 
 def _tasks(summary: list[dict[str, Any]]) -> str:
     return "\n".join(f"- {sentence}" for sentence in tables.tasks_sentences(summary[0]))
-
-
-def _markdown(lines: list[list[str]]) -> str:
-    rows = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
 
 
 def main() -> None:
