@@ -62,7 +62,8 @@ def load_model(
         name: "smollm2-135m" (the embedded default), "organisation/model" on the hub, a folder with
             safetensors, or a file. device: "auto" (cuda, then mps, then cpu) or a torch device.
             dtype: "auto" (float32 on cpu, bfloat16 elsewhere), "float32", "bfloat16" or "float16".
-            attention: "auto" or a transformers attention backend such as "sdpa" or "eager".
+            attention: "auto" ("sdpa", or "eager" where that cannot compute a model's attention) or
+            a transformers attention backend such as "sdpa" or "eager".
         device_map: instead of `device`, spread the layers over several devices and the disk:
             "auto" or {module: device}, as transformers takes it. Each layer's cache lies where its
             layer works.
@@ -82,7 +83,6 @@ def load_model(
     place = _choose_device(device)
     number_format = _choose_dtype(dtype, place)
     packing = _choose_quantization(quantization, number_format)
-    backend = "sdpa" if attention == "auto" else attention
     source, pinned, gguf = resolve(name, revision)
     origin = None
     if gguf is not None:
@@ -90,9 +90,12 @@ def load_model(
     with _explained(name):
         _require_no_adapter(source, pinned, name)
         config = _read_config(source, pinned)
-        _require_tokenizer(source, pinned, name)
+    if not getattr(config, "is_encoder_decoder", False):
+        _require_language_model(config, name)
     require_compressible(config)
-    _require_language_model(config, name)
+    with _explained(name):
+        _require_tokenizer(source, pinned, name)
+    backend = _choose_attention(config) if attention == "auto" else attention
     packed = getattr(config, "quantization_config", None) is not None
     if packed and packing is not None:
         raise ValueError(f"{name} is quantized already; load it without quantization")
@@ -274,6 +277,16 @@ def _choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, got {dtype!r}")
     return DTYPES[dtype]
+
+
+def _choose_attention(config: Any) -> str:
+    """The backend for a model: sdpa computes neither bounded logits nor learned sinks."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    bounded = getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None)
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    able = not known or MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa
+    return "eager" if bounded is not None or not able else "sdpa"
 
 
 def _choose_quantization(quantization: str | None, dtype: torch.dtype) -> Any:
