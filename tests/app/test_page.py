@@ -20,7 +20,7 @@ from app.explore import view_model as vm
 from app.explore.handlers import FORM_LENGTH, OWN_TEXT, Handlers, seen_at, sentence_of, tokens_of
 from app.page import build_app, launch_options
 from app.runs.method_cards import method_cards
-from app.serving.model_host import ModelHost
+from app.serving.model_host import ModelHost, PromptSize
 from app.snippets import snippets
 from app.views import VIEWS, View
 from app.views.base import Figure, blank_figure
@@ -164,6 +164,19 @@ def test_counts_are_honest_before_the_model_is_there(host: ModelHost) -> None:
     counted = Handlers(host, {}).count("word " * 420, "Who?", host.default)
     assert counted["value"] == "about 500 tokens"
     assert counted["tokens"] == 500
+
+
+@pytest.mark.parametrize(
+    ("prompt", "end"),
+    [(8100, "the model reads 8,192, so answers end after 93"), (4000, "the model reads 8,192")],
+)
+def test_the_count_says_when_little_room_is_left_for_answers(
+    host: ModelHost, monkeypatch: pytest.MonkeyPatch, prompt: int, end: str
+) -> None:
+    size = PromptSize(prompt=prompt, document=prompt - 40, question=9, limit=8192)
+    monkeypatch.setattr(host, "measure", lambda *_: size)
+    counted = Handlers(host, {}).count("A long text", "Who?", host.default)
+    assert counted["note"].endswith(end)
 
 
 @pytest.mark.parametrize("value", [None, "", "[]", '{"tokens": -1}', '{"tokens": "x"}', "<script>"])
