@@ -90,7 +90,6 @@ def load_model(
     with _explained(name):
         _require_no_adapter(source, pinned, name)
         config = _read_config(source, pinned)
-        _require_tokenizer(source, pinned, name)
     require_compressible(config)
     _require_language_model(config, name)
     packed = getattr(config, "quantization_config", None) is not None
@@ -100,6 +99,7 @@ def load_model(
     to_place = device_map is None and not packed and packing is None
     layers = device_map if device_map is not None or to_place else {"": place}
     with _explained(name):
+        _require_tokenizer(source, pinned, name)
         tokenizer = _read_tokenizer(source, config, pinned, converted=gguf is not None)
         model = _read_weights(source, config, number_format, backend, layers, packing, pinned)
     if not getattr(tokenizer, "is_fast", False):
@@ -130,8 +130,8 @@ def _require_tokenizer(source: Path | str, revision: str | None, name: str) -> N
     # transformers makes an empty one up for many models.
     if not any(_file(source, revision, each) for each in TOKENIZER_FILES):
         raise UnusableModelError(
-            f"{name} holds no tokenizer (tokenizer.json or tokenizer.model); put the tokenizer "
-            "files of the model that it was made from beside its weights"
+            f"{name} cannot be read as a language model: it holds no tokenizer (tokenizer.json or "
+            "tokenizer.model); put those of the model that it was made from beside its weights"
         )
 
 
