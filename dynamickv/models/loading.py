@@ -103,6 +103,7 @@ def load_model(
     to_place = device_map is None and not packed and packing is None
     layers = device_map if device_map is not None or to_place else {"": place}
     with _explained(name):
+        _require_tokenizer(source, pinned, name)
         tokenizer = _read_tokenizer(source, config, pinned, converted=gguf is not None)
         model = _read_weights(source, config, number_format, backend, layers, packing, pinned)
     if not getattr(tokenizer, "is_fast", False):
@@ -133,8 +134,8 @@ def _require_tokenizer(source: Path | str, revision: str | None, name: str) -> N
     # transformers makes an empty one up for many models.
     if not any(_file(source, revision, each) for each in TOKENIZER_FILES):
         raise UnusableModelError(
-            f"{name} holds no tokenizer (tokenizer.json or tokenizer.model); put the tokenizer "
-            "files of the model that it was made from beside its weights"
+            f"{name} cannot be read as a language model: it holds no tokenizer (tokenizer.json or "
+            "tokenizer.model); put those of the model that it was made from beside its weights"
         )
 
 
@@ -284,8 +285,8 @@ def _choose_attention(config: Any) -> str:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     bounded = getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None)
-    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-    able = not known or MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    able = getattr(kind, "_supports_sdpa", True)
     return "eager" if bounded is not None or not able else "sdpa"
 
 
