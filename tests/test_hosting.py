@@ -154,9 +154,9 @@ def test_what_is_pinned_for_every_python_runs_on_the_oldest() -> None:
     needs = {
         r.name: metadata(r.name).get("Requires-Python") or ""
         for r in requirements()
-        if r.marker is None
+        if r.marker is None and "==" in str(r.specifier)
     }
-    assert {"gradio", "accelerate", "torch"} <= set(needs)
+    assert {"gradio", "accelerate"} <= set(needs)
     assert [name for name, wanted in needs.items() if "3.10.13" not in SpecifierSet(wanted)] == []
 
 
