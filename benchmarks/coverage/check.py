@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import traceback
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +30,9 @@ METHODS: dict[str, dkv.CompressionMethod] = {
     "SnapKV": dkv.SnapKV(capacity=CAPACITY, window_size=WINDOW, kernel_size=KERNEL),
     "DynamicKV": dkv.DynamicKV(capacity=CAPACITY, window_size=WINDOW, kernel_size=KERNEL),
 }
-"""What compresses; the first one's kept set is checked against the model's attention."""
+"""What compresses."""
+CHECKED = "SnapKV"
+"""Whose kept set is checked against the model's attention."""
 CACHES = {
     "DynamicLayer": "full",
     "DynamicSlidingWindowLayer": "sliding",
@@ -65,7 +68,7 @@ class Verdict:
     details: dict[str, Any] = field(default_factory=dict)
 
 
-def examine(name: str) -> Verdict:
+def examine(name: str, methods: Mapping[str, dkv.CompressionMethod] = METHODS) -> Verdict:
     """Build, run and judge one architecture; never raises for what the model or the engine does."""
     verdict = Verdict(name=name)
     try:
@@ -82,7 +85,7 @@ def examine(name: str) -> Verdict:
     problems: list[str] = []
     try:
         whole = _whole(name, ids, own, verdict.details, problems)
-        for label, method in METHODS.items():
+        for label, method in methods.items():
             _compressed(name, label, method, ids, whole, verdict.details, problems)
         if not problems:
             verdict.note = _compared(name, problems)
@@ -160,7 +163,7 @@ def _compressed(
     left = sorted(set(full_layers(same.reference.cache)) - set(kept))
     if left:
         problems.append(f"{label}: layers {left} attend to everything and were left whole")
-    if label == next(iter(METHODS)):
+    if label == CHECKED:
         details["overlap"] = overlaps = _overlaps(name, method)
         low = {place: share for place, share in overlaps.items() if not share >= OVERLAP}
         if low:
@@ -190,7 +193,7 @@ def _compared(name: str, problems: list[str]) -> str:
     """`compare` answers as `generate` does, whole and compressed; otherwise its refusal."""
     tokenizer = letters()
     model = tiny_model(name)
-    method = METHODS["SnapKV"]
+    method = METHODS[CHECKED]
     document, question = "The harbour was built in 1911 and painted green.", "When?"
     try:
         llm = dkv.LoadedModel.wrap(model, tokenizer, name, "tiny")
