@@ -1,49 +1,63 @@
-"""python -m benchmarks.coverage [--only NAMES] [--anew] [--kvpress PYTHON] -> docs/models.md"""
+"""Which decoders are served: every entry of transformers' causal-LM mapping in small.
+
+python -m benchmarks.coverage                        what the journal lacks; docs/models.md
+python -m benchmarks.coverage --anew                 everything
+python -m benchmarks.coverage --only qwen3_next      one architecture's checks in full, no files
+python -m benchmarks.coverage --kvpress PYTHON       kvpress's column too, in its environment
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
-from collections import Counter
+from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.coverage.families import APART, POPULAR
+from benchmarks.coverage import page
+from benchmarks.coverage.families import APART
 from benchmarks.coverage.pool import work
+from benchmarks.report import RESULTS, machine
+from dynamickv.version import engine_version
 
-RESULTS = Path("benchmarks/results")
-CLASSES = ("exact", "refused", "wrong", "error", "own", "unbuilt", "crash")
-"""What can come of an entry, best first."""
+JOURNAL = Path(__file__).parents[1] / "scratch" / "coverage.jsonl"
+RECORD = RESULTS / "coverage.json"
+PACKAGES = ("kvpress", "transformers", "torch")
 
 
 def main() -> None:
-    """Examine what was not examined yet, print the counts, write the page."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.coverage", description=__doc__)
-    parser.add_argument("--only", help="model types, by commas: print all details, write nothing")
-    parser.add_argument("--anew", action="store_true", help="forget earlier answers")
-    parser.add_argument("--results", type=Path, default=RESULTS / "coverage.jsonl")
+    """Examine, print the counts, write the record and the page."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.coverage",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--only", help="model types, by commas")
+    parser.add_argument("--anew", action="store_true", help="forget the journal")
+    parser.add_argument("--kvpress", metavar="PYTHON", help="a Python that has kvpress")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--journal", type=Path, default=JOURNAL)
     options = parser.parse_args()
     if options.only:
-        work(_command("worker"), options.only.split(","), _print_details, options.workers)
+        names = options.only.split(",")
+        work([sys.executable, *WORKER], names, print_details, options.workers)
         return
-    known = {} if options.anew else read(options.results)
-    if options.anew:
-        options.results.unlink(missing_ok=True)
-    names = [name for name in entries() if name not in known]
+    record = json.loads(RECORD.read_text("utf-8")) if RECORD.exists() else {}
+    record["machine"] = machine()
+    record["here"] = resumed(options.journal, options.anew, options.workers)
+    if options.kvpress:
+        record["peer"] = versions(options.kvpress)
+        record["kvpress"] = asked(options.kvpress, entries(), options.workers)
+    RECORD.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", "utf-8")
+    page.write(record)
+    print(page.summary(record["here"]))
 
-    def record(name: str, answer: dict[str, Any]) -> None:
-        answer = settled(name, answer)
-        known[name] = answer
-        with options.results.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(answer, sort_keys=True) + "\n")
-        print(
-            f"{len(known):3} {answer['verdict']:8} {name:24} {answer['reason'][:120]}", flush=True
-        )
 
-    work(_command("worker"), names, record, options.workers)
-    print(summary(known))
+WORKER = ("-m", "benchmarks.coverage.worker")
+KVPRESS_WORKER = ("-m", "benchmarks.coverage.kvpress_worker")
 
 
 def entries() -> list[str]:
@@ -53,55 +67,68 @@ def entries() -> list[str]:
     return [name for name in NAMES if name not in APART]
 
 
+def resumed(path: Path, anew: bool, workers: int) -> dict[str, dict[str, Any]]:
+    """Answers about all entries, those of an earlier run of the same versions read back."""
+    built = {"transformers": version("transformers"), "torch": version("torch"), **engine_version()}
+    lines = path.read_text("utf-8").splitlines() if path.exists() and not anew else []
+    answers: dict[str, dict[str, Any]] = {}
+    if lines and json.loads(lines[0]) == built:
+        answers = {answer["name"]: answer for answer in map(json.loads, lines[1:])}
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(built) + "\n", "utf-8")
+    missing = [name for name in entries() if name not in answers]
+
+    def keep(name: str, answer: dict[str, Any]) -> None:
+        answers[name] = answer = settled(name, answer)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(answer) + "\n")
+        reason = answer["reason"] or answer["note"]
+        print(f"{len(answers):3} {answer['verdict']:8} {name:24} {reason[:120]}", flush=True)
+
+    work([sys.executable, *WORKER], missing, keep, workers)
+    shown = ("verdict", "kinds", "reason", "note")
+    return {name: {key: answers[name][key] for key in shown} for name in sorted(answers)}
+
+
+def asked(python: str, names: Sequence[str], workers: int) -> dict[str, dict[str, Any]]:
+    """kvpress's answers."""
+    answers: dict[str, dict[str, Any]] = {}
+
+    def keep(name: str, answer: dict[str, Any]) -> None:
+        if "crash" in answer:
+            answer = {"verdict": "error", "reason": answer["crash"]}
+        answers[name] = {key: value for key, value in answer.items() if key != "name"}
+        print(f"kvpress {len(answers):3} {answer['verdict']:8} {name}", flush=True)
+
+    work([python, *KVPRESS_WORKER], names, keep, workers)
+    return dict(sorted(answers.items()))
+
+
+def versions(python: str) -> dict[str, str]:
+    """What another Python has installed of `PACKAGES`."""
+    code = (
+        "import json, importlib.metadata as m;"
+        f"print(json.dumps({{name: m.version(name) for name in {PACKAGES!r}}}))"
+    )
+    found = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True)
+    installed: dict[str, str] = json.loads(found.stdout)
+    return installed
+
+
 def settled(name: str, answer: dict[str, Any]) -> dict[str, Any]:
     """An answer in which a crash is a verdict like others."""
-    if "crash" in answer:
-        return {
-            "name": name,
-            "verdict": "crash",
-            "reason": answer["crash"],
-            "kinds": [],
-            "details": {},
-        }
-    return answer
+    if "crash" not in answer:
+        return answer
+    empty = {"name": name, "kinds": "", "note": "", "details": {}}
+    return {**empty, "verdict": "crash", "reason": answer["crash"]}
 
 
-def read(path: Path) -> dict[str, dict[str, Any]]:
-    """Earlier answers by name; the last one counts."""
-    if not path.exists():
-        return {}
-    lines = path.read_text("utf-8").splitlines()
-    return {answer["name"]: answer for answer in map(json.loads, lines)}
-
-
-def summary(answers: dict[str, dict[str, Any]]) -> str:
-    """Counts, and every entry that is not exact with its reason."""
-    counts = Counter(answer["verdict"] for answer in answers.values())
-    popular = Counter(answers[name]["verdict"] for name in POPULAR if name in answers)
-    lines = [
-        f"{len(answers)} decoders: " + ", ".join(f"{counts[c]} {c}" for c in CLASSES if counts[c]),
-        f"{len(POPULAR)} well known: "
-        + ", ".join(f"{popular[c]} {c}" for c in CLASSES if popular[c]),
-    ]
-    for verdict in CLASSES:
-        named = sorted(name for name, answer in answers.items() if answer["verdict"] == verdict)
-        lines += ["", f"{verdict}: {len(named)}"]
-        if verdict == "exact":
-            lines.append(" ".join(named))
-        else:
-            lines += [f"  {name}: {answers[name]['reason']}" for name in named]
-    return "\n".join(lines)
-
-
-def _command(module: str) -> list[str]:
-    return [sys.executable, "-m", f"benchmarks.coverage.{module}"]
-
-
-def _print_details(name: str, answer: dict[str, Any]) -> None:
-    print(json.dumps(settled(name, answer), indent=1))
-    trace = answer.get("details", {}).get("traceback")
-    if trace:
-        print(trace)
+def print_details(name: str, answer: dict[str, Any]) -> None:
+    """All that one examination found."""
+    answer = settled(name, answer)
+    trace = answer["details"].pop("traceback", "")
+    print(json.dumps(answer, indent=1) + ("\n" + trace if trace else ""), flush=True)
 
 
 if __name__ == "__main__":

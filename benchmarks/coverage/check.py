@@ -6,25 +6,47 @@ Runs the engine against the model's own `generate` and its own eager attention (
 from __future__ import annotations
 
 import traceback
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast
 
 import dynamickv as dkv
 from benchmarks.coverage.reference import Reference, TracingCache, use
 from benchmarks.coverage.tiny import tiny_model, tiny_prompt
+from dynamickv.models import Geometry
 
 PROMPT, NEW = 60, 8
+SEEDS = (1, 2, 3)
+"""Prompts over which kept sets are compared; the first one is also answered."""
 CAPACITY, WINDOW, KERNEL = 24, 4, 5
 METHODS: dict[str, dkv.CompressionMethod] = {
     "SnapKV": dkv.SnapKV(capacity=CAPACITY, window_size=WINDOW, kernel_size=KERNEL),
     "DynamicKV": dkv.DynamicKV(capacity=CAPACITY, window_size=WINDOW, kernel_size=KERNEL),
 }
-"""What compresses; the first one's kept set is checked against the model's attention."""
+"""What compresses."""
+CHECKED = "SnapKV"
+"""Whose kept set is checked against the model's attention."""
+CACHES = {
+    "DynamicLayer": "full",
+    "DynamicSlidingWindowLayer": "sliding",
+    "LinearAttentionLayer": "linear",
+    "LinearAttentionAndFullAttentionLayer": "hybrid",
+    "DynamicIndexedLayer": "indexed",
+}
+"""Layer kinds by the cache that transformers gives them, where its config does not say."""
+FEATURES = {
+    "kv_lora_rank": "latent",
+    "num_kv_shared_layers": "shared keys",
+    "attn_logit_softcapping": "capped",
+}
+"""What else attention does, by the config's field."""
 TOLERANCE, MASKED_TOLERANCE = 1e-5, 1e-4
 """Of logits, relative to the largest: against the model's own run, against its eager attention."""
 OVERLAP = 0.97
@@ -39,12 +61,14 @@ class Verdict:
     verdict: str = ""
     """exact, refused, wrong, error; or unbuilt, own: the model itself does not build or run."""
     reason: str = ""
-    kinds: list[str] = field(default_factory=list)
-    """Kinds of the layers' caches, in order, as transformers makes them."""
+    kinds: str = ""
+    """What its layers are, such as "2 linear, 2 full, latent"."""
+    note: str = ""
+    """What is restricted although it is exact."""
     details: dict[str, Any] = field(default_factory=dict)
 
 
-def examine(name: str) -> Verdict:
+def examine(name: str, methods: Mapping[str, dkv.CompressionMethod] = METHODS) -> Verdict:
     """Build, run and judge one architecture; never raises for what the model or the engine does."""
     verdict = Verdict(name=name)
     try:
@@ -56,13 +80,15 @@ def examine(name: str) -> Verdict:
         own = generate(model, ids)
     except Exception as error:
         return _ended(verdict, "own", last_line(error))
-    verdict.kinds = [type(layer).__name__ for layer in getattr(own.past_key_values, "layers", [])]
+    verdict.kinds = kinds_of(model, own.past_key_values)
     verdict.details["attention"] = model.config._attn_implementation
     problems: list[str] = []
     try:
         whole = _whole(name, ids, own, verdict.details, problems)
-        for label, method in METHODS.items():
+        for label, method in methods.items():
             _compressed(name, label, method, ids, whole, verdict.details, problems)
+        if not problems:
+            verdict.note = _compared(name, problems)
     except Exception as error:
         if refused(error):
             return _ended(verdict, "refused", str(error))
@@ -77,11 +103,10 @@ def generate(model: Any, ids: Tensor, **settings: Any) -> Any:
         return model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            max_new_tokens=NEW,
             do_sample=False,
             output_logits=True,
             return_dict_in_generate=True,
-            **settings,
+            **{"max_new_tokens": NEW, **settings},
         )
 
 
@@ -118,8 +143,10 @@ def _compressed(
     if held >= whole:
         problems.append(f"{label}: nothing was compressed")
         return
-    geometry = dkv.Geometry.of(model.config) if hasattr(dkv, "Geometry") else _geometry(model)
-    kept = dict(zip(geometry.compressed_layers, cache.retention().indices, strict=True))
+    kept = kept_positions(model, cache)
+    if kept is None:
+        problems.append(f"{label}: what is kept names other layers than are compressed")
+        return
     dropped = {place: _dropped(heads) for place, heads in kept.items()}
     same = reference_run(name, ids, ours.sequences, {})
     masked = reference_run(name, ids, ours.sequences, dropped)
@@ -129,23 +156,104 @@ def _compressed(
         return
     noise = distance(same.logits[:1], ours.logits[:1])
     difference = distance(masked.logits, ours.logits)
-    changed = distance(masked.logits, same.logits)
-    details[label] = {"masked": difference, "eager": noise, "without": changed}
+    without = distance(masked.logits, same.logits)
+    details[label] = {"masked": difference, "eager": noise, "without": without}
     if difference > max(MASKED_TOLERANCE, 4 * noise):
         problems.append(f"{label}: logits differ from attention over the kept by {difference:.1e}")
-    full = full_layers(same.reference.cache)
-    left = sorted(set(full) - set(kept))
+    left = sorted(set(full_layers(same.reference.cache)) - set(kept))
     if left:
         problems.append(f"{label}: layers {left} attend to everything and were left whole")
-    if label == next(iter(METHODS)):
-        overlaps = {place: overlap(masked.reference, place, heads) for place, heads in kept.items()}
-        details["overlap"] = overlaps
-        low = {place: share for place, share in overlaps.items() if share < OVERLAP}
+    if label == CHECKED:
+        details["overlap"] = overlaps = _overlaps(name, method)
+        low = {place: share for place, share in overlaps.items() if not share >= OVERLAP}
         if low:
             problems.append(
                 f"{label}: keeps {min(low.values()):.0%} of what attention asks for "
                 f"in layers {sorted(low)}"
             )
+
+
+def _overlaps(name: str, method: dkv.CompressionMethod) -> dict[int, float]:
+    """By layer, the least overlap of any prompt."""
+    least: dict[int, float] = {}
+    for seed in SEEDS:
+        ids = tiny_prompt(PROMPT, seed)
+        model = tiny_model(name)
+        with dkv.compress(model, method) as cache:
+            generate(model, ids, past_key_values=cache, max_new_tokens=2)
+        kept = kept_positions(model, cache) or {}
+        run = reference_run(name, ids, ids, {}, new=1)
+        for place, heads in kept.items():
+            share = overlap(run.reference, place, heads)
+            least[place] = min(share, least.get(place, share))
+    return least
+
+
+def _compared(name: str, problems: list[str]) -> str:
+    """`compare` answers as `generate` does, whole and compressed; otherwise its refusal."""
+    tokenizer = letters()
+    model = tiny_model(name)
+    method = METHODS[CHECKED]
+    document, question = "The harbour was built in 1911 and painted green.", "When?"
+    try:
+        llm = dkv.LoadedModel.wrap(model, tokenizer, name, "tiny")
+        prefill = dkv.prefill(llm, document, question)
+        trace = dkv.compare(
+            llm, prefill=prefill, methods=[dkv.FullKV(), method], max_new_tokens=NEW
+        )
+    except Exception as error:
+        if refused(error):
+            return f"compare refuses: {error}"
+        problems.append(f"compare: {last_line(error)}")
+        return ""
+    ids = torch.tensor([prefill.prompt.token_ids])
+    full, compressed = (run.token_ids for run in trace.runs)
+    own = generate(tiny_model(name), ids).sequences[0, ids.shape[1] :].tolist()
+    if full != own:
+        problems.append("compare: FullKV's answer is not generate's")
+    model = tiny_model(name)
+    with dkv.compress(model, method) as cache:
+        ours = generate(model, ids, past_key_values=cache).sequences[0, ids.shape[1] :].tolist()
+    if compressed != ours:
+        problems.append("compare: SnapKV's answer is not that of a compressed generate")
+    return ""
+
+
+def letters() -> Any:
+    """A tokenizer of bytes, whose chat is the bare text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: 8 + number for number, letter in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    chat = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=chat)
+
+
+def kept_positions(model: Any, cache: dkv.CompressedCache) -> dict[int, Any] | None:
+    """Kept prompt positions of each head by layer; None if they do not name the layers that are
+    compressed."""
+    places = Geometry.of(model.config).compressed_layers
+    kept = cache.retention().indices
+    return dict(zip(places, kept, strict=True)) if len(places) == len(kept) else None
+
+
+def kinds_of(model: Any, cache: Any) -> str:
+    """What the layers are, counted, and what else their attention does."""
+    config = model.config.get_text_config(decoder=True)
+    named = list(getattr(config, "layer_types", None) or [])
+    layers = [
+        CACHES.get(type(layer).__name__, "") for layer in getattr(cache, "layers", None) or []
+    ]
+    if len(named) != len(layers) or not named:
+        named = layers
+    counts = Counter(kind.removesuffix("_attention") for kind in named if kind)
+    parts = [f"{count} {kind}" for kind, count in counts.items()]
+    text = dict(config.to_dict())
+    parts += [word for name, word in FEATURES.items() if text.get(name)]
+    if any("sink" in name for name, _ in model.named_parameters()):
+        parts.append("sinks")
+    return ", ".join(parts)
 
 
 @dataclass(kw_only=True)
@@ -157,15 +265,17 @@ class ReferenceRun:
 
 
 def reference_run(
-    name: str, ids: Tensor, sequence: Tensor, dropped: dict[int, Tensor]
+    name: str, ids: Tensor, sequence: Tensor, dropped: dict[int, Tensor], new: int = NEW
 ) -> ReferenceRun:
     """The model's own eager attention fed the tokens of `sequence`."""
     model = tiny_model(name)
     cache = TracingCache(config=model.config)
     reference = Reference(cache=cache, prompt_length=ids.shape[1], window=WINDOW, dropped=dropped)
     use(model, reference)
-    forced = LogitsProcessorList([Forced(sequence)])
-    output = generate(model, ids, past_key_values=cache, logits_processor=forced)
+    forced = LogitsProcessorList([Forced(sequence)] if new > 1 else [])
+    output = generate(
+        model, ids, past_key_values=cache, logits_processor=forced, max_new_tokens=new
+    )
     return ReferenceRun(logits=output.logits, reference=reference)
 
 
@@ -279,12 +389,6 @@ def last_line(error: BaseException) -> str:
     frame = traceback.extract_tb(error.__traceback__)[-1]
     text = traceback.format_exception_only(error)[-1].strip().splitlines()[-1]
     return f"{text[:300]} ({frame.filename.rsplit('/', 1)[-1]}:{frame.lineno})"
-
-
-def _geometry(model: Any) -> Any:
-    from dynamickv.models import Geometry
-
-    return Geometry.of(model.config)
 
 
 def _ended(verdict: Verdict, kind: str, reason: str) -> Verdict:

@@ -14,6 +14,7 @@ from typing import Any
 
 LIMIT = 120.0
 """Seconds for one name, the worker's start included."""
+HANGS = "no answer within the time limit"
 
 
 class Worker:
@@ -40,11 +41,11 @@ class Worker:
             process.stdin.write(name + "\n")
             process.stdin.flush()
         except BrokenPipeError:
-            return self._gone("the process could not start")
+            return self._gone("the process ended before it was asked")
         with selectors.DefaultSelector() as selector:
             selector.register(process.stdout, selectors.EVENT_READ)
             if not selector.select(limit):
-                return self._gone(f"no answer within {limit:.0f} s")
+                return self._gone(HANGS)
         line = process.stdout.readline()
         if not line:
             return self._gone("the process ended")
@@ -54,10 +55,10 @@ class Worker:
     def _gone(self, what: str) -> dict[str, Any]:
         process = self.process
         assert process is not None
-        code = process.poll()
+        if what != HANGS:  # its output closed: it ends now
+            code = process.wait()
+            what = f"{what} with {signal.Signals(-code).name}" if code < 0 else what
         self.close()
-        if code is not None and code < 0:
-            what = f"{what} with {signal.Signals(-code).name}"
         return {"crash": what}
 
     def close(self) -> None:

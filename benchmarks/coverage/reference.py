@@ -53,9 +53,9 @@ class Reference:
     dropped: Mapping[int, Tensor] = field(default_factory=dict)
     """By layer, (heads, prompt_length) bool; query heads are a multiple of heads."""
     weights: dict[int, Tensor] = field(default_factory=dict)
-    """By layer, (query_heads, rows, prompt_length): what the layer's own queries paid, summed over
-    them; of layers that read another's keys the reader's rows are in `readers`."""
+    """By layer, (query_heads, window, prompt_length): what its queries paid to each position."""
     readers: dict[int, list[Tensor]] = field(default_factory=dict)
+    """The same of other layers that read this one's keys."""
     hidden: set[int] = field(default_factory=set)
     """Layers in which something was hidden."""
     calls: int = 0
@@ -77,14 +77,20 @@ class Reference:
         if dropped is not None and key.shape[2] > self.prompt_length:
             attention_mask = self._hide(query, key, attention_mask, dropped)
             self.hidden.add(place)
-        output = eager(module, query, key, value, attention_mask, **kwargs)
-        if key.shape[2] == self.prompt_length and len(output) > 1 and output[1] is not None:
-            rows = output[1][0, :, -self.window :, : self.prompt_length].detach().float()
-            if place in self.weights:
-                self.readers.setdefault(place, []).append(rows)
-            else:
-                self.weights[place] = rows
-        return output
+        if key.shape[2] == self.prompt_length:
+            # Over the unit vectors as values, attention returns its weights, whatever it does to
+            # them: caps, sinks and what is applied after the softmax.
+            length = key.shape[2]
+            unit = torch.eye(length, dtype=value.dtype).expand(1, value.shape[1], length, length)
+            rows = eager(module, query, key, unit, attention_mask, **kwargs)[0]
+            self._record(place, rows[0, -self.window :].transpose(0, 1).float())
+        return eager(module, query, key, value, attention_mask, **kwargs)
+
+    def _record(self, place: int, rows: Tensor) -> None:
+        if place in self.weights:
+            self.readers.setdefault(place, []).append(rows)
+        else:
+            self.weights[place] = rows
 
     def _hide(self, query: Tensor, key: Tensor, mask: Tensor | None, dropped: Tensor) -> Tensor:
         heads, rows, columns = query.shape[1], query.shape[2], key.shape[2]

@@ -6,11 +6,10 @@ EXCEPTIONS. Imports torch and transformers alone, so that kvpress's environment 
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 VOCABULARY = 384
@@ -18,6 +17,9 @@ NAMES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 """Every entry of transformers' mapping, by model type."""
 SPREAD = 0.15
 """Standard deviation of the weights: wide, so that attention is sharp and tokens do not repeat."""
+
+SINKS = 4.0
+"""Standard deviation of learned sinks: some heads then give them nearly all their attention."""
 
 SIZES: dict[str, Any] = {
     name: size
@@ -64,7 +66,7 @@ SIZES: dict[str, Any] = {
         ("ngram_vocab_size_base", 64),
         ("make_ngram_vocab_size_divisible_by", 8),
         ("split_ngram_parts", 4),
-        ("query_pre_attn_scalar", 16),
+        ("query_pre_attn_scalar", 9),
         ("num_kv_shared_layers", 2),
         ("image_size", 28),
         ("patch_size", 14),
@@ -75,6 +77,7 @@ SIZES: dict[str, Any] = {
         ("embd_pdrop attn_pdrop resid_pdrop resid_dropout embed_dropout activation_dropout", 0.0),
         ("residual_dropout router_jitter_noise emb_pdrop", 0.0),
         ("initializer_range init_std initializer_factor", SPREAD),
+        ("attention_multiplier", 0.4),
         # A cap far above tiny logits would go unnoticed when it is forgotten.
         ("attn_logit_softcapping", 2.0),
     )
@@ -110,6 +113,12 @@ LAYERS = 4
 """Layers, at least; every kind of layer occurs twice."""
 
 EXCEPTIONS: dict[str, dict[str, Any]] = {
+    # As in checkpoints that are in use.
+    "mistral": {"sliding_window": None},
+    "ministral": {
+        "head_dim": 16,
+        "layer_types": ["full_attention", "sliding_attention"] * 2,
+    },
     # Attention only where it is asked for.
     "bamba": {"attn_layer_indices": [1, 3]},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
@@ -123,6 +132,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     },
     "llama4": {"text_config": {"layer_types": ["chunked_attention", "full_attention"] * 2}},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_layers": 4},
+    "gemma4_text": {"num_hidden_layers": 6, "num_kv_shared_layers": 2, "global_head_dim": 32},
+    "gemma4_unified_text": {"global_head_dim": 32},
     # Sizes that must agree with one another.
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "xlstm": {"hidden_size": 128},
@@ -143,7 +154,6 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
-    "ministral": {"head_dim": 16},
     "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
     "cohere_compass_text": {
@@ -163,7 +173,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     },
 }
 EXCEPTIONS["qwen4_exp"] = {"text_config": EXCEPTIONS["qwen4_exp_text"]}
-"""Fields by model type; they win over the rules. A dict's fields go to the sub-config of its name."""
+"""Fields by model type; they win over the rules. A dict's fields go to the sub-config of that
+name."""
 
 
 def tiny_config(name: str) -> Any:
@@ -181,11 +192,13 @@ def tiny_model(name: str, attention: str | None = None, seed: int = 0) -> Any:
     named = {} if attention is None else {"attn_implementation": attention}
     model = AutoModelForCausalLM.from_config(tiny_config(name), dtype=torch.float32, **named)
     for parameter_name, parameter in model.named_parameters():
-        # What starts constant, such as biases and sinks, would not be missed when forgotten.
+        # What starts constant or small would not be missed when forgotten.
         constant = bool((parameter == parameter.flatten()[0]).all())
-        if constant and ("bias" in parameter_name or "sink" in parameter_name):
-            torch.nn.init.normal_(parameter, std=2.0 if "sink" in parameter_name else 0.1)
-        if not bool(parameter.isfinite().all()):
+        if "sink" in parameter_name:
+            torch.nn.init.normal_(parameter, std=SINKS)
+        elif constant and "bias" in parameter_name:
+            torch.nn.init.normal_(parameter, std=0.1)
+        elif not bool(parameter.isfinite().all()):
             torch.nn.init.normal_(parameter, std=SPREAD)
     if model.generation_config is not None:
         model.generation_config.eos_token_id = None
@@ -222,10 +235,9 @@ def _shrunk(config_class: Any, exceptions: dict[str, Any]) -> Any:
     if fields.get("head_dim") and fields.get("head_dim") == fields.get("qk_rope_head_dim"):
         changes["head_dim"] = changes["qk_rope_head_dim"]
     for name, sub_class in config_class.sub_configs.items():
-        inner = exceptions.get(name, {})
-        if fields.get(name) is not None and hasattr(sub_class, "sub_configs"):
-            if inspect.isclass(sub_class) and sub_class.__name__ != "AutoConfig":
-                changes[name] = _shrunk(sub_class, inner).to_dict()
+        known = hasattr(sub_class, "sub_configs") and sub_class is not AutoConfig
+        if fields.get(name) is not None and known:
+            changes[name] = _shrunk(sub_class, exceptions.get(name, {})).to_dict()
     given = {k: v for k, v in exceptions.items() if k not in config_class.sub_configs}
     return config_class(**{**changes, **given})
 
