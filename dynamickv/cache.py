@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
+from transformers import cache_utils
 from transformers.cache_utils import (
     Cache,
-    DummyLayer,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -36,8 +36,12 @@ CLASSES: dict[type, str] = {
     LinearAttentionLayer: "linear",
     LinearAttentionAndFullAttentionLayer: "hybrid",
     LinearAttentionAndSlidingWindowAttentionLayer: "hybrid_sliding",
-    DummyLayer: "shared",
 }
+"""Names of transformers' cache layers."""
+SHARED = "DummyLayer"
+"""The class of a layer without a cache of its own, which transformers below 5.20 does not have."""
+if hasattr(cache_utils, SHARED):
+    CLASSES[getattr(cache_utils, SHARED)] = "shared"
 
 
 def kinds_of(config: Any) -> tuple[str, ...]:

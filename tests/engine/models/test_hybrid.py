@@ -181,7 +181,7 @@ class Config(PretrainedConfig):
         ({"layer_types": ["linear_attention"] * 2}, "linear_attention in all layers"),
         ({"layer_types": ["chunked_attention"] * 2}, "chunked_attention in all layers"),
         ({"layer_types": ["sliding_attention"] * 2}, "sliding_attention in all layers"),
-        ({"layer_types": ["indexed_attention"] * 2}, "cache by DynamicIndexedLayer"),
+        ({"layer_types": ["indexed_attention"] * 2}, "cache by DynamicIndexedLayer|no cache of"),
         ({"sliding_window": 64}, "sliding_attention in all layers"),
         ({"use_bidirectional_attention": True}, "looks ahead"),
         ({}, "names no longest sequence"),
