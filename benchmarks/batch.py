@@ -1,4 +1,4 @@
-"""Several prompts as rows of one batch against the same prompts one by one: python -m benchmarks.batch
+"""Several prompts as rows of one batch against one by one: python -m benchmarks.batch
 
 Both compress while they read and answer with transformers' own generate.
 """

@@ -23,6 +23,7 @@ SECTIONS = {
     "start": ("Start", "make bench"),
     "engine": ("Reading, choosing, decoding", "make bench"),
     "what-if": ("Choosing again from one prefill", "python -m benchmarks.what_if"),
+    "batch": ("Several prompts in one batch", "python -m benchmarks.batch"),
     "evaluate": ("Six methods and one", "python -m benchmarks.evaluate"),
     "kvpress": ("Beside kvpress", "make kvpress"),
     "vllm": ("Inside vLLM", "make vllm"),
