@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from dynamickv.cache import BatchedCache, KVCache
+from dynamickv.decoder import steppable
 from dynamickv.decoding.cuda_graph import LEAST_STEPS, DecodeGraph, graphable
-from dynamickv.decoding.decode_step import RowSteps, steppable
+from dynamickv.decoding.decode_step import RowSteps
 from dynamickv.models import LoadedModel
 from dynamickv.reading.observe import observed
 

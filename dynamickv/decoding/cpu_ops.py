@@ -1,0 +1,96 @@
+"""The operations of a decoder's step on a CPU: one row for each of several caches. Knows no tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dynamickv.cache import KVLayer
+from dynamickv.decoder import HeadNorms, Ops, Rotation
+
+
+class CpuOps(Ops[Sequence[KVLayer]]):
+    """Torch operations in float32 on a row for each of several caches, and on a row of padding
+    behind a single one, which no cache sees."""
+
+    def linear(self, x: Tensor, linear: nn.Linear) -> Tensor:
+        """One projection."""
+        # A step is bound by reading weights. As the left factor of a product with few columns, but
+        # two at least, MKL reads float32 weights with all cores; for F.linear's product with few
+        # rows it uses one. The next product is several times slower unless its input's rows are
+        # contiguous.
+        out = torch.mm(linear.weight, x.t()).t().contiguous()
+        return out if linear.bias is None else out + linear.bias
+
+    def place(
+        self,
+        qkv: Tensor,
+        rotation: Rotation,
+        norms: HeadNorms | None,
+        store: Sequence[KVLayer],
+        query_heads: int,
+    ) -> Tensor:
+        """Append each row to its own cache."""
+        query, key, value = self.split(qkv, rotation, norms, query_heads)
+        keys, values = key.unsqueeze(2), value.unsqueeze(2)
+        for row, layer in enumerate(store):
+            layer.update(keys[row : row + 1], values[row : row + 1])
+        return query
+
+    def attend(self, query: Tensor, store: Sequence[KVLayer], scaling: float) -> Tensor:
+        """Each row attends to its own cache."""
+        rows, _, dim = query.shape
+        output = query.new_zeros(rows, query.shape[1] * dim)
+        for row, layer in enumerate(store):
+            keys, values = layer.held()
+            # The queries of one head's group as rows: no head is repeated.
+            grouped = query[row].view(1, keys.shape[1], -1, dim)
+            attended = F.scaled_dot_product_attention(grouped, keys, values, scale=scaling)
+            output[row] = attended.reshape(-1)
+        return output
+
+
+class PackedOps(CpuOps):
+    """CpuOps that read the weights from a copy in oneDNN's own order, of which a product with a few
+    rows takes about half the time of MKL's. The copy is as large as the weights, and made as they
+    are needed."""
+
+    def __init__(self) -> None:
+        self._packed: dict[tuple[nn.Linear, ...], tuple[Tensor, Tensor | None]] = {}
+
+    @staticmethod
+    def available() -> bool:
+        """Whether torch brings oneDNN's products, which its compiler uses and does not document."""
+        known = hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        return known and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+
+    def linear(self, x: Tensor, linear: nn.Linear) -> Tensor:
+        """One projection."""
+        return self._product(x, linear)
+
+    def project(self, x: Tensor, *linears: nn.Linear, residual: Tensor | None = None) -> Tensor:
+        """Projections of one input in one product."""
+        joined = self._product(x, *linears)
+        return joined if residual is None else residual + joined
+
+    def gate(self, x: Tensor, gate: nn.Linear, up: nn.Linear) -> Tensor:
+        """Both in one product."""
+        gated, raised = self._product(x, gate, up).chunk(2, dim=-1)
+        return F.silu(gated) * raised
+
+    def _product(self, x: Tensor, *linears: nn.Linear) -> Tensor:
+        if linears not in self._packed:
+            weights: list[Tensor] = [linear.weight for linear in linears]
+            packed = torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights))
+            biases: list[Tensor] = [
+                weight.new_zeros(len(weight)) if linear.bias is None else linear.bias
+                for linear, weight in zip(linears, weights, strict=True)
+            ]
+            biased = any(linear.bias is not None for linear in linears)
+            self._packed[linears] = packed, torch.cat(biases) if biased else None
+        weight, bias = self._packed[linears]
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return out
