@@ -49,14 +49,14 @@ class Answer:
         logits = extend(llm, cache, later, prefill.length) if later else prefill.logits
         self._kv_bytes = cache.nbytes
         whole = prefill.whole_bytes // prefill.length * prompt.length
-        sliding = cache.sliding()
-        self._kv_bytes_full = whole + sum(state.nbytes for state in sliding.values())
+        others = cache.others(llm.geometry.kinds)
+        self._kv_bytes_full = whole + sum(other.nbytes for other in others.values())
         compressed = retained_mask(self.retention, prompt.length)
-        self._kept_fraction = float(compressed.mean())
-        held = {place: state.keys.shape[2] for place, state in sliding.items()}
-        self._mask = with_sliding(compressed, held)
+        self._kept_fraction = share_kept(self.retention, prompt.length)
+        held = {place: other.held for place, other in sorted(others.items())}
+        self._mask = with_others(compressed, held)
         self._budgets = list(self.retention.budgets)
-        for place, number in sorted(held.items()):
+        for place, number in held.items():
             self._budgets.insert(place, number)
         self._scores = layer_scores(method, prefill, prompt.length) if scores else None
         self.keeps_everything = bool(self._mask.all())
@@ -192,23 +192,31 @@ def preview(method: CompressionMethod, prefill: Prefill, length: int | None = No
     retention = method.select(prefill.recalling)
     chosen = retained_mask(retention, length)
     held = {
-        place: min(length, state.window - 1) for place, state in sorted(prefill.sliding.items())
+        place: min(length, other.window - 1) if other.window else other.held
+        for place, other in sorted(prefill.others.items())
     }
     budgets = list(retention.budgets)
     for place, number in held.items():
         budgets.insert(place, number)
-    keys, values = prefill.layers[0].keys, prefill.values[0]
-    position = (keys.shape[2] + values.shape[2]) * keys.element_size()
-    sliding = sum(
-        state.nbytes // state.keys.shape[2] * held[place]
-        for place, state in prefill.sliding.items()
+    positions = [sum(len(head) for head in kept) for kept in retention.indices]
+    later = length - prefill.length
+    compressed = sum(
+        (number + later * len(kept))
+        * (keys.shape[2] * keys.element_size() + values.shape[2] * values.element_size())
+        for number, kept, keys, values in zip(
+            positions, retention.indices, prefill.keys, prefill.values, strict=True
+        )
+    )
+    others = sum(
+        other.nbytes // other.held * held[place] if other.held else other.nbytes
+        for place, other in prefill.others.items()
     )
     return Preview(
         budgets=budgets,
         budget_history=[list(update) for update in retention.budget_history],
-        mask=with_sliding(chosen, held),
-        kept_fraction=float(chosen.mean()),
-        kv_bytes=int(chosen.sum()) * position + sliding,
+        mask=with_others(chosen, held),
+        kept_fraction=share_kept(retention, length),
+        kv_bytes=compressed + others,
     )
 
 
@@ -218,19 +226,31 @@ def select(method: CompressionMethod, prefill: Prefill) -> Retention:
     return method.select(prefill.layers)
 
 
+def share_kept(retention: Retention, length: int) -> float:
+    """Share of a prompt of `length` tokens kept in the compressed layers, what was fed after the
+    compression included."""
+    heads = sum(len(kept) for kept in retention.indices)
+    later = length - retention.prompt_length
+    kept = sum(len(head) + later for layer in retention.indices for head in layer)
+    return kept / (heads * length)
+
+
 def retained_mask(retention: Retention, length: int) -> np.ndarray:
-    """Boolean (compressed layers, heads, length); what was fed after the compression is kept."""
-    mask = np.zeros((len(retention.indices), len(retention.indices[0]), length), bool)
+    """Boolean (compressed layers, heads, length); what was fed after the compression is kept.
+
+    A layer that stores fewer heads than others repeats them, as query heads would read them.
+    """
+    heads = max(len(kept) for kept in retention.indices)
+    mask = np.zeros((len(retention.indices), heads, length), bool)
     mask[:, :, retention.prompt_length :] = True
-    for layer, heads in enumerate(retention.indices):
-        for head, kept in enumerate(heads):
-            mask[layer, head, kept.cpu().numpy()] = True
+    for layer, kept in enumerate(retention.indices):
+        for head in range(heads):
+            mask[layer, head, kept[head * len(kept) // heads].cpu().numpy()] = True
     return mask
 
 
-def with_sliding(mask: np.ndarray, held: Mapping[int, int]) -> np.ndarray:
-    """The mask of all layers, given how many of the last positions each sliding-window layer
-    holds."""
+def with_others(mask: np.ndarray, held: Mapping[int, int]) -> np.ndarray:
+    """The mask of all layers, given how many of the last positions each of the others holds."""
     if not held:
         return mask
     num_layers, (_, heads, length) = len(mask) + len(held), mask.shape
@@ -245,12 +265,12 @@ def with_sliding(mask: np.ndarray, held: Mapping[int, int]) -> np.ndarray:
 def layer_scores(method: CompressionMethod, prefill: Prefill, length: int) -> np.ndarray | None:
     """Scores averaged over heads, each layer scaled to 0..255, uint8 (layers, length).
 
-    The window and what follows it read 255, sliding-window layers 0. None for a method without
-    scores and for a prompt that is not longer than the window.
+    The window and what follows it read 255, layers that no method compresses 0. None for a
+    method without scores and for a prompt that is not longer than the window.
     """
     if not isinstance(method, ScoredMethod) or prefill.length <= method.window_size:
         return None
-    table = np.zeros((len(prefill.layers) + len(prefill.sliding), length), np.uint8)
+    table = np.zeros((len(prefill.layers) + len(prefill.others), length), np.uint8)
     for place, layer in zip(prefill.compressed_layers, prefill.recalling, strict=True):
         scores: Tensor = method.score(layer).mean(dim=0)
         scaled = scores / scores.max().clamp_min(torch.finfo(torch.float32).tiny) * 255

@@ -350,6 +350,7 @@ def _trace(llm: LoadedModel, prefill: Prefill, prompt: EncodedPrompt, runs: list
             attention=llm.attention,
             max_positions=geometry.max_positions,
             sliding_layers=sorted(geometry.windows),
+            layer_kinds=list(geometry.kinds),
         ),
         prompt=Prompt(
             length=prompt.length,

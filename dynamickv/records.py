@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,6 +83,59 @@ class EncodedPrompt:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Attended:
+    """What one layer's attention read in one pass, with the batch dimension models have."""
+
+    queries: Tensor
+    """Post-RoPE, (rows, num_query_heads, new tokens, head_dim)."""
+    keys: Tensor
+    """As the attention read them, (rows, heads, positions, head_dim)."""
+    scaling: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    """(num_query_heads,)."""
+
+    def row(
+        self,
+        row: int,
+        stored_heads: int,
+        *,
+        tail: int,
+        first: int = 0,
+        last: int | None = None,
+        earlier: Tensor | None = None,
+        mass: Tensor | None = None,
+    ) -> LayerObservation:
+        """One row's observation.
+
+        Args:
+            stored_heads: heads that the cache stores.
+            tail: how many of the last queries it needs.
+            first: where its prompt begins, after padding.
+            last: where its prompt ends; by default with the positions.
+            earlier: queries of earlier passes over the same prompt, (num_query_heads, any number,
+                head_dim).
+            mass: the attention its positions received from all queries.
+        """
+        positions, new = self.keys.shape[2], self.queries.shape[2]
+        end = positions if last is None else last
+        queries = self.queries[row, :, : new - (positions - end)]
+        queries = queries[:, -tail:] if end - first > tail else queries[:, -(end - first) :]
+        if earlier is not None and queries.shape[1] < tail:
+            queries = torch.cat([earlier, queries], dim=1)[:, -tail:]
+        keys = self.keys[row, :, first:end]
+        return LayerObservation(
+            queries=queries,
+            keys=keys,
+            scaling=self.scaling,
+            mass=mass,
+            softcap=self.softcap,
+            sinks=self.sinks,
+            stored_heads=None if stored_heads == keys.shape[0] else stored_heads,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerObservation:
     """What one attention layer saw of the prompt; all a method may look at."""
 
@@ -95,6 +149,12 @@ class LayerObservation:
     mass: Tensor | None = None
     """Attention each position received from all queries, (num_query_heads, prompt_length), float32,
     when recorded."""
+    softcap: float | None = None
+    """Bound that the layer puts on its logits: softcap * tanh(logits / softcap)."""
+    sinks: Tensor | None = None
+    """Learned logits that take part in the softmax and lead nowhere, (num_query_heads,)."""
+    stored_heads: int | None = None
+    """Heads that the cache stores, where keys are made anew from it: 1 for a latent."""
 
     @property
     def prompt_length(self) -> int:
@@ -103,8 +163,9 @@ class LayerObservation:
 
     @property
     def num_kv_heads(self) -> int:
-        """KV heads; query heads are a multiple of them."""
-        return self.keys.shape[0]
+        """Heads that the cache stores, for which positions are chosen; query heads are a multiple
+        of them."""
+        return self.keys.shape[0] if self.stored_heads is None else self.stored_heads
 
     @property
     def num_query_heads(self) -> int:
@@ -119,7 +180,8 @@ class LayerObservation:
         """
         end = self.queries.shape[1] - last
         queries = self.queries[:, end - (first - last) : end]
-        return window_attention(queries, self.keys[:, : self.prompt_length - last], self.scaling)
+        keys = self.keys[:, : self.prompt_length - last]
+        return window_attention(queries, keys, self.scaling, self.softcap, self.sinks)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,19 +247,34 @@ class Retention:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SlidingState:
-    """What a sliding-window layer holds after a prompt; no method touches it."""
+class OtherLayer:
+    """A layer that no method compresses, as a prompt left it."""
 
-    keys: Tensor
-    """(1, num_kv_heads, min(prompt_length, window - 1), head_dim), the last positions."""
-    values: Tensor
-    window: int
-    """Positions a query sees, its own included."""
+    kind: str
+    """As in `models.geometry.KINDS`."""
+    state: Any
+    """transformers' cache layer; not to be changed, caches take copies."""
+    nbytes: int
+    """Bytes of all it holds."""
+    held: int
+    """How many of the last positions it holds keys and values of; 0 where it has none."""
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of keys and values."""
-        return sum(t.numel() * t.element_size() for t in (self.keys, self.values))
+    def window(self) -> int:
+        """Positions that a query of it sees, its own included; 0 where it has no window."""
+        return int(getattr(self.state, "sliding_window", 0))
+
+    @property
+    def keys(self) -> Tensor | None:
+        """(1, num_kv_heads, held, head_dim), the last positions."""
+        keys: Tensor | None = getattr(self.state, "keys", None)
+        return keys
+
+    @property
+    def values(self) -> Tensor | None:
+        """As `keys`."""
+        values: Tensor | None = getattr(self.state, "values", None)
+        return values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,10 +285,15 @@ class Prefill:
     prompt: EncodedPrompt
     layers: tuple[LayerObservation, ...]
     """Of the layers that attend to the whole prompt, in order; only these are compressed."""
+    keys: tuple[Tensor, ...]
+    """What the cache stores of the same layers, (num_kv_heads, prompt_length, head_dim): the keys
+    that their attention read, or what it makes them of."""
     values: tuple[Tensor, ...]
-    """Of the same layers, (num_kv_heads, prompt_length, head_dim)."""
-    sliding: Mapping[int, SlidingState] = field(default_factory=dict)
-    """What the other layers hold, by their place in the model."""
+    """The same of values, (num_kv_heads, prompt_length, value_dim)."""
+    others: Mapping[int, OtherLayer] = field(default_factory=dict)
+    """The other layers, by their place in the model."""
+    states: Mapping[int, Any] = field(default_factory=dict)
+    """Cache layers whose linear-attention state goes with compressed keys and values, by place."""
     logits: Tensor
     """Next-token logits after the prompt, (vocabulary,)."""
     seconds: float
@@ -224,7 +306,7 @@ class Prefill:
     def __post_init__(self) -> None:
         layers = (
             RecallingLayer(
-                queries=layer.queries, keys=layer.keys, scaling=layer.scaling, mass=layer.mass
+                **{name.name: getattr(layer, name.name) for name in fields(LayerObservation)}
             )
             for layer in self.layers
         )
@@ -243,21 +325,31 @@ class Prefill:
     @property
     def compressed_layers(self) -> list[int]:
         """Places in the model of the layers that methods choose for."""
-        places = range(len(self.layers) + len(self.sliding))
-        return [place for place in places if place not in self.sliding]
+        places = range(len(self.layers) + len(self.others))
+        return [place for place in places if place not in self.others]
+
+    @property
+    def held(self) -> dict[int, int]:
+        """How many of the last positions each of the other layers holds, by place."""
+        return {place: other.held for place, other in sorted(self.others.items())}
 
     @property
     def kv_bytes(self) -> int:
         """Bytes of all keys and values, summed from the tensors."""
-        return self.whole_bytes + sum(state.nbytes for state in self.sliding.values())
+        return self.whole_bytes + self.other_bytes
+
+    @property
+    def other_bytes(self) -> int:
+        """Bytes of what no method compresses."""
+        return sum(other.nbytes for other in self.others.values())
 
     @property
     def whole_bytes(self) -> int:
-        """Of these, bytes in the layers that hold the whole prompt."""
+        """Bytes in the layers that hold the whole prompt."""
         return sum(
             tensor.numel() * tensor.element_size()
-            for layer, value in zip(self.layers, self.values, strict=True)
-            for tensor in (layer.keys, value)
+            for pair in zip(self.keys, self.values, strict=True)
+            for tensor in pair
         )
 
     @property
@@ -271,6 +363,12 @@ class Prefill:
             for layer in self.layers
             for tensor in (layer.queries, layer.mass)
             if tensor is not None
+        )
+        # Keys that were made from a latent lie beside it.
+        observed += sum(
+            layer.keys.numel() * layer.keys.element_size()
+            for layer, stored in zip(self.layers, self.keys, strict=True)
+            if layer.keys.data_ptr() != stored.data_ptr()
         )
         logits = self.logits.numel() * self.logits.element_size()
         return self.kv_bytes + observed + recalled + logits

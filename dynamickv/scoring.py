@@ -20,13 +20,21 @@ _SAMPLED = 64
 """One value in so many is looked at to guess a threshold."""
 
 
-def window_attention(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
+def window_attention(
+    queries: Tensor,
+    keys: Tensor,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """Attention mass that the last `window` queries pay to each position before them.
 
     Args:
         queries: (num_query_heads, window, head_dim), the last positions of the prompt.
         keys: (num_kv_heads, prompt_length, head_dim); query head h reads KV head h // group.
         scaling: factor on the query-key products.
+        softcap: bound on the logits, softcap * tanh(logits / softcap).
+        sinks: (num_query_heads,), learned logits that take their share of every softmax.
 
     Returns:
         (num_query_heads, prompt_length - window) float32: summed over the window's queries. The
@@ -44,11 +52,27 @@ def window_attention(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
         .mul_(scaling)
         .view(num_query_heads, window, prompt_length)
     )
+    if softcap is not None:
+        logits.div_(softcap).tanh_().mul_(softcap)
     future = torch.ones(window, window, dtype=torch.bool, device=keys.device).triu_(1)
     logits[..., prompt_length - window :].masked_fill_(future, torch.finfo(torch.float32).min)
-    # In place: fresh memory costs a CPU as much time as the softmax.
-    shares = torch.softmax(logits, dim=-1, out=logits)
+    shares = softmax_with_sinks(logits, sinks)
     return shares[..., : prompt_length - window].sum(dim=1)
+
+
+def softmax_with_sinks(logits: Tensor, sinks: Tensor | None) -> Tensor:
+    """Softmax over the last dimension, in place, one more logit per head taking part.
+
+    Args:
+        logits: (num_query_heads, queries, positions), float32.
+        sinks: (num_query_heads,), or None.
+    """
+    if sinks is None:
+        # In place: fresh memory costs a CPU as much time as the softmax.
+        return torch.softmax(logits, dim=-1, out=logits)
+    learned = sinks.float().view(-1, 1, 1)
+    total = torch.logaddexp(logits.logsumexp(dim=-1, keepdim=True), learned)
+    return logits.sub_(total).exp_()
 
 
 def _wide_products(left: Tensor, right: Tensor) -> Tensor:
@@ -61,40 +85,50 @@ def _wide_products(left: Tensor, right: Tensor) -> Tensor:
     return left.float() @ right.float()
 
 
-def attention_mass(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
-    """Attention that every position receives from all queries of the prompt, exactly.
+def attention_mass(
+    queries: Tensor,
+    keys: Tensor,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention that every position receives from all queries, exactly.
 
     Works in blocks of queries: memory is O(block x n) per KV head, never n x n.
 
     Args:
-        queries: (num_query_heads, prompt_length, head_dim), the whole prompt.
+        queries: (num_query_heads, last positions, head_dim); for the whole prompt's mass, all.
         keys: (num_kv_heads, prompt_length, head_dim).
+        softcap, sinks: as in `window_attention`.
 
     Returns:
         (num_query_heads, prompt_length) float32, summed over queries, not normalised.
 
     Source: H2O, arXiv:2306.14048, accumulated attention.
     """
-    num_query_heads, length, head_dim = queries.shape
-    num_kv_heads = keys.shape[0]
+    num_query_heads, asked, head_dim = queries.shape
+    num_kv_heads, length, _ = keys.shape
     group = num_query_heads // num_kv_heads
-    grouped = queries.view(num_kv_heads, group, length, head_dim)
+    grouped = queries.reshape(num_kv_heads, group, asked, head_dim)
+    by_head = None if sinks is None else sinks.view(num_kv_heads, group)
     mass = torch.zeros(num_kv_heads, group, length, dtype=torch.float32, device=keys.device)
     block = max(16, _BLOCK_ELEMENTS[keys.device.type == "cpu"] // (group * length))
     # Written over for every block: fresh memory costs a CPU as much time as the softmax.
-    room = torch.empty(group * min(block, length) * length, device=keys.device)
+    room = torch.empty(group * min(block, asked) * length, device=keys.device)
     for head in range(num_kv_heads):
         columns = keys[head].float().mul(scaling).t().contiguous()
-        for start in range(0, length, block):
-            end = min(start + block, length)
-            rows = end - start
-            block_queries = grouped[head, :, start:end].float().reshape(group * rows, head_dim)
+        for start in range(0, asked, block):
+            rows = min(block, asked - start)
+            end = length - asked + start + rows
+            queried = grouped[head, :, start : start + rows].float().reshape(group * rows, head_dim)
             shares = room[: group * rows * end].view(group * rows, end)
-            torch.mm(block_queries, columns[:, :end], out=shares)
+            torch.mm(queried, columns[:, :end], out=shares)
+            if softcap is not None:
+                shares.div_(softcap).tanh_().mul_(softcap)
             by_query = shares.view(group, rows, end)
             future = torch.ones(rows, rows, dtype=torch.bool, device=keys.device)
-            by_query[..., start:].masked_fill_(future.triu_(1), float("-inf"))
-            torch.softmax(shares, dim=-1, out=shares)
+            by_query[..., end - rows :].masked_fill_(future.triu_(1), float("-inf"))
+            softmax_with_sinks(by_query, None if by_head is None else by_head[head])
             mass[head, :, :end] += by_query.sum(dim=1)
     return mass.view(num_query_heads, length)
 

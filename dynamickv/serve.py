@@ -14,139 +14,339 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dynamickv.cache import HeadwiseLayer, KVCache, KVLayer
+from dynamickv.cache import KVCache, fresh_layers
+from dynamickv.generate_call import GenerateCall, generate_call
+from dynamickv.layers import HeadwiseLayer, KVLayer
 from dynamickv.methods import CompressionMethod
-from dynamickv.methods.base import Selection
 from dynamickv.models import Geometry
+from dynamickv.models.geometry import require_choosable
 from dynamickv.models.rope import longer_sequences_forgotten
+from dynamickv.prompt_row import PromptRow
 from dynamickv.reading.observe import observed
-from dynamickv.records import LayerObservation, Retention
-from dynamickv.scoring import attention_mass
+from dynamickv.records import Attended, Heads, Retention
+from dynamickv.row_layers import RowsLayer, in_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+CACHE_NAMES = ("cache", "past_key_values")
+"""What models call their cache, transformers' newer versions and older ones."""
+
 
 class CompressedCache(KVCache):
-    """A KV cache that keeps what a method chooses of the first prompt fed through it."""
+    """A KV cache that keeps what a method chooses of the first prompts fed through it, one prompt
+    per row."""
 
-    def __init__(self, method: CompressionMethod, geometry: Geometry) -> None:
-        super().__init__(geometry.num_layers, self._after_attention, geometry.windows)
+    def __init__(self, method: CompressionMethod, config: Any) -> None:
+        self._config = config
+        self._geometry = Geometry.of(config)
+        super().__init__(fresh_layers(config, self._after_attention))
         self.method = method
-        self._geometry = geometry
         self.peak_bytes = 0
-        """Most bytes of keys and values held at once so far."""
-        self._selection: Selection | None = None
-        self._observed = 0
-        self._kept: list[Tensor] = []
+        """Most bytes of keys, values and states held at once so far."""
+        self._rows: list[PromptRow] = []
+        self._prompt_end = 0
+        """Positions, padding included, with which the prompts end."""
+        self._seen = 0
+        self._fed: list[Tensor] = []
+        """Token ids of every pass, (rows, tokens)."""
+        self._call: Any = None
+        """Options of the `generate` that feeds this cache now."""
         self._waiting: list[int] = []
         """Layers that an update changed and that are not cut yet."""
+        self._ended = False
 
-    def retention(self) -> Retention:
-        """What was kept of the prompt.
+    def retention(self, row: int = 0) -> Retention:
+        """What was kept of a row's prompt, counted from its first token after padding.
 
         Raises:
             ValueError: before a prompt has gone through all layers.
         """
-        if self._observed < len(self._geometry.compressed_layers):
+        if not self._rows or not self._rows[0].done:
             raise ValueError("no prompt has gone through this cache yet; call generate first")
-        if self._selection is not None:
-            return self._selection.retention()
-        return Retention(indices=tuple(self._kept), prompt_length=self._kept[0].shape[1])
+        return self._rows[row].retention()
 
     def reset(self) -> None:
         """Forget the prompt; the next one is compressed anew."""
-        fresh = KVCache(self._geometry.num_layers, self._after_attention, self._geometry.windows)
-        self.layers = fresh.layers
-        self._selection, self._observed, self._kept, self._waiting = None, 0, [], []
+        self.layers = fresh_layers(self._config, self._after_attention)
+        self._rows, self._prompt_end, self._seen = [], 0, 0
+        self._fed, self._call, self._waiting = [], None, []
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append to a layer.
+
+        Raises:
+            ValueError: outside of the `compress` block, where nothing observes the model.
+        """
+        if self._ended:
+            raise ValueError(
+                "the compress block of this cache has ended; generate, and ask on, inside it"
+            )
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return keys, values
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove that many of the last tokens, as drafts that were not confirmed are."""
+        super().crop(tokens_to_remove)
+        left = self._seen = self._seen - abs(tokens_to_remove)
+        whole = torch.cat(self._fed, dim=1)[:, :left] if self._fed else None
+        self._fed = [] if whole is None else [whole]
+
+    def end(self) -> None:
+        """Serve no more."""
+        self._ended = True
+
+    # ---- one pass ----
+
+    def begin_pass(self, token_ids: Tensor | None, width: int, mask: Tensor | None) -> None:
+        """Before the model's forward pass of `width` tokens in each row.
+
+        Raises:
+            ValueError: what this cache cannot serve, before any work.
+        """
+        call = generate_call()
+        if call is not None and call.cache is not self:
+            call = None
+        padding = _padding(mask, width + self._seen)
+        if call is not None and call.options is not self._call:
+            self._check(call, token_ids, width)
+            self._call = call.options
+        if self._seen == 0:
+            self._start(call, token_ids, width, padding)
+        elif padding is not None and len(padding) != len(self._rows):
+            raise ValueError(
+                f"the batch has {len(padding)} rows and this cache holds {len(self._rows)} "
+                "prompts; call cache.reset() before other prompts"
+            )
+        elif padding is not None and self._padding.tolist() != padding.tolist():
+            raise ValueError(
+                "the attention mask hides other tokens than the prompts' padding; "
+                "pad the prompts alone, on the left"
+            )
+        elif mask is not None and mask.dim() == 2 and mask.shape[1] != self._seen + width:
+            raise ValueError(
+                f"{width} tokens are fed to a cache that holds {self._seen}, and the attention "
+                f"mask has {mask.shape[1]}; call cache.reset() before another prompt"
+            )
+        self._seen += width
+        self._fed = [*self._fed, token_ids] if token_ids is not None else []
+
+    def end_pass(self) -> None:
+        """After the model's forward pass.
+
+        Raises:
+            ValueError: the prompt went through and a layer that should be compressed was not
+                observed.
+        """
+        if self._seen >= self._prompt_end and self._rows and not self._rows[0].done:
+            raise ValueError(
+                f"of {len(self._geometry.compressed_layers)} layers to compress "
+                f"{self._rows[0].observed} were observed, so nothing is sure to be compressed; "
+                "choose another model"
+            )
+
+    def _check(self, call: GenerateCall, token_ids: Tensor | None, width: int) -> None:
+        """Refuse what a `generate` asks for and this cache cannot serve."""
+        if (getattr(call.options, "num_beams", None) or 1) > 1:
+            raise ValueError(
+                f"num_beams={call.options.num_beams} exchanges rows of the cache, and a "
+                "compressed one cannot; use num_beams=1 or sampling"
+            )
+        switch, length = self._geometry.switch, call.token_ids.shape[1]
+        most = getattr(call.options, "max_length", None)
+        if switch and length <= switch and most and most > switch:
+            raise ValueError(
+                f"the answer would cross {switch:,} tokens, where this model turns all keys by "
+                f"other frequencies; lower max_new_tokens to {switch - length} or read a prompt "
+                "that is longer already"
+            )
+        if self._seen == 0 or token_ids is None or not self._fed:
+            return
+        new = length - self._seen
+        fed = torch.cat(self._fed, dim=1)
+        known = call.token_ids.to(fed.device)
+        goes_on = new > 0 and width >= new and torch.equal(known[:, : self._seen], fed)
+        if not goes_on and length != width:
+            raise ValueError(
+                f"this cache holds {self._seen} tokens that are not the beginning of the "
+                f"{length} given; call cache.reset() before another prompt"
+            )
+        if not goes_on and torch.equal(known[:, : fed.shape[1]], fed[:, :length]):
+            raise ValueError(
+                f"this cache holds all {length} tokens of the prompt already; give what follows "
+                "them too, or call cache.reset()"
+            )
+
+    def _start(
+        self,
+        call: GenerateCall | None,
+        token_ids: Tensor | None,
+        width: int,
+        padding: Tensor | None,
+    ) -> None:
+        """Get ready for fresh prompts."""
+        rows = 1 if padding is None else len(padding)
+        if padding is None and token_ids is not None:
+            rows = token_ids.shape[0]
+        known = call is not None and token_ids is not None and call.token_ids.shape[1] > 0
+        self._prompt_end = call.token_ids.shape[1] if known and call is not None else width
+        if padding is None:
+            padding = torch.zeros(rows, dtype=torch.long)
+        if self._prompt_end > width and bool(padding.any()):
+            raise ValueError(
+                "prompts of unlike length cannot be read in chunks; leave out prefill_chunk_size, "
+                "or generate the prompts one by one"
+            )
+        if rows > 1 and getattr(self.method, "head_budgets", "uniform") == "adaptive":
+            raise ValueError(
+                f"head_budgets='adaptive' serves one prompt at a time, and the batch has {rows}; "
+                "generate them one by one, or use head_budgets='uniform'"
+            )
+        self._padding = padding
+        layers = len(self._geometry.compressed_layers)
+        self._rows = [PromptRow(self.method, layers) for _ in range(rows)]
+        if rows > 1 or bool(padding.any()):
+            self.layers = [in_rows(layer, padding) for layer in self.layers]
 
     @torch.no_grad()
-    def _after_attention(self, layer: KVLayer, queries: Tensor, scaling: float) -> None:
+    def _after_attention(self, layer: KVLayer, attended: Attended) -> None:
         self.peak_bytes = max(self.peak_bytes, self.nbytes)
-        places = self._geometry.compressed_layers
-        if self._observed == len(places):
+        if not self._rows or self._rows[0].done:
             return
-        self._observed += 1
-        keys = layer.held()[0][0]
-        prompt_length = keys.shape[1]
-        if self.method.fits(prompt_length):
-            observation = LayerObservation(queries=queries[0], keys=keys, scaling=scaling)
-            whole = self.method.whole(observation)
-            self._kept.append(whole)
-            if whole.shape[1] < prompt_length:
-                layer.keep(whole)
+        place = self._geometry.compressed_layers.index(layer.index)
+        stored = layer.held()[0].shape[1]
+        if layer.seen < self._prompt_end:
+            for number, row in enumerate(self._rows):
+                row.read_on(place, attended, number)
             return
-        if self._selection is None:
-            self._selection = self.method.start(len(places))
-        mass = attention_mass(queries[0], keys, scaling) if self.method.needs_mass else None
-        changed = self._selection.observe(
-            LayerObservation(
-                queries=queries[0, :, -self.method.tail :], keys=keys, scaling=scaling, mass=mass
-            )
-        )
+        changed = range(0)
+        for number, row in enumerate(self._rows):
+            first = int(self._padding[number])
+            seen = row.observe(place, attended, number, stored, first, self._prompt_end)
+            changed = max(changed, seen, key=len)
         # An update makes the host wait for the device. The layers before this one are cut with the
         # next, so that the host can prepare it while the device works.
         older, self._waiting = self._waiting, list(changed[:-1])
         self._cut(changed[-1:])
         self._cut(older)
-        if self._observed == len(places):
+        if self._rows[0].done:
             self._cut(self._waiting)
 
     def _cut(self, layers: Sequence[int]) -> None:
         """Let layers hold no more than they are to hold now."""
-        if not layers or self._selection is None:
+        if not layers:
             return
-        places = self._geometry.compressed_layers
-        for index, kept in zip(layers, self._selection.positions_of(layers), strict=True):
-            held = self.layers[places[index]]
-            assert isinstance(held, KVLayer)
-            if isinstance(kept, tuple) and not isinstance(held, HeadwiseLayer):
-                held = self.layers[places[index]] = HeadwiseLayer.split(held, len(kept))
-            held.keep(kept)
+        chosen = [row.positions_of(layers) for row in self._rows]
+        for index, kept in zip(layers, zip(*chosen, strict=True), strict=True):
+            place = self._geometry.compressed_layers[index]
+            held = self.layers[place]
+            drafts = held.seen - self._prompt_end
+            if isinstance(held, RowsLayer):
+                held.keep_rows([self._with_drafts(row, drafts) for row in kept])  # type: ignore[misc]
+                continue
+            positions = self._with_drafts(kept[0], drafts)
+            if isinstance(positions, tuple) and not isinstance(held, HeadwiseLayer):
+                held = self.layers[place] = HeadwiseLayer.split(held, len(positions))
+            held.keep(positions)
+            held.chosen -= drafts
+
+    def _with_drafts(self, kept: Heads, drafts: int) -> Heads:
+        """Positions to hold: those chosen, and drafts that were read along behind the prompt."""
+        if not drafts:
+            return kept
+        if isinstance(kept, tuple):
+            return tuple(
+                torch.cat([head, _behind(head, self._prompt_end, drafts)]) for head in kept
+            )
+        rows = _behind(kept, self._prompt_end, drafts).expand(kept.shape[0], -1)
+        return torch.cat([kept, rows], dim=1)
+
+
+def _behind(kept: Tensor, end: int, count: int) -> Tensor:
+    """The `count` positions from `end` on."""
+    return torch.arange(end, end + count, device=kept.device)
+
+
+def _padding(mask: Tensor | None, total: int) -> Tensor | None:
+    """Hidden tokens before each row's first, (rows,), None without a mask of tokens.
+
+    Raises:
+        ValueError: tokens are hidden elsewhere.
+    """
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return None
+    shown = mask.bool()
+    padding = shown.shape[1] - shown.sum(dim=1)
+    places = torch.arange(shown.shape[1], device=mask.device)
+    if not torch.equal(shown, places >= padding[:, None]) or bool((padding >= total).any()):
+        raise ValueError(
+            "the attention mask hides tokens behind others, which a compressed cache cannot tell "
+            "from text; pad prompts on the left"
+        )
+    return padding.cpu()
 
 
 @contextmanager
 def compress(model: PreTrainedModel, method: CompressionMethod) -> Iterator[CompressedCache]:
-    """A cache to pass to `generate(..., past_key_values=cache)`, one prompt at a time.
+    """A cache to pass to `generate(..., past_key_values=cache)`.
 
         with compress(model, DynamicKV(capacity=512)) as cache:
             output = model.generate(**inputs, past_key_values=cache, max_new_tokens=64)
 
-    The prompt is what the first forward pass feeds; later tokens, of the answer or of a follow-up
-    question, are kept. `cache.reset()` makes it ready for another prompt. When the block ends the
-    model is as it was.
+    The prompt is what `generate` is given, or what the first forward pass feeds; several prompts
+    are the rows of a batch, padded on the left, each compressed by itself. Later tokens, of the
+    answer or of a follow-up question, are kept. `cache.reset()` makes it ready for other prompts.
+    When the block ends the model is as it was, and the cache serves no more.
 
     Raises:
-        ValueError: before any work, for a model or a batch that cannot be compressed.
+        ValueError: before any work, for a model or a request that cannot be served.
     """
     if not isinstance(method, CompressionMethod):
         raise ValueError(f"{method!r} is not a method; give one such as DynamicKV(capacity=512)")
-    cache = CompressedCache(method, Geometry.of(model.config))
+    cache = CompressedCache(method, model.config)
+    require_choosable(cache._geometry, method.parameters)
 
-    def check(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        if named.get("past_key_values") is cache:
-            _require_single_prompt(arguments, named)
+    def before(
+        module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        given = next((named[name] for name in CACHE_NAMES if named.get(name) is not None), None)
+        if given is None and (call := generate_call()) is not None and call.cache is cache:
+            # Longrope models drop an empty cache when a prompt is longer than the switch.
+            if cache.get_seq_length() > 0:
+                raise ValueError(
+                    "this model drops its cache here and would read all tokens again; "
+                    "lower max_new_tokens, or read a prompt that is longer already"
+                )
+            given = named[CACHE_NAMES[0]] = cache
+        if given is not cache:
+            return None
+        if named.get("use_cache") is False:
+            raise ValueError(
+                "use_cache=False feeds all tokens again at every step, and a compressed cache "
+                "would keep them all; leave it out, or set model.generation_config.use_cache=True"
+            )
+        ids = named.get("input_ids", arguments[0] if arguments else None)
+        embeds = named.get("inputs_embeds")
+        width = (ids if ids is not None else embeds).shape[1]  # type: ignore[union-attr]
+        cache.begin_pass(ids, width, named.get("attention_mask"))
+        return arguments, named
 
-    handle = model.register_forward_pre_hook(check, with_kwargs=True)
+    def after(
+        module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any
+    ) -> None:
+        if any(named.get(name) is cache for name in CACHE_NAMES):
+            cache.end_pass()
+
+    handles = [
+        model.register_forward_pre_hook(before, with_kwargs=True),
+        model.register_forward_hook(after, with_kwargs=True),
+    ]
     try:
         with longer_sequences_forgotten(model), observed(model):
             yield cache
     finally:
-        handle.remove()
-
-
-def _require_single_prompt(arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-    """Refuse batches, beams and padding, which a cache with one choice per prompt cannot serve."""
-    ids = named.get("input_ids", arguments[0] if arguments else None)
-    ids = named.get("inputs_embeds") if ids is None else ids
-    if ids is not None and ids.shape[0] != 1:
-        raise ValueError(
-            f"the batch has {ids.shape[0]} sequences and a compressed cache serves one; "
-            "generate them one by one, without beam search"
-        )
-    mask = named.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask.all()):
-        raise ValueError(
-            "the attention mask hides padding, which a compressed cache cannot tell from text; "
-            "pass the prompt without padding"
-        )
+        cache.end()
+        for handle in handles:
+            handle.remove()

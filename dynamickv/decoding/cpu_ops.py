@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynamickv.cache import KVLayer
+from dynamickv.layers import KVLayer
 from dynamickv.decoder import HeadNorms, Ops, Rotation
 
 

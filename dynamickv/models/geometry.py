@@ -6,10 +6,56 @@ Knows configs alone: no weights, no cache.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+from dynamickv.cache import kinds_of
 from dynamickv.models.rope import stretch
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKind:
+    """What one kind of layer is called, and what it allows."""
+
+    words: str
+    """As people read it."""
+    compressed: bool = False
+    """Whether methods choose what it keeps; else it serves as transformers caches it."""
+    drafts: bool = True
+    """Whether tokens can be taken back, as prompt lookup and assisted decoding do."""
+
+
+KINDS: dict[str, LayerKind] = {
+    "full": LayerKind("attends to the whole prompt", compressed=True),
+    "hybrid": LayerKind(
+        "attends to the whole prompt beside a state", compressed=True, drafts=False
+    ),
+    "sliding": LayerKind("sliding window"),
+    "chunked": LayerKind("chunked attention"),
+    "linear": LayerKind("linear attention", drafts=False),
+    "conv": LayerKind("convolution"),
+    "hybrid_sliding": LayerKind("sliding window beside a state", drafts=False),
+    "shared": LayerKind("shares an earlier layer's keys and values"),
+    "moe": LayerKind("experts without attention"),
+    "mlp": LayerKind("without attention"),
+}
+"""Every kind of layer that is served; a model with a layer of another kind is refused."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerGeometry:
+    """The sizes of one layer."""
+
+    kind: str
+    """A key of `KINDS`."""
+    num_kv_heads: int
+    """Heads that its cache stores: 1 where it stores a latent."""
+    head_dim: int
+    """Numbers per stored head and position in what it stores of keys."""
+    value_dim: int
+    """The same of values."""
+    window: int = 0
+    """Positions that a query sees, its own included; 0 for all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,17 +65,32 @@ class Geometry:
     num_layers: int
     num_query_heads: int
     num_kv_heads: int
+    """Of the layers that methods compress, as is `head_dim`."""
     head_dim: int
     max_positions: int
     """Longest sequence the model reads, in tokens."""
-    windows: Mapping[int, int] = field(default_factory=dict)
-    """Sliding-window layers by their place, with their window in tokens; no method compresses
-    them."""
+    layers: tuple[LayerGeometry, ...]
+    """Every layer's own."""
+    latent: bool = False
+    """Whether the cache stores one latent for all heads (MLA), so that they share one choice."""
+    switch: int | None = None
+    """Prompt length beyond which the model turns all keys by other frequencies (longrope): an
+    answer must not cross it."""
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Every layer's kind."""
+        return tuple(layer.kind for layer in self.layers)
+
+    @property
+    def windows(self) -> Mapping[int, int]:
+        """Sliding-window and chunked layers by their place, with their window in tokens."""
+        return {place: layer.window for place, layer in enumerate(self.layers) if layer.window}
 
     @property
     def compressed_layers(self) -> list[int]:
         """Places of the layers that attend to the whole prompt, which methods compress."""
-        return [place for place in range(self.num_layers) if place not in self.windows]
+        return [place for place, kind in enumerate(self.kinds) if KINDS[kind].compressed]
 
     @classmethod
     def of(cls, config: Any) -> Geometry:
@@ -39,58 +100,105 @@ class Geometry:
             ValueError: if the model is not a decoder with attention layers that can be compressed.
         """
         require_compressible(config)
-        config = config.get_text_config()
-        heads = config.num_attention_heads
-        kinds = getattr(config, "layer_types", None) or []
-        return cls(
-            num_layers=config.num_hidden_layers,
-            num_query_heads=heads,
-            num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-            max_positions=int(config.max_position_embeddings * stretch(config)),
-            windows={
-                place: config.sliding_window
-                for place, kind in enumerate(kinds)
-                if kind == "sliding_attention"
-            },
+        config = config.get_text_config(decoder=True)
+        kinds = kinds_of(config)
+        own = getattr(config, "per_layer_config", None) or [config] * len(kinds)
+        layers = tuple(
+            _layer(kind, config if part is None else part)
+            for kind, part in zip(kinds, own, strict=False)
         )
+        first = next(layer for layer in layers if KINDS[layer.kind].compressed)
+        return cls(
+            num_layers=len(layers),
+            num_query_heads=config.num_attention_heads,
+            num_kv_heads=first.num_kv_heads,
+            head_dim=first.head_dim,
+            max_positions=int(config.max_position_embeddings * stretch(config)),
+            layers=layers,
+            latent=_latent(config),
+            switch=_switch(config),
+        )
+
+
+def _layer(kind: str, config: Any) -> LayerGeometry:
+    heads = config.num_attention_heads
+    window = 0
+    if kind in ("sliding", "hybrid_sliding"):
+        window = config.sliding_window
+    elif kind == "chunked":
+        window = config.attention_chunk_size
+    if _latent(config):
+        rank, rotary = config.kv_lora_rank, config.qk_rope_head_dim
+        return LayerGeometry(
+            kind=kind, num_kv_heads=1, head_dim=rank, value_dim=rotary, window=window
+        )
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return LayerGeometry(
+        kind=kind,
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=head_dim,
+        value_dim=getattr(config, "v_head_dim", None) or head_dim,
+        window=window,
+    )
+
+
+def _latent(config: Any) -> bool:
+    return getattr(config, "kv_lora_rank", None) is not None
+
+
+def _switch(config: Any) -> int | None:
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return None
+    return rope.get("original_max_position_embeddings") or getattr(
+        config, "original_max_position_embeddings", None
+    )
 
 
 def require_compressible(config: Any) -> None:
-    """Raise ValueError unless every layer is causal self-attention, over the whole prompt or, in
-    some of them, over a sliding window."""
+    """Raise ValueError unless the model is a decoder whose layers are all of known kinds, some of
+    them attending to the whole prompt."""
     name = (getattr(config, "architectures", None) or [config.model_type])[0]
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{name} is an encoder-decoder; choose a decoder-only language model")
-    config = config.get_text_config()
+    config = config.get_text_config(decoder=True)
     if getattr(config, "num_attention_heads", None) is None:
         raise ValueError(f"{name} has no attention heads; choose a causal language model")
-    slides = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    alike = "sliding_attention" if slides else "full_attention"
-    kinds = set(getattr(config, "layer_types", None) or [alike])
-    others = sorted(kinds - {"full_attention", "sliding_attention"})
-    if others:
+    try:
+        kinds = kinds_of(config)
+    except Exception as error:  # transformers' own cache cannot be made of it either
         raise ValueError(
-            f"{name} has {', '.join(others)} layers, which cannot be told apart from compressed "
-            "ones; choose a model whose layers attend to the whole prompt or a sliding window"
-        )
-    if "full_attention" not in kinds:
+            f"{name} has no cache of transformers' layers ({error}); choose another model"
+        ) from error
+    unknown = sorted(set(kinds) - set(KINDS))
+    if unknown:
         raise ValueError(
-            f"{name} has sliding_attention in all layers, so nothing is left to compress; "
-            "choose a model with layers that attend to the whole prompt"
+            f"{name} has layers that cache by {', '.join(unknown)}, which cannot be compressed; "
+            "choose a model whose layers attend to the whole prompt"
         )
-    if config.model_type == "gpt_oss":
+    if not any(KINDS[kind].compressed for kind in kinds):
+        words = sorted({KINDS[kind].words for kind in kinds})
         raise ValueError(
-            f"{name} adds learned sinks to its softmax, which the scores do not know; "
-            "choose a model without them"
+            f"{name} has no layer that attends to the whole prompt ({', '.join(words)}), so "
+            "nothing is left to compress; choose another model"
         )
-    for option, meaning in (
-        ("attn_logit_softcapping", "caps its attention logits"),
-        ("num_kv_shared_layers", "shares keys and values between layers"),
-        ("use_bidirectional_attention", "looks ahead"),
-    ):
-        if getattr(config, option, None):
-            raise ValueError(
-                f"{name} {meaning} ({option}), which the scores do not know; "
-                "choose a model without it"
-            )
+    if getattr(config, "use_bidirectional_attention", None) in (True, "all"):
+        raise ValueError(
+            f"{name} looks ahead (use_bidirectional_attention), which no cache of past tokens "
+            "serves; choose a model without it"
+        )
+    if getattr(config, "max_position_embeddings", None) is None:
+        raise ValueError(
+            f"{name} names no longest sequence (max_position_embeddings); "
+            "choose a model with rotary positions"
+        )
+
+
+def require_choosable(geometry: Geometry, parameters: Mapping[str, Any]) -> None:
+    """Raise ValueError where a method's parameters ask for a choice that a model's cache cannot
+    hold."""
+    if geometry.latent and parameters.get("granularity") == "query_head":
+        raise ValueError(
+            "granularity='query_head' needs keys of its own for every query head, and this model "
+            "caches one latent for all heads; use granularity='kv_head'"
+        )

@@ -21,7 +21,9 @@ import transformers  # its parts load when named, which takes seconds: the page 
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dynamickv.cache import BatchedLayer, HeadwiseLayer, KVLayer
+from dynamickv.layers import BatchedLayer, HeadwiseLayer, KVLayer, attended_layer
+from dynamickv.records import Attended
+from dynamickv.row_layers import RowsLayer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,6 +55,13 @@ def _observing(backend: str) -> str:
     return PREFIX + backend
 
 
+def uses_registry(model: PreTrainedModel) -> bool:
+    """Whether a model's code takes its attention from transformers' registry, be it announced by
+    the class or not."""
+    code = sys.modules[type(model).__module__]
+    return hasattr(code, "ALL_ATTENTION_FUNCTIONS") and hasattr(code, "eager_attention_forward")
+
+
 @contextmanager
 def observed(model: PreTrainedModel) -> Iterator[None]:
     """Let the model's attention be observed inside the block; afterwards it is as it was."""
@@ -74,15 +83,15 @@ def set_observed(model: PreTrainedModel) -> None:
         ValueError: if the model does not compute attention through transformers' registry.
     """
     backend = backend_of(model)
-    if (
-        "flex" in backend
-        or "paged" in backend
-        or not getattr(model, "_supports_attention_backend", False)
-    ):
+    if "flex" in backend or "paged" in backend:
         raise ValueError(
-            f"{type(model).__name__} with attention {backend!r} cannot be observed; "
-            'load it with attention="sdpa" or choose a model that supports '
-            "transformers' AttentionInterface"
+            f"attention {backend!r} cannot be observed; load {type(model).__name__} with "
+            'attention="sdpa"'
+        )
+    if not uses_registry(model):
+        raise ValueError(
+            f"{type(model).__name__} computes attention in its own code instead of through "
+            "transformers' AttentionInterface, so it cannot be observed; choose another model"
         )
     name = _observing(backend)
     masks = transformers.AttentionMaskInterface()  # type: ignore[no-untyped-call]
@@ -105,44 +114,66 @@ def _observed_attention(
 ) -> tuple[Tensor, Tensor | None]:
     # Each model file defines its own eager attention, which is not in the registry.
     attention = attention or sys.modules[type(module).__module__].eager_attention_forward
-    layer: KVLayer | None = getattr(key, "kv_layer", None)
+    place = getattr(module, "layer_idx", None)
+    layer = attended_layer(key, place)
     if layer is None:
-        module = _stand_in(backend, module, query, key)
-        return attention(module, query, key, value, attention_mask, **kwargs)
+        return attention(
+            _stand_in(backend, module, query, key), query, key, value, attention_mask, **kwargs
+        )
     output: tuple[Tensor, Tensor | None]
     if isinstance(layer, (BatchedLayer, HeadwiseLayer)):
         by_head = isinstance(layer, HeadwiseLayer)
         parts = layer.heads if isinstance(layer, HeadwiseLayer) else layer.rows
         queries = query.chunk(len(parts), dim=1 if by_head else 0)
-        outputs = [
-            _continue(backend, attention, module, part_query, *part.held(), **kwargs)[0]
-            for part, part_query in zip(parts, queries, strict=True)
-        ]
+        outputs = []
+        for number, (part, asked) in enumerate(zip(parts, queries, strict=True)):
+            held = part.held()
+            given = _of_head(module, kwargs, number, len(parts)) if by_head else (module, kwargs)
+            outputs.append(_continue(backend, attention, part, given, asked, *held)[0])
         output = torch.cat(outputs, dim=2 if by_head else 0), None
     elif query.shape[2] < key.shape[2]:
-        output = _continue(backend, attention, module, query, key, value, **kwargs)
+        output = _continue(backend, attention, layer, (module, kwargs), query, key, value)
     else:
-        module = _stand_in(backend, module, query, key)
-        output = attention(module, query, key, value, attention_mask, **kwargs)
-    if layer.after_attention is not None:
-        scaling = kwargs.get("scaling")
-        layer.after_attention(
-            layer, query, query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+        output = attention(
+            _stand_in(backend, module, query, key), query, key, value, attention_mask, **kwargs
         )
+    # A layer that reads another's keys and values is not asked: their owner is.
+    if layer.after_attention is not None and place in (None, layer.index):
+        scaling = kwargs.get("scaling")
+        attended = Attended(
+            queries=query,
+            keys=key,
+            scaling=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+            softcap=kwargs.get("softcap"),
+            sinks=kwargs.get("s_aux"),
+        )
+        layer.after_attention(layer, attended)
     return output
+
+
+def _of_head(
+    module: Any, kwargs: dict[str, Any], head: int, heads: int
+) -> tuple[Any, dict[str, Any]]:
+    """Module and arguments for one stored head alone: of learned sinks, only its query heads'."""
+    sinks = kwargs.get("s_aux")
+    if sinks is None:
+        return module, kwargs
+    own = sinks.chunk(heads)[head]
+    return _Changed(module, sinks=own), kwargs | {"s_aux": own}
 
 
 def _continue(
     backend: str,
     attention: Attention,
-    module: nn.Module,
+    layer: KVLayer,
+    given: tuple[Any, dict[str, Any]],
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The backend's attention of new tokens over what a cache holds."""
-    mask = _continuation_mask(backend, query, key)
+    module, kwargs = given
+    mask = _continuation_mask(backend, layer, query, key)
     with _kernels(query):
         module = _stand_in(backend, module, query, key)
         return attention(module, query, key, value, mask, **kwargs)
@@ -159,14 +190,24 @@ def _kernels(query: Tensor) -> AbstractContextManager[None]:
     return context
 
 
-def _continuation_mask(backend: str, query: Tensor, key: Tensor) -> Tensor | None:
-    """New tokens see everything the layer holds, and each other causally."""
+def _continuation_mask(backend: str, layer: KVLayer, query: Tensor, key: Tensor) -> Tensor | None:
+    """New tokens see everything the layer holds, and each other causally; a row of several sees
+    nothing where it holds less than the others."""
     new, held = query.shape[2], key.shape[2]
-    if new == 1 or backend not in MASKED_BACKENDS:
+    unused = layer.unused if isinstance(layer, RowsLayer) else None
+    if backend not in MASKED_BACKENDS or (new == 1 and unused is None):
+        if unused is not None:
+            raise ValueError(
+                f"attention {backend!r} cannot tell rows of unlike length apart; "
+                'load the model with attention="sdpa", or generate the prompts one by one'
+            )
         return None
     visible = torch.ones(new, held, dtype=torch.bool, device=query.device).tril_(held - new)[
         None, None
     ]
+    if unused is not None:
+        slots = torch.arange(held, device=query.device)
+        visible = visible & (slots >= unused[:, None])[:, None, None]
     if backend == "sdpa":
         return visible
     return torch.zeros_like(visible, dtype=query.dtype).masked_fill_(

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from dynamickv.cache import KVCache, KVLayer
+from dynamickv.cache import KVCache
+from dynamickv.layers import KVLayer
 from dynamickv.reading.observe import observed
 from dynamickv.reading.prompt import encode_prompt, encode_text
-from dynamickv.records import EncodedPrompt, LayerObservation, Prefill
+from dynamickv.records import Attended, EncodedPrompt, LayerObservation, Prefill
 from dynamickv.scoring import attention_mass
 
 if TYPE_CHECKING:
@@ -108,37 +109,49 @@ def prefill_prompt(
 ) -> Prefill:
     """`prefill` for a prompt that is already encoded."""
     layers: list[LayerObservation] = []
+    places = llm.geometry.compressed_layers
     mass_seconds = 0.0
 
-    def record(layer: KVLayer, query: Tensor, scaling: float) -> None:
+    def record(layer: KVLayer, attended: Attended) -> None:
         nonlocal mass_seconds
-        keys = layer.held()[0][0]
         received = None
         if mass:
             llm.synchronize()
             started = time.perf_counter()
-            received = attention_mass(query[0], keys, scaling)
+            received = attention_mass(
+                attended.queries[0],
+                attended.keys[0],
+                attended.scaling,
+                attended.softcap,
+                attended.sinks,
+            )
             llm.synchronize()
             mass_seconds += time.perf_counter() - started
-        tail_queries = query[0, :, -tail:].clone()
-        layers.append(
-            LayerObservation(queries=tail_queries, keys=keys, scaling=scaling, mass=received)
-        )
+        observation = attended.row(0, layer.held()[0].shape[1], tail=tail, mass=received)
+        layers.append(replace(observation, queries=observation.queries.clone()))
         if on_layer is not None:
             on_layer(len(layers))
 
-    cache = KVCache(llm.geometry.num_layers, record, llm.geometry.windows)
+    cache = KVCache.of(llm.model.config, record)
     token_ids = torch.from_numpy(np.array([prompt.token_ids])).to(llm.device)
     start = time.perf_counter()
     with observed(llm.model):
         output = llm.model(token_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     logits = output.logits[0, -1]
     llm.synchronize()
+    if len(layers) != len(places):
+        raise ValueError(
+            f"{len(layers)} of {llm.name}'s {len(places)} layers to compress were observed, so "
+            "nothing is sure to be compressed; choose another model"
+        )
+    held = [layer.held() for layer in cache.whole_layers()]
     return Prefill(
         prompt=prompt,
         layers=tuple(layers),
-        values=tuple(layer.held()[1][0] for layer in cache.whole_layers()),
-        sliding=cache.sliding(),
+        keys=tuple(keys[0] for keys, _ in held),
+        values=tuple(values[0] for _, values in held),
+        others=cache.others(llm.geometry.kinds),
+        states=cache.states(),
         logits=logits,
         seconds=time.perf_counter() - start - mass_seconds,
         mass_seconds=mass_seconds,

@@ -59,6 +59,9 @@ class ModelInfo:
     """Longest sequence the model reads, in tokens."""
     sliding_layers: list[int] = field(default_factory=list)
     """Layers that see only the last tokens, by their place; no method compresses them."""
+    layer_kinds: list[str] = field(default_factory=list)
+    """Every layer's kind ("full", "sliding", "linear" and so on); empty in older records, whose
+    other layers attend to the whole prompt."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

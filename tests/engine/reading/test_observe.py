@@ -105,7 +105,7 @@ def test_observing_leaves_no_trace_on_a_strangers_model(attention: str) -> None:
         logits = model(token_ids).logits
         with observed(model):
             assert backend_of(model) == attention
-            model(token_ids, past_key_values=KVCache(NUM_LAYERS), use_cache=True)
+            model(token_ids, past_key_values=KVCache.of(model.config), use_cache=True)
         assert torch.equal(model(token_ids).logits, logits)
     assert (model.config.to_dict(), dict(vars(model.config))) == before
     assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())

@@ -1,0 +1,110 @@
+"""One prompt's walk through the layers while it is read: what is observed, what is to be held.
+
+Knows one row of a batch; no cache, no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dynamickv.methods import CompressionMethod
+from dynamickv.methods.base import Selection
+from dynamickv.records import Attended, Heads, Retention
+from dynamickv.scoring import attention_mass
+
+
+class PromptRow:
+    """One method's choice for one prompt, layer by layer."""
+
+    def __init__(self, method: CompressionMethod, num_layers: int) -> None:
+        self._method, self._num_layers = method, num_layers
+        self._selection: Selection | None = None
+        self._whole: list[Tensor] = []
+        """What layers hold of a prompt that fits."""
+        self._length = 0
+        self.observed = 0
+        """Layers that have been observed."""
+        self._tails: dict[int, Tensor] = {}
+        self._masses: dict[int, Tensor] = {}
+
+    @property
+    def done(self) -> bool:
+        """Whether the prompt has gone through all layers."""
+        return self.observed == self._num_layers
+
+    def read_on(self, layer: int, attended: Attended, row: int) -> None:
+        """Remember of a chunk of the prompt what the choice needs later."""
+        queries = attended.queries[row]
+        earlier = self._tails.get(layer)
+        joined = queries if earlier is None else torch.cat([earlier, queries], dim=1)
+        self._tails[layer] = joined[:, -self._method.tail :].clone()
+        if self._method.needs_mass:
+            self._masses[layer] = self._mass(layer, attended, row, queries, 0, None)
+
+    def observe(
+        self, layer: int, attended: Attended, row: int, stored: int, first: int, last: int
+    ) -> range:
+        """Take in a layer once its whole prompt, positions `first` to `last`, was read; the layers
+        whose holdings changed.
+
+        Args:
+            stored: heads that the cache stores.
+        """
+        behind = attended.keys.shape[2] - last
+        queries = attended.queries[row, :, : attended.queries.shape[2] - behind]
+        self._length = last - first
+        mass = None
+        if self._method.needs_mass and not self._method.fits(self._length):
+            mass = self._mass(layer, attended, row, queries[:, -self._length :], first, last)
+        observation = attended.row(
+            row,
+            stored,
+            tail=self._method.tail,
+            first=first,
+            last=last,
+            earlier=self._tails.pop(layer, None),
+            mass=mass,
+        )
+        self.observed += 1
+        if self._method.fits(self._length):
+            self._whole.append(self._method.whole(observation))
+            return range(layer, layer + 1)
+        if self._selection is None:
+            self._selection = self._method.start(self._num_layers)
+        return self._selection.observe(observation)
+
+    def _mass(
+        self,
+        layer: int,
+        attended: Attended,
+        row: int,
+        queries: Tensor,
+        first: int,
+        last: int | None,
+    ) -> Tensor:
+        """Attention received so far from all queries of the prompt."""
+        keys = attended.keys[row, :, first:last]
+        mass = attention_mass(queries, keys, attended.scaling, attended.softcap, attended.sinks)
+        earlier = self._masses.pop(layer, None)
+        if earlier is not None:
+            mass[:, : earlier.shape[1]] += earlier
+        return mass
+
+    def positions_of(self, layers: Sequence[int]) -> list[Heads]:
+        """What layers are to hold now, counted from the prompt's first token."""
+        if self._selection is None:
+            return [self._whole[layer] for layer in layers]
+        held = self._selection.positions_of(layers)
+        # One stored head alone needs no cache of its own.
+        return [
+            kept[0][None] if isinstance(kept, tuple) and len(kept) == 1 else kept for kept in held
+        ]
+
+    def retention(self) -> Retention:
+        """What all layers hold in the end."""
+        if self._selection is not None:
+            return self._selection.retention()
+        return Retention(indices=tuple(self._whole), prompt_length=self._length)

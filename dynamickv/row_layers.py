@@ -1,0 +1,93 @@
+"""Layers that hold several prompts at once, each row its own positions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import LinearAttentionLayer
+
+from dynamickv.layers import AfterAttention, KVLayer, gather
+from dynamickv.other_layers import HybridLayer
+
+
+class RowsLayer(KVLayer):  # type: ignore[no-untyped-call]
+    """A layer of several prompts at once, (rows, heads, length, head_dim): every row keeps its own
+    positions. Rows end together; one that holds less than others has unused slots before them."""
+
+    def __init__(
+        self, index: int, padding: Tensor, after_attention: AfterAttention | None = None
+    ) -> None:
+        super().__init__(index, after_attention)
+        self.padding = padding
+        """Slots before each row's first token as it is fed, (rows,)."""
+        self._rows: list[Tensor] | None = None
+        self._unused: Tensor | None = padding if bool(padding.any()) else None
+
+    @property
+    def unused(self) -> Tensor | None:
+        """Slots before each row's first position, (rows,); None where all rows are equally long."""
+        return self._unused
+
+    def keep_rows(self, positions: Sequence[Tensor]) -> None:
+        """Drop every position but these, one (heads, kept) ascending for each row."""
+        keys, values = self.held()
+        places = []
+        for row, kept in enumerate(positions):
+            if self._rows is None:
+                places.append(kept + self.padding[row])
+            else:
+                before, unused = self._rows[row], keys.shape[2] - self._rows[row].shape[1]
+                places.append(torch.searchsorted(before, kept.contiguous()) + unused)
+        longest = max(kept.shape[1] for kept in positions)
+        self._buffers = (_gathered(keys, places, longest), _gathered(values, places, longest))
+        self._rows = list(positions)
+        lengths = torch.tensor([kept.shape[1] for kept in positions], device=keys.device)
+        self._unused = longest - lengths if int(lengths.min()) < longest else None
+        self.show(longest)
+        self.chosen = longest
+
+    def reset(self) -> None:
+        """Forget everything and free the memory."""
+        super().reset()
+        self._rows = None
+
+
+class HybridRowsLayer(LinearAttentionLayer, RowsLayer):  # type: ignore[no-untyped-call,misc]
+    """`HybridLayer` of several prompts."""
+
+    is_compileable = False
+    is_croppable = HybridLayer.is_croppable
+    nbytes = HybridLayer.nbytes
+    lazy_initialization = HybridLayer.lazy_initialization
+
+    def __init__(
+        self,
+        index: int,
+        padding: Tensor,
+        after_attention: AfterAttention | None = None,
+        states: int = 1,
+    ) -> None:
+        RowsLayer.__init__(self, index, padding, after_attention)
+        LinearAttentionLayer.__init__(self, number_of_states=states)
+
+
+def in_rows(layer: Any, padding: Tensor) -> Any:
+    """A fresh layer of the same kind for several prompts, padded on the left by so many slots."""
+    if type(layer) is KVLayer:
+        return RowsLayer(layer.index, padding, layer.after_attention)
+    if type(layer) is HybridLayer:
+        return HybridRowsLayer(layer.index, padding, layer.after_attention, layer.number_of_states)
+    return layer
+
+
+def _gathered(states: Tensor, places: Sequence[Tensor], longest: int) -> Tensor:
+    """Each row's `places`, (heads, kept), ending together in (rows, heads, longest, dim)."""
+    rows, _, _, dim = states.shape
+    stored = max(place.shape[0] for place in places)
+    buffer = states.new_zeros(rows, stored, longest, dim)
+    for row, place in enumerate(places):
+        buffer[row, :, longest - place.shape[1] :] = gather(states[row], place, 0)[0]
+    return buffer
