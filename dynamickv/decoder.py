@@ -77,6 +77,10 @@ class Ops(ABC, Generic[Store]):
         """silu(gate(x)) * up(x), of projections without bias."""
         return F.silu(self.linear(x, gate)) * self.linear(x, up)
 
+    def spoken(self, x: Tensor) -> Tensor:
+        """Of all hidden states, those whose next tokens are asked for."""
+        return x
+
     def split(
         self, qkv: Tensor, rotation: Rotation, norms: HeadNorms | None, query_heads: int
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,7 +117,7 @@ def next_logits(
         x = ops.project(context, attention.o_proj, residual=x)
         normal = _norm(ops, x, layer.post_attention_layernorm)
         x = ops.project(ops.gate(normal, mlp.gate_proj, mlp.up_proj), mlp.down_proj, residual=x)
-    return ops.project(_norm(ops, x, model.model.norm), model.lm_head)
+    return ops.project(_norm(ops, ops.spoken(x), model.model.norm), model.lm_head)
 
 
 def _norm(ops: Ops[Store], x: Tensor, norm: Any) -> Tensor:

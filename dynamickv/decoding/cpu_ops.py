@@ -8,13 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynamickv.layers import KVLayer
 from dynamickv.decoder import HeadNorms, Ops, Rotation
+from dynamickv.layers import KVLayer
+from dynamickv.packed import PackedWeights
 
 
 class CpuOps(Ops[Sequence[KVLayer]]):
     """Torch operations in float32 on a row for each of several caches, and on a row of padding
     behind a single one, which no cache sees."""
+
+    least_rows = 2
 
     def linear(self, x: Tensor, linear: nn.Linear) -> Tensor:
         """One projection."""
@@ -94,3 +97,31 @@ class PackedOps(CpuOps):
         weight, bias = self._packed[linears]
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return out
+
+
+class FastOps(CpuOps):
+    """CpuOps with products from packed weights, of one row and more. What runs through the layers
+    stays float32."""
+
+    least_rows = 1
+
+    def __init__(self, packed: PackedWeights) -> None:
+        self._weights = packed
+
+    def linear(self, x: Tensor, linear: nn.Linear) -> Tensor:
+        """One projection."""
+        return self._weights.product(x, linear).float()
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """In one operation."""
+        return F.rms_norm(x, weight.shape, weight, eps)
+
+    def project(self, x: Tensor, *linears: nn.Linear, residual: Tensor | None = None) -> Tensor:
+        """Projections of one input in one product."""
+        joined = self._weights.product(x, *linears)
+        return joined.float() if residual is None else residual + joined
+
+    def gate(self, x: Tensor, gate: nn.Linear, up: nn.Linear) -> Tensor:
+        """Both in one product."""
+        gated, raised = self._weights.product(x, gate, up).float().chunk(2, dim=-1)
+        return F.silu(gated) * raised

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dynamickv.cache import KVCache
 from dynamickv.decoder import HeadNorms, Ops, Rotation, next_logits
-from dynamickv.decoding.cpu_ops import CpuOps, PackedOps
+from dynamickv.decoding.cpu_ops import CpuOps, FastOps, PackedOps
 from dynamickv.memory import free_host_memory
 from dynamickv.models import LoadedModel
 
@@ -81,6 +81,7 @@ class RowSteps:
         self._fed = 0
         self._packed: PackedOps | None = None
         self._packable = PackedOps.available()
+        self._fast = None if llm.packed is None else FastOps(llm.packed)
 
     @torch.inference_mode()
     def __call__(
@@ -96,14 +97,17 @@ class RowSteps:
             next-token logits, (caches, vocabulary).
         """
         decoder: Any = self._llm.model.model
-        padding = [0] * (2 - len(caches))
+        ops = self._ops(len(caches))
+        padding = [0] * (ops.least_rows - len(caches))
         x = decoder.embed_tokens(torch.tensor([*token_ids, *padding]))
         rotation = decoder.rotary_emb(x, torch.tensor([*positions, *padding])[:, None])
         layers = list(zip(*(cache.whole_layers() for cache in caches), strict=True))
-        logits = next_logits(self._llm, self._ops(len(caches)), x, rotation, layers)
+        logits = next_logits(self._llm, ops, x, rotation, layers)
         return logits[: len(caches)].contiguous()
 
     def _ops(self, rows: int) -> CpuOps:
+        if self._fast is not None:
+            return self._fast
         self._fed += max(0, rows - self.FEW)
         if self._packable and self._packed is None and self._fed >= self.PAYS:
             size: int = self._llm.model.get_memory_footprint()  # type: ignore[no-untyped-call]
