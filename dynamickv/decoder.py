@@ -10,7 +10,7 @@ and no caches.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
@@ -87,11 +87,14 @@ class Ops(ABC, Generic[Store]):
         """Queries and keys, normalised and rotated, and values, (..., heads, head_dim) each."""
         heads = qkv.view(*qkv.shape[:-1], -1, rotation[0].shape[-1])
         kv_heads = (heads.shape[-2] - query_heads) // 2
-        query, key, value = torch.split(heads, [query_heads, kv_heads, kv_heads], dim=-2)
+        turning, value = torch.split(heads, [query_heads + kv_heads, kv_heads], dim=-2)
         if norms is not None:
+            query, key = torch.split(turning, [query_heads, kv_heads], dim=-2)
             query = self.norm(query, norms[0], norms[2])
             key = self.norm(key, norms[1], norms[2])
-        return _rotate(query, rotation), _rotate(key, rotation), value
+            turning = torch.cat([query, key], dim=-2)
+        query, key = torch.split(_rotate(turning, rotation), [query_heads, kv_heads], dim=-2)
+        return query, key, value
 
 
 def _rotate(states: Tensor, rotation: Rotation) -> Tensor:
@@ -118,6 +121,18 @@ def next_logits(
         normal = _norm(ops, x, layer.post_attention_layernorm)
         x = ops.project(ops.gate(normal, mlp.gate_proj, mlp.up_proj), mlp.down_proj, residual=x)
     return ops.project(_norm(ops, ops.spoken(x), model.model.norm), model.lm_head)
+
+
+def linears_of(llm: LoadedModel) -> Iterator[tuple[nn.Linear, ...]]:
+    """The projections that `next_logits` computes, those of one input together."""
+    model: Any = llm.model
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        yield attention.q_proj, attention.k_proj, attention.v_proj
+        yield (attention.o_proj,)
+        yield mlp.gate_proj, mlp.up_proj
+        yield (mlp.down_proj,)
+    yield (model.lm_head,)
 
 
 def _norm(ops: Ops[Store], x: Tensor, norm: Any) -> Tensor:

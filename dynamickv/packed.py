@@ -5,6 +5,8 @@ did. Products round as bfloat16 products do, with sums in float32. Knows no mode
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,6 +22,8 @@ FEW_ROWS = 4
 """Rows up to which four-bit weights take less time than bfloat16 ones."""
 LEVELS = 15
 """Steps between the least and the greatest four-bit number."""
+SAMPLE = 64
+"""Groups that tell most other formats apart."""
 OFF_LEVEL = 1 / 64
 """How far from a level, in steps, a weight that had four bits can lie: float32 rounds little."""
 
@@ -41,59 +45,102 @@ class PackedWeights:
         self._linears = {
             module.weight: module for module in model.modules() if type(module) is nn.Linear
         }
-        self._wide: dict[tuple[nn.Linear, ...], Tensor] = {}
-        self._narrow: dict[tuple[nn.Linear, ...], tuple[Tensor, Tensor] | None] = {}
+        self._packed: dict[tuple[nn.Linear, ...], Packed] = {}
 
     @property
     def nbytes(self) -> int:
         """Bytes of all copies made so far."""
-        wide = sum(2 * sum(one.weight.numel() for one in linears) for linears in self._wide)
-        return wide + sum(
-            codes.nbytes + scales.nbytes for codes, scales in filter(None, self._narrow.values())
-        )
+        return sum(packed.nbytes for packed in list(self._packed.values()))
 
     def named(self, weight: Tensor) -> nn.Linear | None:
         """The layer that a weight belongs to."""
         return self._linears.get(weight)
 
+    def of(self, *linears: nn.Linear) -> Packed:
+        """The weights of layers that read one input, as one matrix."""
+        packed = self._packed.get(linears)
+        if packed is None:
+            packed = self._packed.setdefault(linears, Packed(linears))
+        return packed
+
+    def prepare(self, groups: Iterable[tuple[nn.Linear, ...]], few: bool) -> None:
+        """Pack now what will be multiplied with few rows or many, so that no step waits for it."""
+        for linears in groups:
+            if few and self.of(*linears).narrow is not None:
+                continue
+            # Gate and up projections of many rows are multiplied one after the other.
+            for one in linears if len(linears) == 2 else [linears]:
+                _ = self.of(*(one if isinstance(one, tuple) else (one,))).wide
+
     def product(self, x: Tensor, *linears: nn.Linear) -> Tensor:
         """Projections of one input, (rows, size), in one product, (rows, all outputs): bfloat16, or
         float32 with a bias, which is added unrounded."""
+        packed = self.of(*linears)
         x = x.to(torch.bfloat16)
-        narrow = self._four_bits(linears) if len(x) <= FEW_ROWS else None
+        narrow = packed.narrow if x.shape[0] <= FEW_ROWS else None
+        out = multiply(x, packed.wide) if narrow is None else multiply_few(x, *narrow)
+        return out if packed.bias is None else out + packed.bias
+
+    def gated(self, x: Tensor, gate: nn.Linear, up: nn.Linear) -> Tensor:
+        """silu(gate(x)) * up(x), of projections without bias."""
+        x = x.to(torch.bfloat16)
+        narrow = self.of(gate, up).narrow if x.shape[0] <= FEW_ROWS else None
         if narrow is None:
-            out = multiply(x, self.wide(*linears))
-        else:
-            codes, scales = narrow
-            out = torch.ops.aten._weight_int4pack_mm_for_cpu(x, codes, GROUP, scales)
-        if all(one.bias is None for one in linears):
-            return out
-        biases = [
-            out.new_zeros(len(one.weight)) if one.bias is None else one.bias for one in linears
-        ]
-        return out + torch.cat(biases).float()
+            opened = multiply(x, self.of(gate).wide, activation="swish")
+            return multiply(x, self.of(up).wide, factor=opened)
+        opened, raised = multiply_few(x, *narrow).float().chunk(2, dim=-1)
+        return F.silu(opened) * raised
 
-    @torch.no_grad()
-    def wide(self, *linears: nn.Linear) -> Tensor:
-        """Their weights in bfloat16, as `multiply` takes them."""
-        if linears not in self._wide:
-            joined = torch.cat([one.weight for one in linears]).to(torch.bfloat16)
-            self._wide[linears] = torch.ops.mkldnn._reorder_linear_weight(joined)
-        return self._wide[linears]
 
-    @torch.no_grad()
-    def _four_bits(self, linears: tuple[nn.Linear, ...]) -> tuple[Tensor, Tensor] | None:
-        if linears not in self._narrow:
-            # Packed anew in every process: the order of the bytes differs between CPUs.
-            found = four_bits(torch.cat([one.weight.detach() for one in linears]))
-            if found is None:
-                self._narrow[linears] = None
-            else:
-                codes, scale, zero = found
-                packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-                scales = torch.stack([scale, zero], dim=-1).transpose(0, 1).contiguous()
-                self._narrow[linears] = packed, scales.to(torch.bfloat16)
-        return self._narrow[linears]
+class Packed:
+    """One matrix in the forms it was asked for."""
+
+    def __init__(self, linears: tuple[nn.Linear, ...]) -> None:
+        self._weights = [one.weight.detach() for one in linears]
+        self.bias: Tensor | None = None
+        """(outputs,) float32."""
+        if any(one.bias is not None for one in linears):
+            self.bias = torch.cat(
+                [
+                    one.weight.new_zeros(one.weight.shape[0]) if one.bias is None else one.bias
+                    for one in linears
+                ]
+            ).detach()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the forms made so far."""
+        made = vars(self)
+        wide = sum(2 * one.numel() for one in self._weights) if "wide" in made else 0
+        narrow: tuple[Tensor, ...] = made.get("narrow") or ()
+        return wide + sum(part.nbytes for part in narrow)
+
+    @cached_property
+    def wide(self) -> Tensor:
+        """In bfloat16, as `multiply` takes it."""
+        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(self._joined().bfloat16())
+        return packed
+
+    @cached_property
+    def narrow(self) -> tuple[Tensor, Tensor] | None:
+        """In four bits, as `multiply_few` takes it; None where it never had four."""
+        found = four_bits(self._joined())
+        if found is None:
+            return None
+        codes, scale, zero = found
+        # Made anew in every process: the order of the bytes differs between CPUs.
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+        scales = torch.stack([scale, zero], dim=-1).transpose(0, 1).contiguous()
+        return packed, scales.to(torch.bfloat16)
+
+    def _joined(self) -> Tensor:
+        return self._weights[0] if len(self._weights) == 1 else torch.cat(self._weights)
+
+
+def multiply_few(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    """(rows, size) times four-bit weights, in bfloat16."""
+    out: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, codes, GROUP, scales)
+    return out
 
 
 def multiply(
@@ -131,11 +178,9 @@ def four_bits(weight: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     if outputs % 16 or inputs % GROUP or weight.dtype != torch.float32:
         return None
     groups = weight.reshape(-1, GROUP)
-    # A few groups tell other formats apart before all are searched.
-    for sample in (groups[:64], groups):
-        found = _levels(sample)
-        if found is None:
-            return None
+    found = _levels(groups) if _levels(groups[:SAMPLE]) is not None else None
+    if found is None:
+        return None
     codes, scale, least = found
     return (
         codes.view(outputs, inputs),
@@ -146,24 +191,27 @@ def four_bits(weight: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
 
 def _levels(groups: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     """Codes, scale and least value of every group; None where a group has no such levels."""
-    least = groups.amin(dim=-1, keepdim=True)
-    above = groups - least
-    reach = above.amax(dim=-1, keepdim=True)
-    codes = torch.zeros(groups.shape, dtype=torch.int32)
-    scale = torch.zeros_like(least)
-    left = (reach[:, 0] > 0).nonzero()[:, 0]
+    least, most = torch.aminmax(groups, dim=-1, keepdim=True)
+    scale = (most - least) / LEVELS
+    codes, on = _nearest(groups, least, scale)
+    left = (~on).nonzero()[:, 0]
     # Nearly every group uses the first or the last level, and most of them both.
-    for steps in range(LEVELS, 0, -1):
+    for steps in range(LEVELS - 1, 0, -1):
         if len(left) == 0:
             break
-        size = reach[left] / steps
-        places = above[left] / size
-        near = places.round()
-        on = ((places - near).abs() <= OFF_LEVEL).all(dim=-1)
-        codes[left[on]] = near[on].to(torch.int32)
-        scale[left[on]] = size[on]
+        size = (most[left] - least[left]) / steps
+        near, on = _nearest(groups[left], least[left], size)
+        codes[left[on]], scale[left[on]] = near[on], size[on]
         left = left[~on]
     return None if len(left) else (codes, scale, least)
+
+
+def _nearest(groups: Tensor, least: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    """Each weight's nearest level, int32, and for each group whether all weights lie on theirs."""
+    places = (groups - least).div_(size.clamp_min(torch.finfo(torch.float32).tiny))
+    near = places.round()
+    off = places.sub_(near).abs_().amax(dim=-1)
+    return near.to(torch.int32), off <= OFF_LEVEL
 
 
 class FastProducts(TorchFunctionMode):

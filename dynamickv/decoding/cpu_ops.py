@@ -1,4 +1,4 @@
-"""The operations of a decoder's step on a CPU: one row for each of several caches. Knows no tokens."""
+"""The operations of a decoder's step on a CPU: one row for each of several caches."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from dynamickv.decoder import HeadNorms, Ops, Rotation
 from dynamickv.layers import KVLayer
 from dynamickv.packed import PackedWeights
+
+LONG = 1024
+"""Positions from which on sharing one head's among the threads pays."""
 
 
 class CpuOps(Ops[Sequence[KVLayer]]):
@@ -123,5 +126,54 @@ class FastOps(CpuOps):
 
     def gate(self, x: Tensor, gate: nn.Linear, up: nn.Linear) -> Tensor:
         """Both in one product."""
-        gated, raised = self._weights.product(x, gate, up).float().chunk(2, dim=-1)
-        return F.silu(gated) * raised
+        return self._weights.gated(x, gate, up)
+
+    def attend(self, query: Tensor, store: Sequence[KVLayer], scaling: float) -> Tensor:
+        """Each row attends to its own cache, long ones in parts that all threads share."""
+        rows, _, dim = query.shape
+        output = query.new_empty(rows, query.shape[1] * dim)
+        for row, layer in enumerate(store):
+            keys, values = layer.held()
+            grouped = query[row].view(keys.shape[1], -1, dim)
+            output[row] = attend_in_parts(grouped, keys[0], values[0], scaling).reshape(-1)
+        return output
+
+
+def attend_in_parts(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+    """Attention to all keys; where they are long and their heads cannot be shared evenly among the
+    threads, in parts whose results are joined by the weight of each.
+
+    Args:
+        query: (heads, group, head_dim).
+        keys: (heads, n, head_dim).
+        values: as keys.
+
+    Returns:
+        (heads, group, head_dim).
+    """
+    heads, length, _ = keys.shape
+    threads = torch.get_num_threads()
+    if length < LONG or heads % threads == 0:
+        out = F.scaled_dot_product_attention(query[None], keys[None], values[None], scale=scaling)
+        return out[0]
+    size = length // threads
+    whole = size * threads
+    halves = [torch.unflatten(held[:, :whole], 1, (threads, size)) for held in (keys, values)]
+    outputs, weights = _attend_apart(query, halves[0], halves[1], scaling)
+    if whole < length:
+        rest = _attend_apart(query, keys[:, None, whole:], values[:, None, whole:], scaling)
+        outputs = torch.cat([outputs, rest[0]], dim=1)
+        weights = torch.cat([weights, rest[1]], dim=1)
+    return (outputs * weights.softmax(dim=1).unsqueeze(-1)).sum(dim=1)
+
+
+def _attend_apart(
+    query: Tensor, keys: Tensor, values: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Attention to each of (heads, parts, n, head_dim) alone: (heads, parts, group, head_dim), and
+    the logarithms of what each part's weights sum to, (heads, parts, group)."""
+    asked = query[:, None].expand(-1, keys.shape[1], -1, -1)
+    result: tuple[Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        asked, keys, values, 0.0, False, scale=scaling
+    )
+    return result

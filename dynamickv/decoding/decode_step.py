@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynamickv.cache import KVCache
-from dynamickv.decoder import HeadNorms, Ops, Rotation, next_logits
+from dynamickv.decoder import HeadNorms, Ops, Rotation, linears_of, next_logits
 from dynamickv.decoding.cpu_ops import CpuOps, FastOps, PackedOps
 from dynamickv.memory import free_host_memory
 from dynamickv.models import LoadedModel
@@ -67,8 +67,8 @@ class PlainOps(Ops[Slots]):
 class RowSteps:
     """Feeds one token to each of several caches, on the CPU in float32.
 
-    Packs the weights once so many rows were fed that it would have paid, where memory has room for
-    the copy; the copy lasts as long as this does.
+    A model of precision "fast" brings packed weights. Those of others are packed once so many rows
+    were fed that it would have paid, where memory has room for the copy; it lasts as long as this.
     """
 
     FEW = 3
@@ -81,7 +81,10 @@ class RowSteps:
         self._fed = 0
         self._packed: PackedOps | None = None
         self._packable = PackedOps.available()
-        self._fast = None if llm.packed is None else FastOps(llm.packed)
+        self._fast: FastOps | None = None
+        if llm.packed is not None:
+            llm.packed.prepare(linears_of(llm), few=True)
+            self._fast = FastOps(llm.packed)
 
     @torch.inference_mode()
     def __call__(

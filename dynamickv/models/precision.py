@@ -34,7 +34,7 @@ def packed_for(precision: str, model: PreTrainedModel, gguf: Path | None) -> Pac
         gguf: the file that the weights come from: "auto" is "fast" for those of less than 16 bits.
     """
     if precision == "auto":
-        numbers: int = model.num_parameters()  # type: ignore[no-untyped-call]
+        numbers = model.num_parameters()
         quantized = gguf is not None and gguf.stat().st_size * 8 < HALF * numbers
         precision = "fast" if quantized else "exact"
     if precision == "exact" or not has_fast_products():

