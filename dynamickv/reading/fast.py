@@ -98,8 +98,7 @@ class PromptOps(Ops[KVLayer]):
 
 
 class FastReading:
-    """Reads a prompt into an empty cache, once what it multiplies with is packed. `received` is the
-    attention that the positions received in the layer that was computed last."""
+    """Reads a prompt into an empty cache, once what it multiplies with is packed."""
 
     def __init__(self, llm: LoadedModel, packed: PackedWeights, mass: bool) -> None:
         self._llm = llm
@@ -108,10 +107,11 @@ class FastReading:
             packed.prepare(linears_of(llm), few=False)
         self._by: PromptOps | FastProducts = (PromptOps if whole else FastProducts)(packed, mass)
 
-    @property
-    def received(self) -> Tensor | None:
-        """(num_query_heads, prompt length) float32, None where it was not recorded."""
-        return self._by.received
+    def take_received(self) -> Tensor | None:
+        """What the positions received in the layer computed last, (num_query_heads, prompt length)
+        float32, once; None where that was not recorded."""
+        received, self._by.received = self._by.received, None
+        return received
 
     def __call__(self, token_ids: Tensor, cache: KVCache) -> Tensor:
         """Next-token logits of (1, n) tokens, (vocabulary,)."""

@@ -115,7 +115,7 @@ def prefill_prompt(
 
     def record(layer: KVLayer, attended: Attended) -> None:
         nonlocal mass_seconds
-        received = None if fast is None else fast.received
+        received = None if fast is None else fast.take_received()
         if mass and received is None:
             llm.synchronize()
             started = time.perf_counter()
