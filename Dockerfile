@@ -5,9 +5,11 @@ RUN useradd --create-home --uid 1000 explorer
 WORKDIR /home/explorer/page
 ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 GRADIO_ANALYTICS_ENABLED=False HF_HUB_DISABLE_TELEMETRY=1
 
-# Dependencies first: they change less often than the page. CPU builds of PyTorch spare several GB.
+# Dependencies first: they change less often than the page. CPU builds of PyTorch spare several GB; the version is the
+# Makefile's.
+ARG TORCH=2.13.0
 COPY requirements.txt requirements-embedded.txt ./
-RUN pip install --extra-index-url https://download.pytorch.org/whl/cpu -r requirements.txt \
+RUN pip install --extra-index-url https://download.pytorch.org/whl/cpu "torch==$TORCH" -r requirements.txt \
     && pip install --no-deps -r requirements-embedded.txt
 
 COPY --chown=explorer app.py ./

@@ -16,13 +16,16 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 DONE   := $(VENV)/.done
 ARGS   ?=
+# The torch that the recorded runs and the measured figures were made with; requirements.txt has the range that works.
+TORCH  ?= 2.13.0
+PACKAGES := $(DONE)/packages-torch-$(TORCH)
 # Of torch, the oldest that runs and the oldest that is current; the rest is in requirements-oldest.txt.
 OLDEST_TORCH := 2.8.0 2.11.0
 
 .DELETE_ON_ERROR:
 .PHONY: setup run test check bench kvpress vllm oldest hostile soak resolve audit clean
 
-setup: $(DONE)/packages $(DONE)/embedded
+setup: $(PACKAGES) $(DONE)/embedded
 
 # One stamp per step: a step runs again when its requirements files are newer than its stamp, or when it did not finish.
 $(DONE)/venv:
@@ -31,12 +34,12 @@ $(DONE)/venv:
 	$(PYTHON) -m venv $(VENV)
 	@mkdir -p $(DONE) && touch $@
 
-$(DONE)/packages: requirements.txt requirements-dev.txt | $(DONE)/venv
+$(PACKAGES): requirements.txt requirements-dev.txt | $(DONE)/venv
 	@echo "Installing into $(VENV): a few minutes the first time."
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "torch==$(TORCH)" -r requirements.txt -r requirements-dev.txt
 	@touch $@
 
-$(DONE)/embedded: requirements-embedded.txt | $(DONE)/packages
+$(DONE)/embedded: requirements-embedded.txt | $(PACKAGES)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-embedded.txt
 	@touch $@
 

@@ -11,10 +11,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from app.record.words import document_of
 from dynamickv.record.trace import Trace
 
 log = logging.getLogger(__name__)
 ASSETS = Path(__file__).parent.parent / "assets"
+OWN_TEXT = "own"
+"""What the example picker holds while the document is nobody's example."""
+EXAMPLE_KEY = "example:"
+"""What the keys of built-in examples' records begin with."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,18 @@ class Example:
             is not None
             for fact in self.expected
         ]
+
+    def is_document(self, text: object) -> bool:
+        """Whether a text is this example's; browsers read every line end as "\\n"."""
+        texts = [self.document]
+        if self.trace is not None:
+            texts.append(document_of(self.trace.prompt))
+        return any(own.splitlines() == str(text).splitlines() for own in texts)
+
+    @property
+    def key(self) -> str:
+        """What its record goes by among those that the page holds."""
+        return f"{EXAMPLE_KEY}{self.id}"
 
     @property
     def label(self) -> str:

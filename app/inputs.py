@@ -1,5 +1,5 @@
-"""What people enter, checked: texts, files and numbers become a `Request`, or one sentence says
-what to change.
+"""What people enter, checked: texts and numbers become a `Request`, or one sentence says what to
+change. Uploaded files are in uploads.py.
 
 Every entry point of the page and of its endpoints goes through here: what a browser's form allows
 is only a hint.
@@ -7,29 +7,19 @@ is only a hint.
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass, fields
 from typing import Any
 
 import dynamickv as dkv
 
+from .settings import WHAT_IF_SETTINGS, WHOLE, form_defaults, offered_methods
+
 MAX_CHARACTERS = 1_000_000
 MAX_QUESTION_CHARACTERS = 20_000
-MAX_UPLOAD_BYTES = 2 * 2**20
-MAX_EXAMPLE_BYTES = 8 * 2**20
-MAX_EXAMPLES = 20
-MAX_ANSWER_CHARACTERS = 20_000
-"""Of one example's answers and classes: scoring takes the product of this and our answer."""
 MAX_NEW_TOKENS = 512
-DEFAULT_CAPACITY = 128
 DEFAULT_NEW_TOKENS = 64
 DEFAULT_METHODS = ("FullKV", "DynamicKV")
-TEXT_SUFFIXES = (".txt", ".md")
-RUN_SUFFIXES = (".json", ".gz")
-TASK_NAME = re.compile(r"\w[\w-]{0,63}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,23 +64,6 @@ def check_texts(document: Any, question: Any) -> tuple[str, str]:
     return document, question
 
 
-def offered_methods() -> list[str]:
-    """Registered methods that a form can ask for: those given layer by layer need a view."""
-    return [
-        name
-        for name, method in dkv.METHODS.items()
-        if "budgets" not in {field.name for field in fields(method)}
-    ]
-
-
-def method_settings() -> dict[str, list[str]]:
-    """The names of every offered method's parameters, without those that it ignores."""
-    return {
-        name: [f.name for f in fields(dkv.METHODS[name]) if f.name not in dkv.METHODS[name].ignored]
-        for name in offered_methods()
-    }
-
-
 def build_methods(names: Any, settings: Mapping[str, Any]) -> list[dkv.CompressionMethod]:
     """Method instances in the registry's order, FullKV always among them; each takes the settings
     it knows.
@@ -124,25 +97,6 @@ def build_method(name: str, settings: Mapping[str, Any]) -> dkv.CompressionMetho
     )
 
 
-def form_defaults() -> dict[str, Any]:
-    """What the form shows before anyone touches it: DynamicKV's defaults."""
-    return {f.name: f.default for f in fields(dkv.DynamicKV) if f.default is not MISSING}
-
-
-SETTINGS = (
-    "capacity",
-    "window_size",
-    "kernel_size",
-    "pooling",
-    "granularity",
-    "r_max",
-    "update_interval",
-)
-"""What the form can set."""
-WHAT_IF_SETTINGS = (*SETTINGS, "head_budgets")
-"""What the what-if panel can set."""
-
-
 def build_what_if(asked: Any) -> dkv.CompressionMethod:
     """The method a what-if asks for: {"method", "settings", "budgets", "pinned", "evicted"},
     whatever a browser sent.
@@ -168,19 +122,11 @@ def build_what_if(asked: Any) -> dkv.CompressionMethod:
         raise ValueError("Budgets must be a list with one number of tokens per layer.")
     most = dkv.trace.MAX_POSITIONS
     rows = [whole_number(f"budgets[{i}]", b, 0, most) for i, b in enumerate(budgets)]
-    taken = {k: v for k, v in settings.items() if k in MANUAL_SETTINGS}
+    known = {field.name for field in fields(dkv.Manual)} - {"capacity"}
+    taken = {k: v for k, v in settings.items() if k in known}
     return dkv.Manual(budgets=rows, **taken)
 
 
-MANUAL_SETTINGS = (
-    "window_size",
-    "kernel_size",
-    "pooling",
-    "granularity",
-    "head_budgets",
-    "pinned",
-    "evicted",
-)
 MAX_SPANS = 64
 
 
@@ -206,7 +152,7 @@ def read_spans(asked: Mapping[str, Any]) -> dict[str, Any]:
 def whole_numbers(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings with those checked that count something."""
     numbers = dict(settings)
-    for name in ("capacity", "window_size", "kernel_size", "update_interval"):
+    for name in WHOLE:
         if name in numbers:
             numbers[name] = whole_number(name, numbers[name], 1, dkv.trace.MAX_POSITIONS)
     return numbers
@@ -255,91 +201,3 @@ def build_request(
         truncate=bool(truncate),
         question_aware=bool(question_aware),
     )
-
-
-def _take(file: Path, suffixes: Sequence[str], most: int, remedy: str) -> bytes:
-    """The bytes of an upload, which is deleted.
-
-    Raises:
-        ValueError: another ending, or more than `most` bytes.
-    """
-    try:
-        if file.suffix.lower() not in suffixes:
-            raise ValueError(
-                f"{file.name} cannot be read here: upload a {' or '.join(suffixes)} file."
-            )
-        with file.open("rb") as handle:
-            raw = handle.read(most + 1)
-    finally:
-        file.unlink(missing_ok=True)
-    if len(raw) > most:
-        raise ValueError(f"{file.name} is larger than {most // 2**20} MiB: {remedy}.")
-    return raw
-
-
-def read_text_upload(path: str | os.PathLike[str]) -> str:
-    """The text of an uploaded .txt or .md file, which is deleted.
-
-    Raises:
-        ValueError: not such a file, too large, or no text.
-    """
-    file = Path(path)
-    raw = _take(file, TEXT_SUFFIXES, MAX_UPLOAD_BYTES, "shorten it")
-    text = raw.decode("utf-8-sig", "replace")
-    if b"\0" in raw or text.count("\ufffd") > max(8, len(text) // 20):
-        raise ValueError(
-            f"{file.name} does not look like text: upload a plain .txt or .md file in UTF-8."
-        )
-    if not text.strip():
-        raise ValueError(f"{file.name} holds no text.")
-    return text
-
-
-def read_run_upload(path: str | os.PathLike[str]) -> dkv.Trace:
-    """The record in an uploaded run file, which is deleted.
-
-    Raises:
-        ValueError: not a run record.
-    """
-    file = Path(path)
-    try:
-        if file.suffix.lower() not in RUN_SUFFIXES:
-            raise ValueError(
-                f"{file.name} is not a run file: open a .json or .json.gz file saved here."
-            )
-        return dkv.Trace.load(file)
-    finally:
-        file.unlink(missing_ok=True)
-
-
-def read_examples_upload(
-    path: str | os.PathLike[str], task: str | None, limit: int
-) -> list[dkv.evaluate.datasets.Example]:
-    """The first examples of an uploaded LongBench or RULER file, which is deleted.
-
-    Args:
-        task: a task's name; None: the file's name without its ending.
-
-    Raises:
-        ValueError: not such a file, too large, no such task, or a malformed line.
-    """
-    file = Path(path)
-    raw = _take(file, (".jsonl",), MAX_EXAMPLE_BYTES, "upload its first lines")
-    name = file.stem if task is None else task
-    if not TASK_NAME.fullmatch(name):
-        raise ValueError(f"{name[:64]!r} is no task's name: choose the task from the list.")
-    examples = dkv.evaluate.datasets.read_lines(raw.splitlines(), file.name, name, limit)
-    for number, example in enumerate(examples, start=1):
-        longest = max(map(len, example.fields.values()))
-        answers = sum(map(len, [*example.answers, *(example.all_classes or [])]))
-        if longest > MAX_CHARACTERS:
-            raise ValueError(
-                f"Example {number} has {longest:,} characters and this page reads "
-                f"{MAX_CHARACTERS:,}: shorten it."
-            )
-        if answers > MAX_ANSWER_CHARACTERS:
-            raise ValueError(
-                f"Example {number} has {answers:,} characters of answers and this page reads "
-                f"{MAX_ANSWER_CHARACTERS:,}: leave some out."
-            )
-    return examples

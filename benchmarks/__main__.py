@@ -6,7 +6,7 @@ import argparse
 
 import dynamickv as dkv
 from benchmarks import engine, plot, readme, start
-from benchmarks.report import publish
+from benchmarks.report import machine, publish
 
 
 def main() -> None:
@@ -21,13 +21,14 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--skip-start", action="store_true", help="leave out load and page times")
     options = parser.parse_args()
+    where = machine()
     if not options.skip_start:
-        publish("start", start.measure(options.runs))
+        publish("start", where, start.measure(options.runs))
     llm = dkv.load_model()
     rows = []
     for length in map(int, options.lengths.split(",")):
         rows += engine.measure(llm, length, options.runs)
-    publish("engine", rows)
+    publish("engine", where, rows)
     plot.growth()
     readme.main()
 

@@ -11,7 +11,6 @@ most likely token, and the KL divergence of the next-token distributions from Fu
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import random
 import re
@@ -25,9 +24,10 @@ from torch import Tensor
 
 import dynamickv as dkv
 from benchmarks.prompts import EXAMPLES
-from benchmarks.report import RESULTS, machine
+from benchmarks.report import RESULTS, machine, write
 from dynamickv.cache import prune
 from dynamickv.decoding.decode import decode
+from dynamickv.evaluate.statistics import bootstrap, wilson
 from dynamickv.methods.base import ScoredMethod
 from dynamickv.reading.observe import observed
 from dynamickv.records import LayerObservation, Prefill
@@ -35,6 +35,7 @@ from dynamickv.scoring import window_attention
 
 NAMES = ("Ashford", "Brindle", "Calder", "Dunmore", "Elstow", "Farrow", "Gorse", "Hawley")
 SINKS = 4
+"""First tokens, which attract attention whatever they say."""
 ANSWER_TOKENS = 24
 
 
@@ -52,7 +53,7 @@ class Allocation(ScoredMethod):
         observe = selection.observe
 
         def weigh(layer: LayerObservation) -> range:
-            selection.weights.append(weight_of(self.rule, self, layer))
+            selection.weights.append(shift(self, layer) if self.rule == "shift before" else 1.0)
             changed: range = observe(layer)
             if len(selection.weights) == num_layers:
                 prefix = layer.prompt_length - self.window_size
@@ -65,60 +66,30 @@ class Allocation(ScoredMethod):
         return selection
 
 
-def weight_of(rule: str, method: ScoredMethod, layer: LayerObservation) -> float:
-    """What a layer claims, from its own attention: mass over the prefix, sinks left out."""
-    window = method.window_size
-    tail = layer.queries.shape[1]
-    mass = window_attention(layer.queries[:, tail - window :], layer.keys, layer.scaling)
-    share = mass.mean(0)[SINKS:] / window
-    spread = share / share.sum()
-    entropy = float(-(spread * spread.clamp_min(1e-20).log()).sum())
-    if "diffuse" in rule:
-        return math.exp(entropy)
-    if "focused" in rule:
-        return math.exp(-entropy)
-    if "mass" in rule:
-        return float(share.sum())
-    if "peak" in rule:
-        return float(share.max() / share.mean())
-    if "cake" in rule:
-        return entropy * float(by_query(layer, window).var(0).sum())
-    if "shift" in rule:
-        # How far the last tokens' attention lies from that of the tokens before them.
-        end = layer.prompt_length - (window if "before" in rule else 0)
-        queries = layer.queries[:, : tail - (window if "before" in rule else 0)]
-        before = window_attention(queries, layer.keys[:, :end], layer.scaling).mean(0)[SINKS:]
-        now = share[: len(before)]
-        distance = float((now / now.sum() - before / before.sum()).abs().sum()) / 2
-        return distance * distance if "square" in rule else distance
-    return 1.0
-
-
-def by_query(layer: LayerObservation, window: int) -> Tensor:
-    """Attention of each window query over the prefix, mean over heads, (window, prefix)."""
-    heads, _, _ = layer.queries.shape
-    group = heads // layer.num_kv_heads
-    keys = layer.keys.repeat_interleave(group, 0).float()
-    logits = layer.queries[:, -window:].float() @ keys.transpose(1, 2) * layer.scaling
+def shift(method: ScoredMethod, layer: LayerObservation) -> float:
+    """How far the window's attention lies from that of the queries before it, sinks left out."""
+    window, tail = method.window_size, layer.queries.shape[1]
     prefix = layer.prompt_length - window
-    return logits[..., :prefix].softmax(-1).mean(0)[:, SINKS:]
+    now = window_attention(layer.queries[:, tail - window :], layer.keys, layer.scaling)
+    earlier = window_attention(
+        layer.queries[:, : tail - window], layer.keys[:, :prefix], layer.scaling
+    )
+    before = earlier.mean(0)[SINKS:]
+    share = now.mean(0)[SINKS:][: len(before)] / window
+    return float((share / share.sum() - before / before.sum()).abs().sum()) / 2
 
 
 def depth_weights(rule: str, weights: list[float]) -> list[float]:
-    """The claims, scaled to a mean of 1, damped and tilted as the rule's name says."""
+    """The claims, scaled to a mean of 1 and tilted by depth as the rule's name says."""
     mean = statistics.mean(weights)
     scaled = [weight / mean if mean else 1.0 for weight in weights]
-    if "half" in rule:
-        scaled = [0.5 + 0.5 * weight for weight in scaled]
     last = max(len(weights) - 1, 1)
-    if "rising" in rule:
+    if rule == "rising":
         scaled = [weight * (0.5 + place / last) for place, weight in enumerate(scaled)]
-    if "middle" in rule:
+    if rule == "middle":
         scaled = [
             weight * (0.5 + math.sin(math.pi * place / last)) for place, weight in enumerate(scaled)
         ]
-    if "root" in rule:
-        scaled = [math.sqrt(weight) for weight in scaled]
     return scaled
 
 
@@ -244,26 +215,9 @@ def measure(llm: dkv.LoadedModel, rng: random.Random, length: int, capacities: l
     return {"full": bool(places), "length": prefill.length, "found": found}
 
 
-def wilson(hits: int, count: int) -> tuple[float, float]:
-    """95 % interval of a proportion."""
-    z = 1.96
-    middle = (hits + z * z / 2) / (count + z * z)
-    half = z / (count + z * z) * math.sqrt(hits * (count - hits) / count + z * z / 4)
-    return middle - half, middle + half
-
-
-def paired(differences: list[float], rng: random.Random) -> tuple[float, float]:
-    """95 % bootstrap interval of a mean of paired differences."""
-    means = sorted(
-        statistics.mean(rng.choices(differences, k=len(differences))) for _ in range(2000)
-    )
-    return means[50], means[1949]
-
-
 def table(samples: list[Any], capacity: str) -> list[dict[str, Any]]:
     """One row per allocation, against SnapKV sample by sample."""
     rows = []
-    rng = random.Random(0)
     for name in samples[0]["found"][capacity]:
         pairs = [
             (one["found"][capacity][name], one["found"][capacity]["SnapKV"]) for one in samples
@@ -277,10 +231,10 @@ def table(samples: list[Any], capacity: str) -> list[dict[str, Any]]:
                 "found": hits / len(pairs),
                 "found_interval": wilson(hits, len(pairs)),
                 "over_snapkv": statistics.mean(gain),
-                "over_snapkv_interval": paired(gain, rng),
+                "over_snapkv_interval": bootstrap([gain]),
                 "kl": statistics.mean(mine[1] for mine, _ in pairs),
                 "kl_below_snapkv": statistics.mean(closer),
-                "kl_below_snapkv_interval": paired(closer, rng),
+                "kl_below_snapkv_interval": bootstrap([closer]),
             }
         )
     return rows
@@ -295,6 +249,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--capacities", default="64,96,192")
     options = parser.parse_args()
+    where = machine()
     llm = dkv.load_model(options.model)
     capacities = [int(number) for number in options.capacities.split(",")]
     samples = []
@@ -304,7 +259,7 @@ def main() -> None:
         print(f"{index + 1} of {options.samples}", end="\r", flush=True)
     print(f"{llm.name}: FullKV finds {statistics.mean(one['full'] for one in samples):.3f}")
     record = {
-        "machine": machine(),
+        "machine": where,
         "model": Path(llm.name).name,
         "samples": len(samples),
         "prompt_tokens": statistics.median(one["length"] for one in samples),
@@ -322,10 +277,8 @@ def main() -> None:
                 f" ({row['kl_below_snapkv_interval'][0]:+.4f}.."
                 f"{row['kl_below_snapkv_interval'][1]:+.4f})"
             )
-    RESULTS.mkdir(exist_ok=True)
     stem = Path(llm.name).stem.lower()
-    path = RESULTS / f"allocations-{stem}-seed{options.seed}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+    write(RESULTS / f"allocations-{stem}-seed{options.seed}.json", record)
 
 
 if __name__ == "__main__":

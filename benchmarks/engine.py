@@ -8,8 +8,8 @@ import torch
 from transformers import DynamicCache
 
 import dynamickv as dkv
-from benchmarks.prompts import prompt_of
-from benchmarks.report import Row, median_seconds, paired_seconds, ratio
+from benchmarks.prompts import SIX, endless, prompt_of
+from benchmarks.report import Row, measured, paired_seconds, ratios, scaled
 from dynamickv.answer import select
 from dynamickv.cache import prune
 from dynamickv.decoding.decode import decode
@@ -53,13 +53,13 @@ def _observing(llm: dkv.LoadedModel, prompt: EncodedPrompt, at: str, runs: int) 
 
     alone, observed, served = paired_seconds([plain, observing, serving], runs)
     return [
-        Row(f"plain prefill, {at}", statistics.median(alone), "s"),
-        Row(
-            f"prefill with observing / plain prefill, {at}", ratio(observed, alone), "x", "<= 1.01"
+        measured(f"plain prefill, {at}", alone, "s"),
+        measured(
+            f"prefill with observing / plain prefill, {at}", ratios(observed, alone), "x", "<= 1.01"
         ),
-        Row(
+        measured(
             f"prefill, observing, scoring, pruning / plain prefill, {at}",
-            ratio(served, alone),
+            ratios(served, alone),
             "x",
             "<= 1.01",
         ),
@@ -77,10 +77,11 @@ def _choosing(llm: dkv.LoadedModel, prefill: Prefill, at: str) -> list[Row]:
             prune(prefill, select(method, prefill), NEW_TOKENS)
             llm.synchronize()
 
-        seconds = median_seconds(choose, 5)
-        if name != "ShiftKV":
-            total += seconds
-        rows.append(Row(f"score + prune, {name}({CAPACITY}), {at}", seconds * 1000, "ms"))
+        (seconds,) = paired_seconds([choose], 5)
+        if name in SIX:
+            total += statistics.median(seconds)
+        measure = f"score + prune, {name}({CAPACITY}), {at}"
+        rows.append(measured(measure, scaled(seconds, 1000), "ms"))
     measure = f"score + prune, the five compressing methods of the papers, {at}"
     rows.append(Row(measure, total, "s", "<= 0.3" if at == "4K" else ""))
     return rows
@@ -125,11 +126,7 @@ def _decoding(
 
     def ours(method: dkv.CompressionMethod, prefill: Prefill = prefill) -> float:
         cache = prune(prefill, select(method, prefill), NEW_TOKENS)
-        endless = dkv.LoadedModel(
-            name=llm.name, revision=llm.revision, model=llm.model, tokenizer=llm.tokenizer,
-            geometry=llm.geometry,
-        )  # fmt: skip
-        steps = list(decode(endless, cache, prefill.logits, prefill.length, NEW_TOKENS))
+        steps = list(decode(endless(llm), cache, prefill.logits, prefill.length, NEW_TOKENS))
         return statistics.mean(step.seconds for step in steps[1:])
 
     theirs, full, compressed, small = [], [], [], []
@@ -140,23 +137,28 @@ def _decoding(
         small.append(ours(dkv.FullKV(), short))
     theirs, full, compressed, small = theirs[1:], full[1:], compressed[1:], small[1:]
     targets = {"4K": ">= 1.6", "8K": ">= 2.2"}
-    return [
-        Row(f"decode, transformers' generate, {at}", statistics.median(theirs) * 1000, "ms/token"),
-        Row(f"decode, FullKV, {at}", statistics.median(full) * 1000, "ms/token"),
-        Row(
-            f"decode, DynamicKV({CAPACITY}), {at}", statistics.median(compressed) * 1000, "ms/token"
-        ),
-        Row(f"decode, generate / FullKV, {at}", ratio(theirs, full), "x", ">= 1.0"),
-        Row(
-            f"decode, generate / DynamicKV({CAPACITY}), {at}",
-            ratio(theirs, compressed),
-            "x",
-            targets.get(at, ""),
-        ),
-        Row(
-            f"decode, DynamicKV({CAPACITY}) / FullKV on {short.length} tokens, {at}",
-            ratio(compressed, small),
-            "x",
+    milliseconds = {
+        "transformers' generate": theirs,
+        "FullKV": full,
+        f"DynamicKV({CAPACITY})": compressed,
+    }
+    quotients = [
+        ("generate / FullKV", theirs, full, ">= 1.0"),
+        (f"generate / DynamicKV({CAPACITY})", theirs, compressed, targets.get(at, "")),
+        (
+            f"DynamicKV({CAPACITY}) / FullKV on {short.length} tokens",
+            compressed,
+            small,
             "<= 1.05",
+        ),
+    ]
+    return [
+        *(
+            measured(f"decode, {what}, {at}", scaled(seconds, 1000), "ms/token")
+            for what, seconds in milliseconds.items()
+        ),
+        *(
+            measured(f"decode, {what}, {at}", ratios(slow, fast), "x", target)
+            for what, slow, fast, target in quotients
         ),
     ]

@@ -1,5 +1,6 @@
 """What six methods cost more than FullKV alone: python -m benchmarks.evaluate [--runs N]
- One example, the whole way as the LongBench command goes it: prefill, choosing, decoding, scoring
+
+One example, the whole way as the LongBench command goes it: prefill, choosing, decoding, scoring
 left out. The prefill is shared and all caches are decoded in one pass. Every answer has the same
 length: nothing ends it early.
 """
@@ -7,24 +8,21 @@ length: nothing ends it early.
 from __future__ import annotations
 
 import argparse
-import statistics
-from dataclasses import replace
 
 import dynamickv as dkv
-from benchmarks.prompts import prompt_of
-from benchmarks.report import Row, paired_seconds, publish, ratio
+from benchmarks.prompts import SIX, endless, prompt_of
+from benchmarks.report import Row, machine, measured, paired_seconds, publish, ratios
 from dynamickv.evaluate.experiment import answers
 from dynamickv.reading.prefill import prefill_prompt
 from dynamickv.records import EncodedPrompt
 
-SIX = ("FullKV", "StreamingLLM", "H2O", "SnapKV", "PyramidKV", "DynamicKV")
 CAPACITY = 128
 
 
 def measure(llm: dkv.LoadedModel, length: int, new_tokens: int, runs: int) -> list[Row]:
     """Seconds for FullKV alone and for six methods at one prompt length, in turn."""
     prompt = prompt_of(llm, length)
-    llm = replace(llm, stop_ids=frozenset())
+    llm = endless(llm)
     full = dkv.evaluate.methods_at(["FullKV"], [CAPACITY])
     six = dkv.evaluate.methods_at(SIX, [CAPACITY])
     alone, all_six = paired_seconds(
@@ -36,9 +34,9 @@ def measure(llm: dkv.LoadedModel, length: int, new_tokens: int, runs: int) -> li
     )
     at = f"{round(length / 1024)}K tokens, {new_tokens} new, capacity {CAPACITY}"
     return [
-        Row(f"one example, FullKV, {at}", statistics.median(alone), "s"),
-        Row(f"one example, six methods, {at}", statistics.median(all_six), "s"),
-        Row(f"six methods / FullKV, {at}", ratio(all_six, alone), "x", "<= 1.6"),
+        measured(f"one example, FullKV, {at}", alone, "s"),
+        measured(f"one example, six methods, {at}", all_six, "s"),
+        measured(f"six methods / FullKV, {at}", ratios(all_six, alone), "x", "<= 1.6"),
     ]
 
 
@@ -63,12 +61,13 @@ def main() -> None:
     )
     parser.add_argument("--runs", type=int, default=3)
     options = parser.parse_args()
+    where = machine()
     llm = dkv.load_model()
     rows: list[Row] = []
     for sizes in options.examples.split(","):
         length, new_tokens = map(int, sizes.split(":"))
         rows += measure(llm, length, new_tokens, options.runs)
-    publish("evaluate", rows)
+    publish("evaluate", where, rows)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""README's account of recorded measurements, from assets/evidence: python -m benchmarks.evidence.
+"""docs/measured.md's account of recorded measurements, from assets/evidence:
+python -m benchmarks.evidence.
 
 They were recorded with these commands; --output leads to a .jsonl file of all answers beside the
 summary, and a command that was stopped goes on where it was when it is started again.
@@ -22,9 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import dynamickv as dkv
+from benchmarks.readme import PAGE, put
+from benchmarks.report import markdown
 
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
 EVIDENCE = ROOT / "assets" / "evidence"
 START, END = "<!-- evidence: python -m benchmarks.evidence writes this -->", "<!-- /evidence -->"
 tables = dkv.evaluate.tables
@@ -60,7 +62,7 @@ def _needle(summary: list[dict[str, Any]]) -> str:
     trials = max(row["trials"] for row in summary)
     said = " ".join(tables.standing(summary, "exact"))
     return (
-        f"{_markdown(tables.needle_paper_lines(summary))}\n\n"
+        f"{markdown(tables.needle_paper_lines(summary))}\n\n"
         f"{trials} trials in {len(cells)} cells, prompts of {', '.join(f'{n:,}' for n in lengths)} "
         f"tokens. Wilson's 95 % intervals in per cent: {_intervals(summary, 0)}. {said}"
     )
@@ -71,7 +73,7 @@ def _longbench(summary: list[dict[str, Any]]) -> str:
     measured = ", ".join(f"{name} ({number} examples)" for name, number in tasks.items())
     said = " ".join(tables.standing(summary, "average"))
     return (
-        f"{_markdown(tables.longbench_paper_lines(summary))}\n\n"
+        f"{markdown(tables.longbench_paper_lines(summary))}\n\n"
         f"Here: {measured}. 95 % intervals by bootstrap over examples: "
         f"{_intervals(summary, 1)}. {said}"
     )
@@ -91,16 +93,9 @@ def _tasks(summary: list[dict[str, Any]]) -> str:
     return "\n".join(f"- {sentence}" for sentence in tables.tasks_sentences(summary[0]))
 
 
-def _markdown(lines: list[list[str]]) -> str:
-    rows = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
-
-
 def main() -> None:
-    """Put it into README."""
-    text = README.read_text("utf-8")
-    before, _, rest = text.partition(START)
-    README.write_text(before + section() + rest.partition(END)[2], "utf-8")
+    """Put it into docs/measured.md."""
+    put(PAGE, section(), (START, END))
 
 
 if __name__ == "__main__":

@@ -14,36 +14,34 @@ import time
 from pathlib import Path
 
 import dynamickv as dkv
-from benchmarks.prompts import QUESTION, document_of
-from benchmarks.report import Row, publish
-from dynamickv.models import KNOWN_MODELS, embedded_file
-from dynamickv.models.conversion import converted
+from benchmarks.prompts import QUESTION, SIX, document_of, endless, safetensors_folder
+from benchmarks.report import Row, machine, measured, publish
 
 LENGTH, CAPACITY, NEW_TOKENS, ROUNDS = 3584, 128, 24, 2
-METHODS = ("FullKV", "StreamingLLM", "H2O", "SnapKV", "PyramidKV", "DynamicKV")
 HEAVY = ("H2O", "ObservedAttention")
 
 
 def main() -> None:
     """Time both, in turn; the models are loaded before the clocks start."""
-    file = embedded_file(KNOWN_MODELS[dkv.DEFAULT_MODEL])
-    if file is None:
-        raise SystemExit("the embedded model is not installed; run make setup")
+    where, folder = machine(), safetensors_folder()
     llm = dkv.load_model()
     document = document_of(llm, LENGTH)
     ours: list[float] = []
     light: list[float] = []
     theirs: list[dict[str, float]] = []
     for _ in range(ROUNDS):
-        theirs.append(_kvpress(sys.argv[1], converted(file), document))
-        ours.append(_ours(llm, document, METHODS))
-        light.append(_ours(llm, document, tuple(name for name in METHODS if name not in HEAVY)))
+        theirs.append(_kvpress(sys.argv[1], folder, document))
+        ours.append(_ours(llm, document, SIX))
+        light.append(_ours(llm, document, tuple(name for name in SIX if name not in HEAVY)))
     medians = {name: statistics.median(run[name] for run in theirs) for name in theirs[0]}
     without = sum(seconds for name, seconds in medians.items() if name not in HEAVY)
-    rows = [Row(f"kvpress, {name}, 3.5K tokens", value, "s") for name, value in medians.items()]
-    rows += [
-        Row("here, six methods together", statistics.median(ours), "s"),
-        Row("here, five methods without H2O", statistics.median(light), "s"),
+    rows = [
+        *(
+            measured(f"kvpress, {name}, 3.5K tokens", [run[name] for run in theirs], "s")
+            for name in medians
+        ),
+        measured("here, six methods together", ours, "s"),
+        measured("here, five methods without H2O", light, "s"),
         Row("kvpress / here, all", sum(medians.values()) / statistics.median(ours), "x", ">= 5"),
         Row(
             "kvpress / here, without the two H2O-like",
@@ -52,20 +50,14 @@ def main() -> None:
             ">= 3.5",
         ),
     ]
-    publish("kvpress", rows)
+    publish("kvpress", where, rows)
 
 
 def _ours(llm: dkv.LoadedModel, document: str, names: tuple[str, ...]) -> float:
-    endless = dkv.LoadedModel(
-        name=llm.name,
-        revision=llm.revision,
-        model=llm.model,
-        tokenizer=llm.tokenizer,
-        geometry=llm.geometry,
-    )
-    methods = [dkv.build_method(name, capacity=CAPACITY) for name in names]
+    methods = dkv.build_methods(names, capacity=CAPACITY)
+    llm = endless(llm)
     start = time.perf_counter()
-    dkv.compare(endless, document, QUESTION, methods=methods, max_new_tokens=NEW_TOKENS)
+    dkv.compare(llm, document, QUESTION, methods=methods, max_new_tokens=NEW_TOKENS)
     return time.perf_counter() - start
 
 

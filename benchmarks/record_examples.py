@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 import dynamickv as dkv
+from benchmarks.prompts import EXAMPLES
 
-ASSETS = Path(__file__).parent.parent / "assets"
-EXAMPLES, RUNS = ASSETS / "examples", ASSETS / "runs"
+ASSETS = EXAMPLES.parent
+RUNS = ASSETS / "runs"
 METHODS = ("FullKV", "SnapKV", "DynamicKV")
 """Few enough for one row of cards, and for each to be timed alone."""
 

@@ -22,11 +22,11 @@ from typing import Any
 import torch
 
 import dynamickv as dkv
-from benchmarks.record_examples import ASSETS, EXAMPLES
+from benchmarks.prompts import EXAMPLES, SIX
+from benchmarks.record_examples import ASSETS
 from dynamickv.scoring import count_global_top
 
 LESSONS = ASSETS / "lessons"
-METHODS = ("FullKV", "StreamingLLM", "H2O", "SnapKV", "PyramidKV", "DynamicKV")
 QUESTIONS = ("FullKV", "SnapKV", "DynamicKV")
 """Methods for the document that is asked twice."""
 
@@ -52,7 +52,7 @@ def record(llm: dkv.LoadedModel, name: str, plan: dict[str, Any], behind_only: b
     example = json.loads((EXAMPLES / f"{plan['example']}.json").read_text(encoding="utf-8"))
     document = (EXAMPLES / example["document"]).read_text(encoding="utf-8")
     question = plan.get("question", example["question"])
-    names = METHODS if "question" not in plan else QUESTIONS
+    names = SIX if "question" not in plan else QUESTIONS
     methods = dkv.build_methods(names, capacity=example["capacity"])
     prefill = dkv.prefill(llm, document, question, mass="H2O" in names and not behind_only)
     if not behind_only:

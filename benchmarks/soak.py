@@ -11,18 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import CancelledError
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -30,10 +26,10 @@ import psutil
 from gradio_client import Client
 
 import dynamickv as dkv
-from benchmarks.report import Row, publish
+from benchmarks.report import Row, machine, publish
+from benchmarks.server import page, seconds_until_answered
 from tests.engine.tiny import tiny_llm
 
-ROOT = Path(__file__).parent.parent
 VISIT = 5
 """Comparisons of one visitor."""
 WARM_UP = 0.4
@@ -120,34 +116,6 @@ def fixed_work() -> float:
     return statistics.median(seconds)
 
 
-@contextmanager
-def page(model: str, keep: int) -> Iterator[tuple[str, psutil.Process]]:
-    """`python app.py` with that model on a free port: its address, and its process."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "app.py", "--port", str(port), "--model", model]
-    command += ["--keep", str(keep), "--log-level", "error"]
-    server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-    url = f"http://127.0.0.1:{port}/"
-    try:
-        for _ in range(1500):
-            try:
-                if httpx.get(f"{url}health").status_code == 200:
-                    break
-            except httpx.TransportError:
-                pass
-            if server.poll() is not None:
-                raise RuntimeError(f"the page ended with exit code {server.returncode}")
-            time.sleep(0.2)
-        else:
-            raise RuntimeError("the page was not ready within 300 s")
-        yield url, psutil.Process(server.pid)
-    finally:
-        server.terminate()
-        server.wait(30)
-
-
 def document(number: int, words: int) -> str:
     """A text of about that many words that no other visitor has."""
     names = ("Okafor", "Lind", "Haugen", "Mori", "Castro")
@@ -210,7 +178,10 @@ def by_page(http: httpx.Client, number: int, words: int, model: str) -> float:
 def soak(model: str, comparisons: int, words: int, keep: int) -> Soak:
     """That many comparisons on one server that keeps `keep` MiB."""
     found = Soak()
-    with page(model, keep) as (url, process), httpx.Client(base_url=url, timeout=600) as http:
+    command = page("--model", model, "--keep", str(keep))
+    with command as (server, url), httpx.Client(base_url=url, timeout=600) as http:
+        seconds_until_answered(server, f"{url}health")
+        process = psutil.Process(server.pid)
         for number in range(max(comparisons // VISIT, 2)):
             if number % 2:
                 seconds = by_client(url, number, words, model, found)
@@ -233,16 +204,17 @@ def main() -> None:
     parser.add_argument("--tiny", type=int, default=500, help="comparisons on a tiny model")
     parser.add_argument("--real", type=int, default=50, help="comparisons on the embedded model")
     options = parser.parse_args()
+    where = machine()
     if options.tiny:
         with tempfile.TemporaryDirectory() as folder:
             llm = tiny_llm()
             llm.model.save_pretrained(folder)
             llm.tokenizer.save_pretrained(folder)
             found = soak(folder, options.tiny, 60, 8)
-        publish("soak-tiny", found.rows(f"{options.tiny} comparisons, tiny model"))
+        publish("soak-tiny", where, found.rows(f"{options.tiny} comparisons, tiny model"))
     if options.real:
         found = soak(dkv.DEFAULT_MODEL, options.real, 300, 64)
-        publish("soak-real", found.rows(f"{options.real} comparisons, SmolLM2"))
+        publish("soak-real", where, found.rows(f"{options.real} comparisons, SmolLM2"))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -17,12 +16,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 import dynamickv as dkv
-from benchmarks import gpu
+from benchmarks.gpu.answers import plain_answer, plain_seconds
+from benchmarks.gpu.models import prompt
 from benchmarks.prompts import QUESTION, document_of
-from benchmarks.report import Row, publish
+from benchmarks.report import Row, machine, measured, publish, scaled
 from dynamickv.evaluate.journal import Journal
 from dynamickv.reading.prefill import prefill_prompt
 
@@ -99,14 +100,9 @@ def lose_one(name: str, arguments: list[str], output: Path, processes: int) -> i
         if launcher.poll() is not None:
             raise SystemExit("the launched processes ended before one could be killed")
         time.sleep(0.05)
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            environment = (process / "environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        mine = f"/proc/{launcher.pid}" != str(process) and f"RANK={processes - 1}".encode()
-        if mine in environment and b"WORLD_SIZE=%d" % processes in environment:
-            os.kill(int(process.name), 9)
+    for process in psutil.Process(launcher.pid).children(recursive=True):
+        if process.environ().get("RANK") == str(processes - 1):
+            process.kill()
     if launcher.wait() == 0:
         raise SystemExit("nobody noticed that a process was killed")
     return len(found(name, output))
@@ -211,17 +207,18 @@ def beyond_one(options: argparse.Namespace) -> list[Row]:
     llm = dkv.LoadedModel.wrap(model.eval(), None, "70B", "random weights")  # type: ignore[arg-type]
     size = sum(weight.numel() * weight.element_size() for weight in model.parameters())
     name = f"Llama-3-70B geometry, {layers} layers"
-    prefill = prefill_prompt(llm, gpu.prompt(llm, LENGTH))
+    prefill = prefill_prompt(llm, prompt(llm, LENGTH))
     held = [torch.cuda.max_memory_allocated(n) / 2**30 for n in (0, 1)]
     note = f"random bfloat16; with a prompt of {LENGTH} tokens {held[0]:.0f} and {held[1]:.0f} GiB"
     rows = [Row(f"{name}: weights / memory of one GPU", size / card, "x", "", note)]
     for method in (dkv.FullKV(), dkv.DynamicKV(capacity=512)):
         retention = method.select(prefill.layers)
-        seconds = gpu.plain_seconds(llm, prefill, retention, [1] * 24)
-        finite = bool(gpu.plain_answer(llm, prefill, retention, 1)[1][0].isfinite().all())
+        seconds = plain_seconds(llm, prefill, retention, [1] * 24)
+        finite = bool(plain_answer(llm, prefill, retention, 1)[1][0].isfinite().all())
         rows.append(
-            Row(
-                f"{name}, {LENGTH} tokens: {method.name}, plain path", 1e3 * seconds, "ms/token",
+            measured(
+                f"{name}, {LENGTH} tokens: {method.name}, plain path",
+                scaled(seconds, 1e3), "ms/token",
                 "", "all logits finite" if finite else "NOT FINITE",
             )
         )  # fmt: skip
@@ -235,14 +232,15 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--small", action="store_true", help="a few short trials")
     options = parser.parse_args()
+    where = machine()
     with tempfile.TemporaryDirectory() as folder:
         rows = evaluations(options, Path(folder))
     name = "spread" if torch.cuda.is_available() else "spread-dry"
-    publish(name, rows)
+    publish(name, where, rows)
     if torch.cuda.device_count() > 1:
         rows += spread_model(options)
-        publish(name, rows)
-        publish(name, rows + beyond_one(options))
+        publish(name, where, rows)
+        publish(name, where, rows + beyond_one(options))
 
 
 if __name__ == "__main__":

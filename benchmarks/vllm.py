@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -20,8 +19,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import dynamickv as dkv
 from benchmarks import vllm_run as engines
-from benchmarks.prompts import EXAMPLES
-from benchmarks.report import Row, publish
+from benchmarks.prompts import example_text
+from benchmarks.report import Row, machine, measured, publish, ratios
 
 CAPACITY, WINDOW, BLOCK = 128, 8, engines.BLOCK
 BATCH, PROMPT, STEPS, ROUNDS = 8, 4096, 8, 5
@@ -35,19 +34,18 @@ METHODS = (
 
 def main() -> None:
     """Measure, print a table, write JSON."""
-    folder = sys.argv[1]
+    folder, where = sys.argv[1], machine()
     rows = [*same_tokens(folder), *same_positions(folder), *throughput(folder)]
     with tempfile.TemporaryDirectory() as tiny:
         engines.write_tiny_model(tiny)
         rows += [*concurrency(tiny), *together(tiny), *blocks_returned(tiny)]
-    publish("vllm", rows)
+    publish("vllm", where, rows)
 
 
 def text_ids(folder: str, length: int, start: int = 0) -> list[int]:
     """Token ids of the example texts, from a place on, repeated as needed."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    text = "\n\n".join(path.read_text("utf-8") for path in sorted(EXAMPLES.glob("*.txt")))
-    ids: list[int] = tokenizer(text)["input_ids"]
+    ids: list[int] = tokenizer(example_text())["input_ids"]
     while len(ids) < start + length:
         ids += ids
     return ids[start : start + length]
@@ -222,15 +220,14 @@ def throughput(folder: str) -> list[Row]:
                 found.append(taken)
     for child in children:
         child.close()
-    rates = [BATCH * STEPS / statistics.median(found) for found in seconds]
-    ratio = statistics.median(a / b for a, b in zip(*seconds, strict=True))
+    plain, plugin = ([BATCH * STEPS / one for one in found] for found in seconds)
     where = f"4K prompts, batch {BATCH}, bfloat16, threads: {torch.get_num_threads()}"
     return [
-        Row("decode, vLLM without the plugin", rates[0], "tokens/s", "", where),
-        Row(f"decode, DynamicKV({CAPACITY})", rates[1], "tokens/s", "", where),
-        Row(
+        measured("decode, vLLM without the plugin", plain, "tokens/s", "", where),
+        measured(f"decode, DynamicKV({CAPACITY})", plugin, "tokens/s", "", where),
+        measured(
             f"decode, DynamicKV({CAPACITY}) / vLLM without the plugin",
-            ratio,
+            ratios(plugin, plain),
             "x",
             ">= 1.5",
             f"median of {ROUNDS} rounds taken in turn",

@@ -7,13 +7,12 @@ recalled.
 
 from __future__ import annotations
 
-import statistics
 import time
 
 import dynamickv as dkv
 from benchmarks import readme
 from benchmarks.prompts import prompt_of
-from benchmarks.report import Row, publish
+from benchmarks.report import Row, machine, measured, publish
 from dynamickv.reading.prefill import prefill_prompt
 from dynamickv.records import Prefill
 
@@ -22,7 +21,8 @@ CAPACITIES = (64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
 
 def measure(llm: dkv.LoadedModel, length: int) -> list[Row]:
-    """Milliseconds of one choice by every method, at one prompt length."""
+    """Milliseconds of one choice by every method, at one prompt length: the median over
+    capacities."""
     prefill = prefill_prompt(llm, prompt_of(llm, length), mass=True)
     at = f"{round(length / 1024)}K"
     print(f"{at}: read in {prefill.seconds:.0f} s", flush=True)
@@ -32,8 +32,8 @@ def measure(llm: dkv.LoadedModel, length: int) -> list[Row]:
             continue
         methods = [dkv.build_method(name, capacity=capacity) for capacity in CAPACITIES]
         choices_ms(prefill, methods[:1])
-        again = statistics.median(choices_ms(prefill, methods))
-        rows.append(Row(f"what-if: choosing again, {name}, {at}", again, "ms", "<= 50"))
+        again = choices_ms(prefill, methods)
+        rows.append(measured(f"what-if: choosing again, {name}, {at}", again, "ms", "<= 50"))
     for window_size in (16, 64):
         moved = dkv.SnapKV(capacity=128, window_size=window_size)
         (first,) = choices_ms(prefill, [moved])
@@ -54,8 +54,9 @@ def choices_ms(prefill: Prefill, methods: list[dkv.CompressionMethod]) -> list[f
 
 def main() -> None:
     """Measure, print, write benchmarks/results/what-if.json and README's tables."""
+    where = machine()
     llm = dkv.load_model()
-    publish("what-if", [row for length in LENGTHS for row in measure(llm, length)])
+    publish("what-if", where, [row for length in LENGTHS for row in measure(llm, length)])
     readme.main()
 
 

@@ -13,6 +13,7 @@ from dynamickv.memory import OutOfMemory, free_memory, release_memory
 from dynamickv.methods import (
     H2O,
     METHODS,
+    Capabilities,
     CompressionMethod,
     DynamicKV,
     FullKV,
@@ -25,6 +26,7 @@ from dynamickv.methods import (
     build_method,
     build_methods,
 )
+from dynamickv.methods.registry import capabilities
 from dynamickv.methods.retain import retain
 from dynamickv.models import Geometry, LoadedModel, load_model
 from dynamickv.models.catalogue import DEFAULT_MODEL, KNOWN_MODELS, KnownModel
@@ -60,6 +62,7 @@ __all__ = [
     "KNOWN_MODELS",
     "METHODS",
     "Agreement",
+    "Capabilities",
     "ComparisonFinished",
     "Compressed",
     "CompressedCache",
@@ -96,6 +99,7 @@ __all__ = [
     "__version__",
     "build_method",
     "build_methods",
+    "capabilities",
     "compare",
     "compare_stream",
     "compress",

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -16,9 +17,25 @@ from dynamickv.decoding.decode import Step, TextStream, decode, extend
 from dynamickv.decoding.together import Member, Together
 from dynamickv.methods import CompressionMethod, ScoredMethod
 from dynamickv.models import LoadedModel
+from dynamickv.reading.prefill import TAIL
 from dynamickv.record.events import Compressed, Token
 from dynamickv.record.trace import Retained, Run, Scores
 from dynamickv.records import EncodedPrompt, Prefill, Retention
+
+
+class Recording(TypedDict):
+    """What a prefill records for methods, by the names of its arguments."""
+
+    tail: int
+    mass: bool
+
+
+def recording_for(methods: Sequence[CompressionMethod]) -> Recording:
+    """All that any of these methods reads."""
+    return {
+        "tail": max(TAIL, *(method.tail for method in methods)),
+        "mass": any(method.needs_mass for method in methods),
+    }
 
 
 class Answer:
@@ -51,13 +68,11 @@ class Answer:
         whole = prefill.whole_bytes // prefill.length * prompt.length
         others = cache.others(llm.geometry.kinds)
         self._kv_bytes_full = whole + sum(other.nbytes for other in others.values())
-        compressed = retained_mask(self.retention, prompt.length)
+        compressed = retained_mask(self.retention, prompt.length, llm.geometry.num_kv_heads)
         self._kept_fraction = share_kept(self.retention, prompt.length)
         held = {place: other.held for place, other in sorted(others.items())}
-        self._mask = with_others(compressed, held)
-        self._budgets = list(self.retention.budgets)
-        for place, number in held.items():
-            self._budgets.insert(place, number)
+        self._mask = of_all_layers(compressed, prefill.places, held)
+        self._budgets = in_place_order(self.retention.budgets, prefill.places, held)
         self._scores = layer_scores(method, prefill, prompt.length) if scores else None
         self.keeps_everything = bool(self._mask.all())
         self._cache: KVCache | None = cache
@@ -128,37 +143,6 @@ class Answer:
         )
 
 
-@torch.inference_mode()
-def probabilities_along(
-    llm: LoadedModel,
-    prefill: Prefill,
-    prompt: EncodedPrompt,
-    retention: Retention,
-    answer: Sequence[int],
-    wanted: Sequence[tuple[int, Sequence[int]]],
-) -> list[list[float]]:
-    """How probable tokens are along an answer, with the cache of that retention.
-
-    Args:
-        answer: token ids that are fed.
-        wanted: (how many of them come before, the token ids that are asked for).
-
-    Returns:
-        for each of `wanted`, one probability per token id.
-    """
-    later = prompt.token_ids[prefill.length :]
-    fed = [*later, *answer[: max((before for before, _ in wanted), default=0)]]
-    cache = prune(prefill, retention, len(fed)) if fed else None
-    logits, done = prefill.logits, 0
-    shares: dict[int, Tensor] = {}
-    for before in sorted({before for before, _ in wanted}):
-        end = len(later) + before
-        if cache is not None and end > done:
-            logits, done = extend(llm, cache, fed[done:end], prefill.length + done), end
-        shares[before] = logits.float().softmax(dim=-1)
-    return [[float(shares[before][token]) for token in tokens] for before, tokens in wanted]
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preview:
     """What a method would keep of a prompt that was read; nothing is decoded."""
@@ -190,18 +174,16 @@ def preview(method: CompressionMethod, prefill: Prefill, length: int | None = No
         )
     length = prefill.length if length is None else length
     retention = method.select(prefill.recalling)
-    chosen = retained_mask(retention, length)
+    chosen = retained_mask(retention, length, max(keys.shape[0] for keys in prefill.keys))
     held = {
         place: min(length, other.window - 1) if other.window else other.held
         for place, other in sorted(prefill.others.items())
     }
-    budgets = list(retention.budgets)
-    for place, number in held.items():
-        budgets.insert(place, number)
     positions = [sum(len(head) for head in kept) for kept in retention.indices]
     later = length - prefill.length
     compressed = sum(
         (number + later * len(kept))
+        * max(1, keys.shape[0] // len(kept))
         * (keys.shape[2] * keys.element_size() + values.shape[2] * values.element_size())
         for number, kept, keys, values in zip(
             positions, retention.indices, prefill.keys, prefill.values, strict=True
@@ -212,9 +194,9 @@ def preview(method: CompressionMethod, prefill: Prefill, length: int | None = No
         for place, other in prefill.others.items()
     )
     return Preview(
-        budgets=budgets,
+        budgets=in_place_order(retention.budgets, prefill.places, held),
         budget_history=[list(update) for update in retention.budget_history],
-        mask=with_others(chosen, held),
+        mask=of_all_layers(chosen, prefill.places, held),
         kept_fraction=share_kept(retention, length),
         kv_bytes=compressed + others,
     )
@@ -235,12 +217,12 @@ def share_kept(retention: Retention, length: int) -> float:
     return kept / (heads * length)
 
 
-def retained_mask(retention: Retention, length: int) -> np.ndarray:
+def retained_mask(retention: Retention, length: int, least_heads: int = 1) -> np.ndarray:
     """Boolean (compressed layers, heads, length); what was fed after the compression is kept.
 
     A layer that stores fewer heads than others repeats them, as query heads would read them.
     """
-    heads = max(len(kept) for kept in retention.indices)
+    heads = max(least_heads, *(len(kept) for kept in retention.indices))
     mask = np.zeros((len(retention.indices), heads, length), bool)
     mask[:, :, retention.prompt_length :] = True
     for layer, kept in enumerate(retention.indices):
@@ -249,16 +231,23 @@ def retained_mask(retention: Retention, length: int) -> np.ndarray:
     return mask
 
 
-def with_others(mask: np.ndarray, held: Mapping[int, int]) -> np.ndarray:
-    """The mask of all layers, given how many of the last positions each of the others holds."""
-    if not held:
-        return mask
-    num_layers, (_, heads, length) = len(mask) + len(held), mask.shape
-    everything = np.zeros((num_layers, heads, length), bool)
-    everything[[place for place in range(num_layers) if place not in held]] = mask
+def of_all_layers(mask: np.ndarray, places: Sequence[int], held: Mapping[int, int]) -> np.ndarray:
+    """The mask of all layers, given where those of `mask` stand and how many of the last positions
+    each of the others holds."""
+    _, heads, length = mask.shape
+    everything = np.zeros((len(mask) + len(held), heads, length), bool)
+    everything[list(places)] = mask
     for place, number in held.items():
         everything[place, :, length - number :] = True
     return everything
+
+
+def in_place_order(
+    budgets: Sequence[int], places: Sequence[int], held: Mapping[int, int]
+) -> list[int]:
+    """The budgets of all layers, as `of_all_layers`."""
+    known = {**dict(zip(places, budgets, strict=True)), **held}
+    return [known[place] for place in sorted(known)]
 
 
 @torch.inference_mode()

@@ -17,7 +17,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from dynamickv.layers import (
+from dynamickv.layers.kv import (
     AfterAttention,
     BatchedLayer,
     HeadwiseLayer,
@@ -25,7 +25,7 @@ from dynamickv.layers import (
     gather,
     stored_heads,
 )
-from dynamickv.other_layers import HybridLayer, copied, layer_bytes, own_layer
+from dynamickv.layers.other import HybridLayer, copied, layer_bytes, own_layer
 from dynamickv.records import OtherLayer, Prefill, Retention
 
 NAMED = {"chunked_attention": "chunked", "conv": "conv", "moe": "moe", "mlp": "mlp"}

@@ -14,7 +14,8 @@ from typing import NoReturn
 from tqdm import tqdm
 
 from dynamickv.compare import compare_stream
-from dynamickv.evaluate.options import Help, add_commands, add_settings
+from dynamickv.evaluate.arguments import add_settings, listed, output_file, settings_of
+from dynamickv.evaluate.options import Help, add_commands
 from dynamickv.memory import bytes_per_value, free_memory
 from dynamickv.methods import METHODS, CompressionMethod, build_methods
 from dynamickv.models import (
@@ -114,23 +115,16 @@ _MODEL_HELP = "short name, hub id, folder or .gguf file"
 
 def _compare(options: argparse.Namespace) -> None:
     methods = build_methods(
-        (name.strip() for name in options.methods.split(",") if name.strip()),
+        listed(options.methods),
         capacity=options.capacity,
-        window_size=options.window_size,
-        kernel_size=options.kernel_size,
-        pooling=options.pooling,
-        granularity=options.granularity,
-        r_max=options.r_max,
-        update_interval=options.update_interval,
+        **settings_of(options),
     )
     document = _read_text(options.document)
     require_text("document", document)
     require_text("question", options.question)
     require_longer_document(document, options.question)
-    if options.output is not None and not Path(options.output).resolve().parent.is_dir():
-        raise ValueError(f"the folder of {options.output} does not exist; create it first")
-    if options.output is not None and Path(options.output).is_dir():
-        raise ValueError(f"{options.output} is a folder; give the name of a file in it")
+    if options.output is not None:
+        output_file(options.output)
     llm = load_model(options.model, quantization=options.quantization)
     with ExitStack() as bars:
         trace = _followed(llm, document, methods, options, bars)
@@ -185,7 +179,7 @@ def report(trace: Trace) -> str:
             f"({prompt.original_length:,} tokens before)."
         )
     for run in trace.runs:
-        if run.method != "FullKV" and run.kept_fraction == 1:
+        if "capacity" in run.parameters and run.kept_fraction == 1:
             lines.append(
                 f"NOTHING TO COMPRESS: {run.method} may keep {run.parameters['capacity']:,} tokens "
                 f"per layer and the prompt has {prompt.length:,}."

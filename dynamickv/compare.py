@@ -4,8 +4,6 @@ one run record."""
 from __future__ import annotations
 
 import platform
-import queue
-import threading
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -13,24 +11,21 @@ from datetime import datetime, timezone
 import torch
 import transformers
 
-from dynamickv.answer import Answer, probabilities_along
+from dynamickv.answer import Answer, recording_for
 from dynamickv.decoding.cuda_graph import graphable
+from dynamickv.decoding.forcing import with_divergences
 from dynamickv.decoding.together import Together
 from dynamickv.memory import ANSWERING, CHOOSING, READING, memory_watched
-from dynamickv.methods import METHODS, CompressionMethod, FullKV
+from dynamickv.methods import METHODS, CompressionMethod
 from dynamickv.models import LoadedModel
-from dynamickv.reading.prefill import TAIL
 from dynamickv.reading.prefill import prefill as run_prefill
+from dynamickv.reading.prefill_stream import prefill_stream
 from dynamickv.reading.prompt import encode_prompt, require_text
-from dynamickv.record.agreement import agreement
-from dynamickv.record.events import ComparisonFinished, Event, Progress, RunFinished
-from dynamickv.record.trace import Divergence, ModelInfo, Prompt, Run, Trace
+from dynamickv.record.agreement import with_agreement
+from dynamickv.record.events import ComparisonFinished, Event, RunFinished
+from dynamickv.record.trace import ModelInfo, Prompt, Run, Trace
 from dynamickv.records import EncodedPrompt, Prefill
 from dynamickv.version import engine_version
-
-
-class Cancelled(Exception):
-    """Raised inside the prefill when nobody waits for it any more."""
 
 
 def compare(
@@ -94,7 +89,8 @@ def compare_stream(
         max_new_tokens: longest answer in tokens.
         question_aware: False compresses right after the document and then feeds the question to
             the compressed caches, so that nothing is kept for the question's sake.
-        truncate: cut the middle out of a document that is too long instead of refusing it.
+        truncate: cut the middle out of a document that is too long instead of refusing it, with
+            room left for the answer.
         scores: record every scored method's importance per layer and position.
         earlier: runs of this `prefill` that are done; the record holds them before the new ones,
             and a FullKV among them is what the new ones are compared with.
@@ -112,16 +108,16 @@ def compare_stream(
     stop = should_stop or (lambda: False)
     if prefill is None:
         with memory_watched(READING):
-            prefill = yield from _prefill_stream(
-                llm,
+            prefill = yield from prefill_stream(
+                len(llm.geometry.compressed_layers),
                 lambda on_layer: run_prefill(
                     llm,
                     str(document),
                     question,
                     question_aware=question_aware,
                     truncate=truncate,
-                    tail=max(TAIL, *(method.tail for method in methods)),
-                    mass=any(method.needs_mass for method in methods),
+                    answer_tokens=max_new_tokens,
+                    **recording_for(methods),
                     on_layer=on_layer,
                 ),
                 stop,
@@ -162,8 +158,10 @@ def compare_stream(
                     finished[index] = answer.finish()
                     yield RunFinished(index, finished[index])
         runs = [*earlier, *(finished[index] for index in range(len(answers)))]
-        runs = _with_agreement(runs, len(earlier))
-        runs = _with_divergences(llm, prefill, prompt, answers, runs)
+        runs = with_agreement(runs, len(earlier))
+        runs = with_divergences(
+            llm, prefill, prompt, [answer.retention for answer in answers], runs
+        )
         yield ComparisonFinished(_trace(llm, prefill, prompt, runs))
     finally:
         # Closed outside of any block, Python 3.12 would keep all this as long as the generator.
@@ -221,111 +219,6 @@ def _with_question(llm: LoadedModel, prefill: Prefill, question: str | None) -> 
         )
     cut = prefill.prompt.original_length - prefill.length
     return replace(prompt, original_length=prompt.length + cut)
-
-
-def _prefill_stream(
-    llm: LoadedModel,
-    run: Callable[[Callable[[int], None]], Prefill],
-    stop: Callable[[], bool],
-) -> Generator[Event, None, Prefill | None]:
-    """Run a prefill in a thread, so that its progress can be told and it can be stopped.
-
-    None when it was stopped.
-    """
-    total = len(llm.geometry.compressed_layers)
-    messages: queue.SimpleQueue[int | Prefill | BaseException] = queue.SimpleQueue()
-    abandoned = threading.Event()
-
-    def on_layer(layer: int) -> None:
-        if abandoned.is_set() or stop():
-            raise Cancelled
-        messages.put(layer)
-
-    def work() -> None:
-        try:
-            messages.put(run(on_layer))
-        except Cancelled:  # the one just caught would keep the prefill's tensors alive
-            messages.put(Cancelled())
-        except BaseException as error:  # handed to the reader, which raises it
-            messages.put(error)
-
-    yield Progress("prefill", 0, total)
-    worker = threading.Thread(target=work, name="prefill", daemon=True)
-    worker.start()
-    try:
-        while True:
-            message = messages.get()
-            if isinstance(message, int):
-                yield Progress("prefill", message, total)
-            elif isinstance(message, Prefill):
-                return None if stop() else message
-            elif isinstance(message, Cancelled):
-                return None
-            else:
-                raise message
-    finally:
-        abandoned.set()
-        worker.join()
-
-
-def _yardstick(runs: Sequence[Run]) -> Run | None:
-    """FullKV's run, when there is one that ran to its end."""
-    run = next((run for run in runs if run.method == FullKV.name), None)
-    return None if run is None or run.finish_reason == "cancelled" else run
-
-
-def _with_agreement(runs: list[Run], first: int) -> list[Run]:
-    """Compare every answer from `first` on with FullKV's."""
-    yardstick = _yardstick(runs)
-    if yardstick is None:
-        return runs
-    compared = [replace(run, agreement=agreement(run, yardstick)) for run in runs[first:]]
-    return [*runs[:first], *compared]
-
-
-def _with_divergences(
-    llm: LoadedModel,
-    prefill: Prefill,
-    prompt: EncodedPrompt,
-    answers: Sequence[Answer],
-    runs: list[Run],
-) -> list[Run]:
-    """Add how probable both tokens were where the last runs, those of `answers`, leave FullKV's.
-
-    One short pass per cache over the words that both answers share; decoding itself is not touched.
-    """
-    yardstick = _yardstick(runs)
-    if yardstick is None:
-        return runs
-    first = len(runs) - len(answers)
-    places: dict[int, int] = {}
-    for index, run in enumerate(runs[first:], first):
-        at = run.agreement.first_divergence if run.agreement else None
-        if at is not None and at < min(len(run.token_ids), len(yardstick.token_ids)):
-            places[index] = at
-    both = {
-        index: [runs[index].token_ids[at], yardstick.token_ids[at]] for index, at in places.items()
-    }
-    wanted = [(at, both[index]) for index, at in places.items()]
-    if not wanted:
-        return runs
-    everything = FullKV().select(prefill.layers)
-    full = probabilities_along(llm, prefill, prompt, everything, yardstick.token_ids, wanted)
-    made = list(runs)
-    for (index, at), whole in zip(places.items(), full, strict=True):
-        run, retention = runs[index], answers[index - first].retention
-        own = probabilities_along(
-            llm, prefill, prompt, retention, run.token_ids, [(at, both[index])]
-        )
-        divergence = Divergence(
-            token_ids=both[index],
-            pieces=[run.pieces[at], yardstick.pieces[at]],
-            probabilities=own[0],
-            probabilities_full=whole,
-        )
-        assert run.agreement is not None
-        made[index] = replace(run, agreement=replace(run.agreement, divergence=divergence))
-    return made
 
 
 def _trace(llm: LoadedModel, prefill: Prefill, prompt: EncodedPrompt, runs: list[Run]) -> Trace:

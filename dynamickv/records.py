@@ -284,12 +284,15 @@ class Prefill:
 
     prompt: EncodedPrompt
     layers: tuple[LayerObservation, ...]
-    """Of the layers that attend to the whole prompt, in order; only these are compressed."""
+    """Of the layers that attend to the whole prompt, in the order in which the model read them;
+    only these are compressed."""
     keys: tuple[Tensor, ...]
     """What the cache stores of the same layers, (num_kv_heads, prompt_length, head_dim): the keys
     that their attention read, or what it makes them of."""
     values: tuple[Tensor, ...]
     """The same of values, (num_kv_heads, prompt_length, value_dim)."""
+    places: tuple[int, ...] = ()
+    """Where these layers stand in the model; ascending but in models that loop."""
     others: Mapping[int, OtherLayer] = field(default_factory=dict)
     """The other layers, by their place in the model."""
     states: Mapping[int, Any] = field(default_factory=dict)
@@ -310,6 +313,10 @@ class Prefill:
             )
             for layer in self.layers
         )
+        if not self.places:
+            every = range(len(self.layers) + len(self.others))
+            free = tuple(place for place in every if place not in self.others)
+            object.__setattr__(self, "places", free)
         object.__setattr__(self, "recalling", tuple(layers))
 
     @property
@@ -325,8 +332,7 @@ class Prefill:
     @property
     def compressed_layers(self) -> list[int]:
         """Places in the model of the layers that methods choose for."""
-        places = range(len(self.layers) + len(self.others))
-        return [place for place in places if place not in self.others]
+        return list(self.places)
 
     @property
     def held(self) -> dict[int, int]:

@@ -9,22 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from dynamickv.cache import KVCache, fresh_layers
-from dynamickv.generate_call import GenerateCall, generate_call
-from dynamickv.layers import HeadwiseLayer, KVLayer
+from dynamickv.layers.kv import HeadwiseLayer, KVLayer
+from dynamickv.layers.rows import RowsLayer, in_rows
 from dynamickv.methods import CompressionMethod
 from dynamickv.models import Geometry
 from dynamickv.models.geometry import require_choosable
 from dynamickv.models.rope import longer_sequences_forgotten
-from dynamickv.prompt_row import PromptRow
+from dynamickv.reading.generate_call import GenerateCall, generate_call
 from dynamickv.reading.observe import observed
-from dynamickv.records import Attended, Heads, Retention
-from dynamickv.row_layers import RowsLayer, in_rows
+from dynamickv.reading.prompt_row import PromptRow
+from dynamickv.records import Attended, Retention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,13 +46,15 @@ class CompressedCache(KVCache):
         self.peak_bytes = 0
         """Most bytes of keys, values and states held at once so far."""
         self._rows: list[PromptRow] = []
-        self._prompt_end = 0
+        self.prompt_end = 0
         """Positions, padding included, with which the prompts end."""
         self._seen = 0
         self._fed: list[Tensor] = []
         """Token ids of every pass, (rows, tokens)."""
         self._call: Any = None
         """Options of the `generate` that feeds this cache now."""
+        self._order: list[int] = []
+        """Places of the layers to compress, as they were read."""
         self._waiting: list[int] = []
         """Layers that an update changed and that are not cut yet."""
         self._ended = False
@@ -64,13 +67,15 @@ class CompressedCache(KVCache):
         """
         if not self._rows or not self._rows[0].done:
             raise ValueError("no prompt has gone through this cache yet; call generate first")
-        return self._rows[row].retention()
+        kept = self._rows[row].retention()
+        by_place = sorted(zip(self._order, kept.indices, strict=True), key=lambda pair: pair[0])
+        return replace(kept, indices=tuple(positions for _, positions in by_place))
 
     def reset(self) -> None:
         """Forget the prompt; the next one is compressed anew."""
         self.layers = fresh_layers(self._config, self._after_attention)
-        self._rows, self._prompt_end, self._seen = [], 0, 0
-        self._fed, self._call, self._waiting = [], None, []
+        self._rows, self.prompt_end, self._seen = [], 0, 0
+        self._fed, self._call, self._order, self._waiting = [], None, [], []
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -100,36 +105,31 @@ class CompressedCache(KVCache):
 
     # ---- one pass ----
 
-    def begin_pass(self, token_ids: Tensor | None, width: int, mask: Tensor | None) -> None:
-        """Before the model's forward pass of `width` tokens in each row.
+    def begin_pass(
+        self,
+        call: GenerateCall | None,
+        token_ids: Tensor | None,
+        rows: int,
+        width: int,
+        mask: Tensor | None,
+        positions: Tensor | None,
+    ) -> None:
+        """Before the model's forward pass of `width` tokens in each row, which are to stand at
+        `positions`, (rows, width).
 
         Raises:
             ValueError: what this cache cannot serve, before any work.
         """
-        call = generate_call()
         if call is not None and call.cache is not self:
             call = None
-        padding = _padding(mask, width + self._seen)
-        if call is not None and call.options is not self._call:
+        fresh = call is not None and call.options is not self._call
+        if call is not None and fresh:
             self._check(call, token_ids, width)
             self._call = call.options
         if self._seen == 0:
-            self._start(call, token_ids, width, padding)
-        elif padding is not None and len(padding) != len(self._rows):
-            raise ValueError(
-                f"the batch has {len(padding)} rows and this cache holds {len(self._rows)} "
-                "prompts; call cache.reset() before other prompts"
-            )
-        elif padding is not None and self._padding.tolist() != padding.tolist():
-            raise ValueError(
-                "the attention mask hides other tokens than the prompts' padding; "
-                "pad the prompts alone, on the left"
-            )
-        elif mask is not None and mask.dim() == 2 and mask.shape[1] != self._seen + width:
-            raise ValueError(
-                f"{width} tokens are fed to a cache that holds {self._seen}, and the attention "
-                f"mask has {mask.shape[1]}; call cache.reset() before another prompt"
-            )
+            self._start(call, token_ids, rows, width, _padding(mask))
+        elif fresh or width > 1:
+            self._check_rows(rows, width, mask, positions)
         self._seen += width
         self._fed = [*self._fed, token_ids] if token_ids is not None else []
 
@@ -140,7 +140,7 @@ class CompressedCache(KVCache):
             ValueError: the prompt went through and a layer that should be compressed was not
                 observed.
         """
-        if self._seen >= self._prompt_end and self._rows and not self._rows[0].done:
+        if self._seen >= self.prompt_end and self._rows and not self._rows[0].done:
             raise ValueError(
                 f"of {len(self._geometry.compressed_layers)} layers to compress "
                 f"{self._rows[0].observed} were observed, so nothing is sure to be compressed; "
@@ -151,8 +151,8 @@ class CompressedCache(KVCache):
         """Refuse what a `generate` asks for and this cache cannot serve."""
         if (getattr(call.options, "num_beams", None) or 1) > 1:
             raise ValueError(
-                f"num_beams={call.options.num_beams} exchanges rows of the cache, and a "
-                "compressed one cannot; use num_beams=1 or sampling"
+                f"num_beams={call.options.num_beams} exchanges rows of the cache, which a "
+                "compressed one cannot; generate without beam search (num_beams=1, or sampling)"
             )
         switch, length = self._geometry.switch, call.token_ids.shape[1]
         most = getattr(call.options, "max_length", None)
@@ -179,26 +179,55 @@ class CompressedCache(KVCache):
                 "them too, or call cache.reset()"
             )
 
+    def _check_rows(
+        self, rows: int, width: int, mask: Tensor | None, positions: Tensor | None
+    ) -> None:
+        """Refuse other rows than those held, and tokens that do not follow what is held."""
+        if rows != len(self._rows):
+            raise ValueError(
+                f"the batch has {rows} sequences and this cache holds {len(self._rows)}; "
+                "call cache.reset() before other prompts"
+            )
+        first = self._seen - int(self._padding[0])
+        if positions is not None and positions.dim() == 2 and int(positions[0, 0]) != first:
+            raise ValueError(
+                f"{width} tokens are fed at position {int(positions[0, 0])} to a cache that holds "
+                f"{first}; call cache.reset() before another prompt"
+            )
+        padding = _padding(mask)
+        if padding is None or mask is None:
+            return
+        if mask.shape[1] != self._seen + width:
+            raise ValueError(
+                f"{width} tokens are fed to a cache that holds {self._seen}, and the attention "
+                f"mask has {mask.shape[1]}; call cache.reset() before another prompt"
+            )
+        if self._padding.tolist() != padding.tolist():
+            raise ValueError(
+                "the attention mask hides padding other than the prompts'; "
+                "pad the prompts alone, on the left"
+            )
+
     def _start(
         self,
         call: GenerateCall | None,
         token_ids: Tensor | None,
+        rows: int,
         width: int,
         padding: Tensor | None,
     ) -> None:
         """Get ready for fresh prompts."""
-        rows = 1 if padding is None else len(padding)
-        if padding is None and token_ids is not None:
-            rows = token_ids.shape[0]
         known = call is not None and token_ids is not None and call.token_ids.shape[1] > 0
-        self._prompt_end = call.token_ids.shape[1] if known and call is not None else width
+        self.prompt_end = call.token_ids.shape[1] if known and call is not None else width
         if padding is None:
             padding = torch.zeros(rows, dtype=torch.long)
-        if self._prompt_end > width and bool(padding.any()):
+        if self.prompt_end > width and bool(padding.any()):
             raise ValueError(
                 "prompts of unlike length cannot be read in chunks; leave out prefill_chunk_size, "
                 "or generate the prompts one by one"
             )
+        if bool((padding >= width).any()):
+            raise ValueError("a row of the batch is padding alone; leave out empty prompts")
         if rows > 1 and getattr(self.method, "head_budgets", "uniform") == "adaptive":
             raise ValueError(
                 f"head_budgets='adaptive' serves one prompt at a time, and the batch has {rows}; "
@@ -215,16 +244,16 @@ class CompressedCache(KVCache):
         self.peak_bytes = max(self.peak_bytes, self.nbytes)
         if not self._rows or self._rows[0].done:
             return
-        place = self._geometry.compressed_layers.index(layer.index)
-        stored = layer.held()[0].shape[1]
-        if layer.seen < self._prompt_end:
+        stored = 1 if self._geometry.joint else layer.held()[0].shape[1]
+        if layer.seen < self.prompt_end:
             for number, row in enumerate(self._rows):
-                row.read_on(place, attended, number)
+                row.read_on(layer.index, attended, number)
             return
+        self._order.append(layer.index)
         changed = range(0)
         for number, row in enumerate(self._rows):
             first = int(self._padding[number])
-            seen = row.observe(place, attended, number, stored, first, self._prompt_end)
+            seen = row.observe(layer.index, attended, number, stored, first, self.prompt_end)
             changed = max(changed, seen, key=len)
         # An update makes the host wait for the device. The layers before this one are cut with the
         # next, so that the host can prepare it while the device works.
@@ -240,36 +269,18 @@ class CompressedCache(KVCache):
             return
         chosen = [row.positions_of(layers) for row in self._rows]
         for index, kept in zip(layers, zip(*chosen, strict=True), strict=True):
-            place = self._geometry.compressed_layers[index]
+            place = self._order[index]
             held = self.layers[place]
-            drafts = held.seen - self._prompt_end
             if isinstance(held, RowsLayer):
-                held.keep_rows([self._with_drafts(row, drafts) for row in kept])  # type: ignore[misc]
+                held.keep_rows([row for row in kept if isinstance(row, Tensor)])
                 continue
-            positions = self._with_drafts(kept[0], drafts)
+            positions = kept[0]
             if isinstance(positions, tuple) and not isinstance(held, HeadwiseLayer):
                 held = self.layers[place] = HeadwiseLayer.split(held, len(positions))
             held.keep(positions)
-            held.chosen -= drafts
-
-    def _with_drafts(self, kept: Heads, drafts: int) -> Heads:
-        """Positions to hold: those chosen, and drafts that were read along behind the prompt."""
-        if not drafts:
-            return kept
-        if isinstance(kept, tuple):
-            return tuple(
-                torch.cat([head, _behind(head, self._prompt_end, drafts)]) for head in kept
-            )
-        rows = _behind(kept, self._prompt_end, drafts).expand(kept.shape[0], -1)
-        return torch.cat([kept, rows], dim=1)
 
 
-def _behind(kept: Tensor, end: int, count: int) -> Tensor:
-    """The `count` positions from `end` on."""
-    return torch.arange(end, end + count, device=kept.device)
-
-
-def _padding(mask: Tensor | None, total: int) -> Tensor | None:
+def _padding(mask: Tensor | None) -> Tensor | None:
     """Hidden tokens before each row's first, (rows,), None without a mask of tokens.
 
     Raises:
@@ -280,10 +291,10 @@ def _padding(mask: Tensor | None, total: int) -> Tensor | None:
     shown = mask.bool()
     padding = shown.shape[1] - shown.sum(dim=1)
     places = torch.arange(shown.shape[1], device=mask.device)
-    if not torch.equal(shown, places >= padding[:, None]) or bool((padding >= total).any()):
+    if not torch.equal(shown, places >= padding[:, None]):
         raise ValueError(
-            "the attention mask hides tokens behind others, which a compressed cache cannot tell "
-            "from text; pad prompts on the left"
+            "the attention mask hides padding between or behind tokens, which a compressed cache "
+            "cannot tell from text; pad prompts on the left"
         )
     return padding.cpu()
 
@@ -307,12 +318,22 @@ def compress(model: PreTrainedModel, method: CompressionMethod) -> Iterator[Comp
         raise ValueError(f"{method!r} is not a method; give one such as DynamicKV(capacity=512)")
     cache = CompressedCache(method, model.config)
     require_choosable(cache._geometry, method.parameters)
+    other = getattr(model.generation_config, "cache_implementation", None)
+    if other is not None:
+        raise ValueError(
+            f"generation_config.json of {model.name_or_path or 'this model'} asks for a {other} "
+            "cache (cache_implementation), and generate takes none beside it; "
+            "set model.generation_config.cache_implementation = None"
+        )
+
+    prompt_logits: list[Tensor] = []
 
     def before(
         module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        call = generate_call()
         given = next((named[name] for name in CACHE_NAMES if named.get(name) is not None), None)
-        if given is None and (call := generate_call()) is not None and call.cache is cache:
+        if given is None and call is not None and call.cache is cache:
             # Longrope models drop an empty cache when a prompt is longer than the switch.
             if cache.get_seq_length() > 0:
                 raise ValueError(
@@ -329,15 +350,33 @@ def compress(model: PreTrainedModel, method: CompressionMethod) -> Iterator[Comp
             )
         ids = named.get("input_ids", arguments[0] if arguments else None)
         embeds = named.get("inputs_embeds")
-        width = (ids if ids is not None else embeds).shape[1]  # type: ignore[union-attr]
-        cache.begin_pass(ids, width, named.get("attention_mask"))
-        return arguments, named
+        prompt = call.token_ids.shape[1] if call is not None and call.cache is cache else 0
+        if cache.get_seq_length() == 0 and ids is not None and 0 < prompt < ids.shape[1]:
+            # Drafts follow the prompt in one pass. They are to see the compressed cache, so the
+            # prompt is read apart.
+            read = {**named, "input_ids": ids[:, :prompt], "logits_to_keep": 1}
+            named = {**named, "input_ids": ids[:, prompt:]}
+            for name, last in (("attention_mask", prompt), ("position_ids", prompt)):
+                if isinstance(named.get(name), Tensor):
+                    read[name] = named[name][..., :last]
+            if isinstance(named.get("position_ids"), Tensor):
+                named["position_ids"] = named["position_ids"][..., prompt:]
+            prompt_logits.append(module(**read).logits[:, -1:])
+            ids = named["input_ids"]
+        rows, width = (ids if ids is not None else embeds).shape[:2]  # type: ignore[union-attr]
+        mask, positions = named.get("attention_mask"), named.get("position_ids")
+        cache.begin_pass(call, ids, rows, width, mask, positions)
+        return arguments if "input_ids" not in named else (), named
 
     def after(
         module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any
-    ) -> None:
-        if any(named.get(name) is cache for name in CACHE_NAMES):
-            cache.end_pass()
+    ) -> Any:
+        if not any(named.get(name) is cache for name in CACHE_NAMES):
+            return None
+        cache.end_pass()
+        if prompt_logits and cache.get_seq_length() > cache.prompt_end:
+            output.logits = torch.cat([prompt_logits.pop(), output.logits], dim=1)
+        return output
 
     handles = [
         model.register_forward_pre_hook(before, with_kwargs=True),

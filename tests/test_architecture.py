@@ -11,53 +11,24 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.drawing import (
+    FLOORS,
+    between_the_marks,
+    block,
+    circle_in,
+    drawing_of,
+    engine_sources,
+    imports_of_files,
+    upward_imports,
+)
+from tests.drawing import PAGE as DRAWN_ON
+from tests.source import ROOT, Source, dotted
+
 VENDORED = "vendor"
-
-
-@dataclass(frozen=True)
-class Source:
-    """A file: its path from the repository's root, and its text."""
-
-    path: str
-    text: str
-
-    @cached_property
-    def nodes(self) -> list[ast.AST]:
-        return list(ast.walk(ast.parse(self.text, self.path)))
-
-    @cached_property
-    def calls(self) -> list[ast.Call]:
-        return [node for node in self.nodes if isinstance(node, ast.Call)]
-
-    @cached_property
-    def imports(self) -> list[tuple[int, str]]:
-        """(line, dotted name) of everything imported; `from a import b` counts as `a.b`."""
-        return [*self._statements(), *self._import_calls()]
-
-    def _statements(self) -> Iterator[tuple[int, str]]:
-        for node in self.nodes:
-            if isinstance(node, ast.Import):
-                yield from ((node.lineno, alias.name) for alias in node.names)
-            elif isinstance(node, ast.ImportFrom):
-                base = ".".join(filter(None, [self._package(node.level), node.module]))
-                yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
-
-    def _import_calls(self) -> Iterator[tuple[int, str]]:
-        for call in self.calls:
-            names = [arg.value for arg in call.args[:1] if isinstance(arg, ast.Constant)]
-            if names and dotted(call.func).endswith(("import_module", "__import__")):
-                yield call.lineno, str(names[0])
-
-    def _package(self, level: int) -> str:
-        """What the dots of a relative import stand for; empty for an absolute one."""
-        parts = PurePosixPath(self.path).parts
-        return ".".join(parts[: len(parts) - level]) if level else ""
 
 
 Finder = Callable[[Source], Iterator[tuple[int, str]]]
@@ -87,13 +58,6 @@ class Rule:
 # Helpers: small predicates and finders the rules are made of.
 
 
-def dotted(node: ast.AST) -> str:
-    """`a.b.c` of a name or attribute; empty for anything else."""
-    if isinstance(node, ast.Name):
-        return node.id
-    return f"{dotted(node.value)}.{node.attr}" if isinstance(node, ast.Attribute) else ""
-
-
 def is_within(name: str, packages: tuple[str, ...]) -> bool:
     return any(name == package or name.startswith(f"{package}.") for package in packages)
 
@@ -121,6 +85,17 @@ def allows(family: str, *packages: str) -> Finder:
         for line, name in source.imports:
             if in_family(name) and not is_within(name, packages):
                 yield line, f"imports {name}"
+
+    return find
+
+
+def names_used(*packages: str) -> Finder:
+    """Reaching for any of these by its dotted name, without importing it by that name."""
+
+    def find(source: Source) -> Iterator[tuple[int, str]]:
+        for node in source.nodes:
+            if isinstance(node, ast.Attribute) and dotted(node) in packages:
+                yield node.lineno, f"uses {dotted(node)}"
 
     return find
 
@@ -198,6 +173,34 @@ def assembled_templates(source: Source) -> Iterator[tuple[int, str]]:
             yield keyword.value.lineno, "html_template put together from parts"
 
 
+# The page's house, from the front door down: a room imports only from floors below its own, so no
+# tab knows another.
+PAGE_FLOORS = (
+    ("page",),
+    ("launch",),
+    ("explore", "lab", "learn", "runs"),
+    ("serving", "components", "form", "uploads", "snippets"),
+    ("views", "examples", "inputs"),
+    ("record", "settings"),
+    ("theme", "wording"),
+)
+
+
+def page_floor(room: str) -> int:
+    """Which floor a file or folder of app/ is on; 0 is the highest."""
+    return next(n for n, rooms in enumerate(PAGE_FLOORS) if room in rooms)
+
+
+def page_imports_upwards(source: Source) -> Iterator[tuple[int, str]]:
+    """Imports of another room of the page that is not below this one."""
+    room = PurePosixPath(source.path).parts[1].removesuffix(".py")
+    for line, name in source.imports:
+        family, _, rest = name.partition(".")
+        other = rest.partition(".")[0]
+        if family == "app" and other != room and page_floor(other) <= page_floor(room):
+            yield line, f"{room} imports {name}"
+
+
 PLACEHOLDER = re.compile(r"\{\{|\$\{")
 CDN = re.compile(
     r"""(?x)
@@ -224,13 +227,48 @@ ENGINE = ("dynamickv/**/*.py",)
 PAGE = ("app/**/*.py", "app.py")
 ALL_CODE = (*ENGINE, *PAGE, "benchmarks/**/*.py")
 
+TRANSFORMERS_INTERNALS = (
+    "transformers.cache_utils",
+    "transformers.masking_utils",
+    "transformers.modeling_utils",
+    "transformers.integrations",
+    "transformers.AttentionInterface",
+    "transformers.AttentionMaskInterface",
+    "transformers.Cache",
+    "transformers.DynamicCache",
+)
+
 RULES = (
+    Rule(
+        name="the engine's imports run downwards, floor by floor (tests/drawing.py)",
+        finder=upward_imports,
+        scope=ENGINE,
+        exempt=("dynamickv/__init__.py",),
+        bad=(
+            "from dynamickv.models import LoadedModel",
+            "from ..decoding.decode import extend",
+            "def later():\n    from dynamickv.compare import compare",
+            "import dynamickv",
+            "from dynamickv import retain",
+            "import importlib\nimportlib.import_module('dynamickv.cli')",
+            "if TYPE_CHECKING:\n    pass\nelse:\n    import dynamickv.models",
+        ),
+        good=(
+            "from dynamickv.reading.store import PrefillStore",
+            "from .store import PrefillStore",
+            "from dynamickv.methods import SnapKV",
+            "from dynamickv.cache import KVCache",
+            "if TYPE_CHECKING:\n    from dynamickv.models import LoadedModel",
+            "import torch",
+        ),
+        example_path="dynamickv/reading/example.py",
+    ),
     Rule(
         name="engine never imports the page",
         finder=forbids("app", "gradio", "gradio_client", "plotly"),
         scope=ENGINE,
         bad=("import gradio as gr", "from plotly import graph_objects", "from app import theme"),
-        good=("import torch", "from dynamickv.trace import Trace", "import apparatus"),
+        good=("import torch", "from dynamickv.record.trace import Trace", "import apparatus"),
     ),
     Rule(
         name="methods import only records and scoring",
@@ -255,34 +293,29 @@ RULES = (
         example_path="dynamickv/methods/example.py",
     ),
     Rule(
-        name="only observe and cache touch transformers internals",
-        finder=forbids(
-            "transformers.cache_utils",
-            "transformers.masking_utils",
-            "transformers.modeling_utils",
-            "transformers.integrations",
-            "transformers.AttentionInterface",
-            "transformers.AttentionMaskInterface",
-            "transformers.Cache",
-            "transformers.DynamicCache",
-        ),
+        name="only observe, cache and its layers touch transformers internals",
+        finder=both(forbids(*TRANSFORMERS_INTERNALS), names_used(*TRANSFORMERS_INTERNALS)),
         scope=(*ENGINE, *PAGE),
-        exempt=("dynamickv/observe.py", "dynamickv/cache.py"),
+        exempt=("dynamickv/reading/observe.py", "dynamickv/cache.py", "dynamickv/layers/*.py"),
         bad=(
             "from transformers.cache_utils import Cache",
             "from transformers import masking_utils",
             "from transformers import AttentionInterface",
             "import importlib\nimportlib.import_module('transformers.modeling_utils')",
+            "import transformers\ntransformers.AttentionInterface.register('x', f)",
         ),
-        good=("from transformers import AutoModelForCausalLM, PreTrainedModel",),
+        good=(
+            "from transformers import AutoModelForCausalLM, PreTrainedModel",
+            "import transformers\ntransformers.__version__",
+        ),
     ),
     Rule(
         name="the run record needs only numpy",
-        finder=both(allows("dynamickv"), allows("others", "numpy")),
-        scope=("dynamickv/trace.py",),
+        finder=both(allows("dynamickv", "dynamickv.record"), allows("others", "numpy")),
+        scope=("dynamickv/record/**/*.py",),
         bad=("import torch", "from dynamickv.records import Retention"),
-        good=("import json\nimport numpy as np",),
-        example_path="dynamickv/trace.py",
+        good=("import json\nimport numpy as np", "from dynamickv.record.packed import Retained"),
+        example_path="dynamickv/record/example.py",
     ),
     Rule(
         name="the page uses the engine's public names",
@@ -303,7 +336,7 @@ RULES = (
             "import dynamickv.cache",
             "import torch",
         ),
-        good=("import dynamickv as dkv", "from dynamickv.trace import Trace"),
+        good=("import dynamickv as dkv", "from dynamickv.record.trace import Trace"),
     ),
     Rule(
         name="only views import plotly",
@@ -314,40 +347,76 @@ RULES = (
         good=("from app.views import VIEWS",),
     ),
     Rule(
-        name="only layout, handlers and components import gradio",
+        name="the page's imports run downwards, and no tab knows another",
+        finder=page_imports_upwards,
+        scope=("app/**/*.py",),
+        exempt=("app/__init__.py",),
+        bad=(
+            "from app.lab.view_model import recorded",
+            "from ..runs.handlers import RunsHandlers",
+            "from app import page",
+            "def f():\n    from app.launch import launch_options",
+        ),
+        good=(
+            "from .view_model import counted",
+            "from app.serving.turns import Turns",
+            "from app import inputs",
+            "from app.wording import count",
+        ),
+        example_path="app/explore/example.py",
+    ),
+    Rule(
+        name="only layouts, handlers, endpoints and components import gradio",
         finder=forbids("gradio"),
         scope=("app/**/*.py",),
         exempt=(
             "app/page.py",
-            "app/*/handlers.py",
             "app/*/layout.py",
+            "app/*/handlers.py",
+            "app/*/handlers/*.py",
+            "app/runs/endpoints.py",
+            "app/serving/events.py",
             "app/components/**/*.py",
         ),
         bad=("import gradio as gr", "from gradio import themes"),
         good=("import gradient",),
     ),
     Rule(
-        name="views know only the view model, the theme and the run record",
+        name="views know only a record's words, numbers as words, and the theme",
         finder=both(
-            allows("app", "app.views", "app.explore.view_model", "app.theme"),
+            allows("app", "app.views", "app.record.words", "app.theme", "app.wording"),
             allows("dynamickv", "dynamickv.record.trace"),
         ),
         scope=("app/views/**/*.py",),
-        bad=("from ..handlers import Handlers", "import dynamickv as dkv", "import app.layout"),
-        good=("from ..view_model import count", "from .base import View", "import plotly"),
+        bad=(
+            "from app.explore.handlers import FormHandlers",
+            "from app.record.cards import cards",
+            "import dynamickv as dkv",
+            "import app.page",
+        ),
+        good=(
+            "from app.record.words import run_names",
+            "from app.wording import count",
+            "from .base import View",
+            "import plotly",
+        ),
         example_path="app/views/example.py",
     ),
     Rule(
-        name="the view model knows only the theme and the run record",
+        name="what a record says needs only the theme and the run record",
         finder=both(
-            allows("app", "app.theme"),
+            allows("app", "app.record", "app.theme", "app.wording"),
             allows("dynamickv", "dynamickv.record.trace"),
             forbids("gradio", "plotly"),
         ),
-        scope=("app/explore/view_model.py",),
-        bad=("from .handlers import Handlers", "import dynamickv", "import plotly"),
-        good=("from dynamickv.trace import Trace", "from .theme import method_style"),
-        example_path="app/explore/view_model.py",
+        scope=("app/record/**/*.py",),
+        bad=("from app.serving.shelf import Shelf", "import dynamickv", "import plotly"),
+        good=(
+            "from dynamickv.record.trace import Trace",
+            "from app.theme import method_style",
+            "from .words import run_names",
+        ),
+        example_path="app/record/example.py",
     ),
     Rule(
         name="no global statement",
@@ -492,3 +561,60 @@ def test_the_rule_accepts(rule: Rule, snippet: str) -> None:
 )
 def test_imports_are_resolved_to_dotted_names(path: str, statement: str, expected: str) -> None:
     assert [name for _, name in Source(path, statement).imports] == [expected]
+
+
+# The engine's house: what tests/drawing.py computes from the imports.
+
+
+def test_every_room_has_a_floor_and_every_floor_its_rooms() -> None:
+    engine = ROOT / "dynamickv"
+    rooms = {path.parent.name for path in engine.glob("*/*.py")}
+    rooms |= {path.stem for path in engine.glob("*.py")} - {"__init__"}
+    assert sorted(room for floor in FLOORS.values() for room in floor) == sorted(rooms)
+
+
+def test_no_file_of_the_engine_reaches_itself_along_its_imports() -> None:
+    circle = circle_in(imports_of_files(engine_sources()))
+    assert not circle, "a circle of imports: " + " -> ".join(circle)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "found"),
+    [
+        ("from dynamickv.reading.b import f", "from dynamickv.reading.a import g", True),
+        ("from . import b", "def f():\n    from .a import g", True),
+        ("from .b import f", "if TYPE_CHECKING:\n    from .a import g", False),
+        ("from .b import f", "import numpy", False),
+    ],
+)
+def test_a_circle_is_found_where_there_is_one(first: str, second: str, found: bool) -> None:
+    sources = [Source("dynamickv/reading/a.py", first), Source("dynamickv/reading/b.py", second)]
+    assert bool(circle_in(imports_of_files(sources))) == found
+
+
+def test_the_drawing_shows_a_room_and_what_it_imports() -> None:
+    sources = [
+        Source("dynamickv/reading/a.py", "from dynamickv.cache import KVCache\nfrom . import b"),
+        Source("dynamickv/reading/b.py", "from dynamickv.methods.full import FullKV"),
+        Source("dynamickv/methods/full.py", "import torch"),
+        Source("dynamickv/cache.py", "import torch"),
+    ]
+    lines = drawing_of(imports_of_files(sources)).splitlines()
+    assert [line.split()[-4:] for line in lines if "reading" in line] == [
+        ["reading/", "->", "methods/", "cache"]
+    ]
+
+
+def test_the_drawing_in_the_docs_is_what_the_engine_imports() -> None:
+    _, shown, _ = between_the_marks(DRAWN_ON.read_text(encoding="utf-8"))
+    assert shown == block(), (
+        "docs/extending.md shows other imports than dynamickv/ has; "
+        "`python -m tests.drawing --write` puts the measured ones there"
+    )
+
+
+def test_every_room_of_the_page_has_a_floor() -> None:
+    page = ROOT / "app"
+    rooms = {path.parent.name for path in page.glob("*/*.py")}
+    rooms |= {path.stem for path in page.glob("*.py")} - {"__init__"}
+    assert sorted(room for floor in PAGE_FLOORS for room in floor) == sorted(rooms)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import re
 from pathlib import Path
 
@@ -30,3 +32,21 @@ def test_make_oldest_installs_the_oldest_versions_promised() -> None:
     assert versions
     pinned["torch"] = min(versions[1].split(), key=Version)
     assert {name: Version(version) for name, version in pinned.items()} == promised()
+
+
+def set_in(file: str, pattern: str) -> str:
+    """The one value that a file sets."""
+    (value,) = re.findall(pattern, (ROOT / file).read_text("utf-8"), re.M)
+    return str(value)
+
+
+def test_the_recorded_torch_is_installed_everywhere_and_allowed() -> None:
+    recorded = set_in("Makefile", r"^TORCH +\?= (.+)$")
+    assert set_in("Dockerfile", r"^ARG TORCH=(.+)$") == recorded
+    allowed = Requirement(set_in("requirements.txt", r"^(torch.+)$"))
+    assert allowed.specifier.contains(recorded)
+    runs = sorted((ROOT / "assets" / "runs").glob("*.json.gz"))
+    assert runs
+    for path in runs:
+        made_with = json.loads(gzip.decompress(path.read_bytes()))["versions"]["torch"]
+        assert Version(made_with).base_version == recorded, path.name

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from app.explore.view_model import dumps
-
-from .base import Component, head
+from .base import Component, dumps, head
 from .offline import offline_page
 
 
@@ -109,6 +107,7 @@ __all__ = [
     "StatusLine",
     "TraceStore",
     "WhatIf",
+    "dumps",
     "head",
     "offline_page",
 ]

@@ -8,13 +8,13 @@ with `textContent` only.
 
 from __future__ import annotations
 
+import json
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
 import gradio as gr
 
-from app.explore.view_model import dumps
 from app.theme import css_variables
 
 STATIC = Path(__file__).parent / "static"
@@ -54,6 +54,11 @@ MOUNT = """
   else requestAnimationFrame(start);
 })();
 """
+
+
+def dumps(value: Any) -> str:
+    """The one compact JSON string that a component receives."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
 class Component(gr.HTML):

@@ -9,10 +9,9 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from app.explore.view_model import dumps
 from app.theme import MONO, SANS
 
-from .base import SCRIPTS, read, styles
+from .base import SCRIPTS, dumps, read, styles
 
 POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "

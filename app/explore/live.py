@@ -5,55 +5,17 @@ model.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import dynamickv as dkv
-
-from . import view_model as vm
+from app.record.cards import card_frame, decode_row
+from app.record.words import compressed_words, finish_words
+from app.serving.speed import Estimate
+from app.serving.status import reading, running
+from app.wording import count, mebibytes, percent, seconds
 
 PREFILL_SHARE = 0.6
 """Part of the progress bar that reading the prompt takes; answering takes the rest."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Speed:
-    """How fast this machine was the last time, to say an estimate before the next."""
-
-    prefill_per_token: float
-    decode_per_token: float
-    origin: str
-    """"the last run here" or "the recorded run"."""
-
-    @classmethod
-    def of(cls, trace: dkv.Trace, origin: str) -> Speed:
-        """What a record says about speed."""
-        steps = [step for run in trace.runs for step in run.decode_seconds[1:]]
-        return cls(
-            prefill_per_token=trace.prefill_seconds / max(trace.prompt.length, 1),
-            decode_per_token=sum(steps) / len(steps) if steps else 0.05,
-            origin=origin,
-        )
-
-    def estimate(self, tokens: int, methods: int, max_new_tokens: int) -> Estimate:
-        """How long a comparison takes at most; its answers may end earlier."""
-        seconds = self.prefill_per_token * tokens + self.decode_per_token * methods * max_new_tokens
-        return Estimate(seconds=seconds, origin=self.origin)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Estimate:
-    """How long something should take at most."""
-
-    seconds: float
-    origin: str
-    """Whose speed it supposes: "the last run here"."""
-
-    def words(self, elapsed: float = 0) -> str:
-        """The estimate as one phrase, or that it did not hold."""
-        if elapsed > self.seconds:
-            return f"longer than the estimated {vm.seconds(self.seconds)}"
-        return f"up to {vm.seconds(self.seconds)}, at the speed of {self.origin}"
 
 
 class LiveRun:
@@ -71,7 +33,7 @@ class LiveRun:
     ) -> None:
         self.before = list(before)
         """Finished cards that stay on screen before the new ones."""
-        self.cards = [vm.card_frame(method) for method in methods]
+        self.cards = [card_frame(method) for method in methods]
         self.question = question
         self.trace: dkv.Trace | None = None
         self._max_new_tokens = max_new_tokens
@@ -81,12 +43,7 @@ class LiveRun:
         self._full_budgets: list[int] | None = None
         self._tokens = [0] * len(methods)
         self._decode_seconds: list[list[float]] = [[] for _ in methods]
-        self._status: dict[str, Any] = {
-            "state": "running",
-            "message": "Starting",
-            "detail": estimate.words() if estimate else "",
-            "done": 0,
-        }
+        self._status = running("Starting")
 
     def add(self, event: Any) -> bool:
         """Take one event in; True when it is worth showing at once."""
@@ -103,7 +60,7 @@ class LiveRun:
             self.cards[event.run]["state"] = (
                 "stopped" if event.record.finish_reason == "cancelled" else "done"
             )
-            self.cards[event.run]["finish"] = vm.finish_words(event.record)
+            self.cards[event.run]["finish"] = finish_words(event.record)
             return True
         if isinstance(event, dkv.ComparisonFinished):
             self.trace = event.trace
@@ -125,12 +82,8 @@ class LiveRun:
         }
 
     def _progress(self, event: dkv.Progress) -> None:
-        total = max(event.total, 1)
         if event.stage == "prefill":
-            self._say(
-                f"Reading the prompt (prefill): layer {event.completed} of {event.total}",
-                PREFILL_SHARE * event.completed / total,
-            )
+            self._status = reading(event, PREFILL_SHARE)
         else:
             self._say(
                 f"{event.stage.capitalize()}: {event.completed} of {event.total}", PREFILL_SHARE
@@ -151,16 +104,16 @@ class LiveRun:
             whole = self._full_budgets or [max(event.budgets)] * len(event.budgets)
             layers = sum(k < full for k, full in zip(event.budgets, whole, strict=True))
             sliding = sum(full < max(whole) for full in whole)
-            words = vm.compressed_words(layers, self._num_layers, sliding)
+            words = compressed_words(layers, self._num_layers, sliding)
             card["chip"], card["tone"] = words, "good"
-        self._put(event.run, "Kept", vm.percent(event.kept_fraction), "of prompt")
-        full = f"of {vm.mebibytes(self._prompt_bytes)}" if self._prompt_bytes else ""
-        self._put(event.run, "KV cache", vm.mebibytes(event.kv_bytes), full)
+        self._put(event.run, "Kept", percent(event.kept_fraction), "of prompt")
+        full = f"of {mebibytes(self._prompt_bytes)}" if self._prompt_bytes else ""
+        self._put(event.run, "KV cache", mebibytes(event.kv_bytes), full)
         if event.method != "FullKV":
             self._put(
                 event.run,
                 "Score + prune",
-                vm.seconds(event.score_seconds + event.prune_seconds),
+                seconds(event.score_seconds + event.prune_seconds),
                 "all layers",
             )
         self._say("Choosing what each method keeps (score and prune)", PREFILL_SHARE)
@@ -170,8 +123,8 @@ class LiveRun:
         self._decode_seconds[event.run].append(event.seconds)
         card = self.cards[event.run]
         card["answer"] = [event.answer, "", ""]
-        card["finish"] = vm.count(self._tokens[event.run], "token")
-        self._put(event.run, "Decode", *vm.decode_row(self._decode_seconds[event.run]))
+        card["finish"] = count(self._tokens[event.run], "token")
+        self._put(event.run, "Decode", *decode_row(self._decode_seconds[event.run]))
         longest = max(self._tokens)
         share = longest / max(self._max_new_tokens, 1)
         self._say(
@@ -185,4 +138,4 @@ class LiveRun:
                 row["value"], row["note"] = value, note
 
     def _say(self, message: str, done: float) -> None:
-        self._status = {"state": "running", "message": message, "done": round(min(done, 1.0), 3)}
+        self._status = running(message, min(done, 1.0))

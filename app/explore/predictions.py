@@ -14,12 +14,9 @@ from typing import Any
 
 import dynamickv as dkv
 from app import inputs
-from app.examples import Example
+from app.examples import EXAMPLE_KEY, Example
+from app.record.payload import predicted_payload
 from app.serving.shelf import Held, Shelf
-
-from . import view_model as vm
-
-EXAMPLE_KEY = "example:"
 
 
 class Predictions:
@@ -55,7 +52,7 @@ class Predictions:
             "seconds": time.perf_counter() - start,
         }
         style = "Manual" if method.name == "Manual" else "What if"
-        return vm.predicted_payload(run, held.trace, style)
+        return predicted_payload(run, held.trace, style)
 
     def scores(self, asked: Any) -> str | None:
         """One run's recorded scores, base64 of uint8 (layer, position); None where there are none.

@@ -10,34 +10,25 @@ import json
 import logging
 import tempfile
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import gradio as gr
 
 import dynamickv as dkv
-from app import inputs
 from app.examples import ASSETS, Example
-from app.explore.handlers import (
-    CHARACTERS_PER_TOKEN,
-    WAIT,
-    address,
-    busy_buttons,
-    failed,
-    idle_buttons,
-    page_error,
-    running,
-    session,
-    waiting,
-)
-from app.explore.live import Speed
-from app.explore.view_model import seconds
-from app.serving.model_host import ModelHost
-from app.serving.sealed import sealed
+from app.inputs import MAX_NEW_TOKENS, build_request, whole_number
+from app.serving.comparisons import CHARACTERS_PER_TOKEN
+from app.serving.events import WAIT, address, busy_buttons, handlers, idle_buttons, session
+from app.serving.speed import Speed
+from app.serving.status import idle, running, told, waiting
+from app.serving.stops import Stops
 from app.serving.turns import Turns
 from app.serving.zero_gpu import is_zero_gpu
+from app.uploads import MAX_EXAMPLES, read_examples_upload
+from app.wording import seconds
 
 from .view_model import (
     Payload,
@@ -59,30 +50,33 @@ Outputs = tuple[Any, ...]
 """Status, panel, Measure, Stop."""
 
 
-@sealed(gr.Error, lambda sentence: page_error(sentence))
+class Models(Protocol):
+    """What the Lab needs of the model host."""
+
+    def get(self, name: str) -> dkv.LoadedModel:
+        """The loaded model."""
+
+
+@handlers
 class LabHandlers:
-    """The Lab's events, bound to the page's models, examples and turns."""
+    """The Lab's events, bound to the page's models and turns."""
 
     def __init__(
         self,
-        host: ModelHost,
-        examples: dict[str, Example],
-        turns: Turns | None = None,
+        models: Models,
+        examples: Iterable[Example],
+        turns: Turns,
         folder: Path | None = None,
         task_folder: Path = ASSETS / "tasks",
     ) -> None:
-        self.host, self.examples = host, examples
-        self.turns = turns or Turns()
+        self._models, self._turns = models, turns
         self._folder, self._task_folder = folder, task_folder
-        self._stops: dict[tuple[str, str], threading.Event] = {}
-        traces = [example.trace for example in examples.values() if example.trace]
-        self._speed = Speed.of(traces[0], "the recorded run") if traces else None
+        self._stops = Stops()
+        self._speed = Speed.recorded(examples)
 
     def stop(self, request: gr.Request) -> dict[str, Any]:
         """Ask this tab's measurements to end; output: status."""
-        for (who, _), stop in list(self._stops.items()):
-            if who == session(request):
-                stop.set()
+        self._stops.ask(session(request))
         return {"state": "running", "message": "Stopping …", "detail": "", "stopping": True}
 
     def needle(
@@ -103,9 +97,9 @@ class LabHandlers:
             chosen = lab.methods_at(listed(methods), sizes)
             grid = lab.needle.NeedleGrid(
                 lengths=tuple(longest),
-                depths=lab.needle.even_depths(inputs.whole_number("depths", depths, 1, 21)),
-                samples=inputs.whole_number("samples", samples, 1, 50),
-                needles=inputs.whole_number("needles", needles, 1, 8),
+                depths=lab.needle.even_depths(whole_number("depths", depths, 1, 21)),
+                samples=whole_number("samples", samples, 1, 50),
+                needles=whole_number("needles", needles, 1, 8),
             )
             cells = len(grid.lengths) * len(grid.depths) * grid.samples
             if cells > MOST_CELLS:
@@ -114,10 +108,10 @@ class LabHandlers:
             each = sum(longest) * len(grid.depths) * grid.samples
             guess = self._guess(each, cells * len(chosen), grid.max_new_tokens)
             yield running(f"Loading {model}"), gr.skip(), *busy_buttons()
-            llm = self.host.get(model)
+            llm = self._models.get(model)
             experiment = lab.needle.NeedleExperiment(llm, grid)
             yield from self._measure(
-                llm, experiment, chosen, stop, guess, "cell",
+                llm, experiment, chosen, stop, guess, "cells",
                 lambda rows, source: needle_panel(lab.summary.needle_summary(rows), source),
                 self._kept("needle", experiment.settings),
             )  # fmt: skip
@@ -136,18 +130,18 @@ class LabHandlers:
         """Measure every capacity on the document of Explore."""
 
         def work(stop: threading.Event) -> Generator[Outputs, None, None]:
-            longest = inputs.whole_number("new tokens", new_tokens, 1, inputs.MAX_NEW_TOKENS)
-            inputs.build_request(document, question, ["FullKV"], longest, {"capacity": 128})
+            longest = whole_number("new tokens", new_tokens, 1, MAX_NEW_TOKENS)
+            build_request(document, question, ["FullKV"], longest, {"capacity": 128})
             chosen = lab.methods_at([m for m in listed(methods) if m != "FullKV"], [16])
             yield running(f"Loading {model}"), gr.skip(), *busy_buttons()
-            llm = self.host.get(model)
+            llm = self._models.get(model)
             experiment = lab.sweep.SweepExperiment(llm, document, question, max_new_tokens=longest)
             yield running("Reading the prompt"), gr.skip(), *busy_buttons()
             experiment.prepare(any(m.needs_mass for m in chosen), stop=stop.is_set)
             # The journal would hold answers about somebody's text: it goes when this ends.
             with tempfile.TemporaryDirectory(prefix="dynamickv-") as folder:
                 yield from self._measure(
-                    llm, experiment, chosen, stop, "", "capacity",
+                    llm, experiment, chosen, stop, "", "capacities",
                     lambda rows, source: sweep_panel(lab.sweep.sweep_summary(rows), source),
                     lab.Journal(Path(folder) / "sweep.jsonl"),
                 )  # fmt: skip
@@ -160,17 +154,17 @@ class LabHandlers:
         """Ask every document of assets/tasks the kinds of question that suit it."""
 
         def work(stop: threading.Event) -> Generator[Outputs, None, None]:
-            size = inputs.whole_number("capacity", capacity, 16, 2048)
+            size = whole_number("capacity", capacity, 16, 2048)
             chosen = lab.methods_at(listed([method]), [size])
             yield running(f"Loading {model}"), gr.skip(), *busy_buttons()
-            llm = self.host.get(model)
+            llm = self._models.get(model)
             texts = lab.tasks.read_documents(self._task_folder)
             own = lab.tasks.read_questions(self._task_folder, texts)
             experiment = lab.tasks.TaskExperiment(llm, texts, own=own)
             characters = sum(map(experiment.size, experiment.units()))
             guess = self._guess(round(characters / CHARACTERS_PER_TOKEN), 0, 0)
             yield from self._measure(
-                llm, experiment, chosen, stop, guess, "question",
+                llm, experiment, chosen, stop, guess, "questions",
                 lambda rows, source: tasks_panel(
                     [lab.tasks.tasks_summary(rows, chosen[0].name)], source
                 ),
@@ -195,14 +189,14 @@ class LabHandlers:
             return
 
         def work(stop: threading.Event) -> Generator[Outputs, None, None]:
-            most = inputs.whole_number("examples", limit, 1, inputs.MAX_EXAMPLES)
-            examples = inputs.read_examples_upload(path, known_task(task), most)
+            most = whole_number("examples", limit, 1, MAX_EXAMPLES)
+            examples = read_examples_upload(path, known_task(task), most)
             chosen = lab.methods_at(listed(methods), numbers("capacity", capacities))
             lab.metrics.require_libraries()
             protocol = lab.longbench.Protocol.official()
             lengths = [protocol.answer_length(example) for example in examples]
             yield running(f"Loading {model}"), gr.skip(), *busy_buttons()
-            llm = self.host.get(model)
+            llm = self._models.get(model)
             experiment = lab.longbench.LongBenchExperiment(llm, examples, protocol)
             room = llm.geometry.max_positions
             tokens = sum(
@@ -213,7 +207,7 @@ class LabHandlers:
             # The journal would hold answers about somebody's text: it goes when this ends.
             with tempfile.TemporaryDirectory(prefix="dynamickv-") as folder:
                 yield from self._measure(
-                    llm, experiment, chosen, stop, guess, "example",
+                    llm, experiment, chosen, stop, guess, "examples",
                     lambda rows, source: longbench_panel(
                         lab.summary.longbench_summary(rows), source
                     ),
@@ -232,7 +226,7 @@ class LabHandlers:
         methods: Sequence[dkv.CompressionMethod],
         stop: threading.Event,
         guess: str,
-        noun: str,
+        nouns: str,
         build: Build,
         journal: lab.Journal,
     ) -> Iterator[Outputs]:
@@ -243,7 +237,7 @@ class LabHandlers:
                 guess if step.seconds_left is None else f"about {seconds(step.seconds_left)} left"
             )
             status = running(
-                f"Measured {step.done} of {step.total} {noun}s"
+                f"Measured {step.done} of {step.total} {nouns}"
                 if step.total
                 else "All is measured",
                 step.done / max(step.total, 1),
@@ -252,14 +246,8 @@ class LabHandlers:
             shown = build(rows, source) if rows else gr.skip()
             yield {**status, "detail": left}, shown, *busy_buttons()
         stopped = step is not None and step.done < step.total
-        end = {
-            "state": "idle",
-            "message": "Stopped: what was measured is kept, Measure goes on from here."
-            if stopped
-            else "Done.",
-            "detail": "",
-        }
-        yield end, gr.skip(), *idle_buttons()
+        words = "Stopped: what was measured is kept, Measure goes on from here."
+        yield idle(words if stopped else "Done."), gr.skip(), *idle_buttons()
 
     def _guarded(
         self,
@@ -267,8 +255,7 @@ class LabHandlers:
         kind: str,
         work: Callable[[threading.Event], Generator[Outputs, None, None]],
     ) -> Iterator[Outputs]:
-        key = (session(request), kind)
-        stop = self._stops[key] = threading.Event()
+        stop = self._stops.begin(session(request), kind)
         try:
             if is_zero_gpu():
                 raise ValueError(
@@ -277,24 +264,14 @@ class LabHandlers:
                 )
             yield from self._in_turns(request, stop, work(stop))
         except lab.Stopped:
-            idle = {"state": "idle", "message": "Stopped.", "detail": ""}
-            yield idle, gr.skip(), *idle_buttons()
-        except (ValueError, OSError, MemoryError) as error:
-            field = error.field if isinstance(error, FieldError) else ""
-            yield {**failed(error), "field": field}, gr.skip(), *idle_buttons()
+            yield idle("Stopped."), gr.skip(), *idle_buttons()
         except Exception as error:
-            log.error("a measurement failed", exc_info=error)
-            cause = type(error).__name__
-            yield (
-                failed(
-                    f"The measurement failed ({cause}): choose shorter prompts or fewer methods."
-                ),
-                gr.skip(),
-                *idle_buttons(),
-            )
+            remedy = "choose shorter prompts or fewer methods"
+            status = told(error, "a measurement failed", "measurement", remedy)
+            field = error.field if isinstance(error, FieldError) else ""
+            yield {**status, "field": field}, gr.skip(), *idle_buttons()
         finally:
-            if self._stops.get(key) is stop:
-                del self._stops[key]
+            self._stops.end(stop)
 
     def _in_turns(
         self, request: gr.Request, stop: threading.Event, steps: Generator[Outputs, None, None]
@@ -302,7 +279,7 @@ class LabHandlers:
         """A turn for each step: a measurement may take hours, and others go in between."""
         with closing(steps):
             while True:
-                with self.turns.join(session(request), address(request), stop=stop) as ticket:
+                with self._turns.join(session(request), address(request), stop=stop) as ticket:
                     for place in ticket.places(WAIT):
                         yield waiting(place), gr.skip(), *busy_buttons()
                     shown = next(steps, None)

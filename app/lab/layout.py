@@ -9,14 +9,16 @@ import gradio as gr
 
 import dynamickv as dkv
 from app.components import LabPanel, LabStatus
-from app.inputs import DEFAULT_CAPACITY, MAX_EXAMPLE_BYTES, MAX_EXAMPLES, offered_methods
+from app.serving.events import LIGHT, PRIVATE
+from app.serving.status import idle
+from app.settings import DEFAULT_CAPACITY, offered_methods
+from app.uploads import MAX_EXAMPLE_BYTES, MAX_EXAMPLES
 
 from .handlers import FILE_NAME, LabHandlers
 from .view_model import recorded
 
 longbench_tasks = dkv.evaluate.datasets.longbench_tasks
 SIX = ("FullKV", "StreamingLLM", "H2O", "SnapKV", "PyramidKV", "DynamicKV")
-PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 COMMANDS = """The same from a terminal, for longer runs, other models, several GPUs or hosts:
 
 ```text
@@ -161,8 +163,7 @@ def _stop_button(kind: str) -> gr.Button:
 
 
 def _idle_status(kind: str) -> LabStatus:
-    idle = {"state": "idle", "message": "", "detail": ""}
-    return LabStatus(idle, elem_id=f"dkv-lab-{kind}-status")
+    return LabStatus(idle(), elem_id=f"dkv-lab-{kind}-status")
 
 
 def _part(
@@ -182,7 +183,6 @@ def _wire(
         handler,
         fields,
         [part.status, part.panel, part.measure, part.stop],
-        concurrency_limit=None,
-        **PRIVATE,
+        **LIGHT,
     )
     part.stop.click(handlers.stop, None, part.status, queue=False, **PRIVATE)

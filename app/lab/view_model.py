@@ -12,7 +12,7 @@ from typing import Any
 
 import dynamickv as dkv
 from app.examples import ASSETS
-from app.explore.view_model import version_words
+from app.record.words import version_words
 from app.theme import METHOD_STYLES, method_style
 from app.views import lab_longbench, lab_needle, lab_sweep, lab_tasks
 

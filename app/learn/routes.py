@@ -12,10 +12,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from app.explore.view_model import dumps
+from app.components import dumps
 
 from .geometry import describe_models
-from .lessons import Lesson, lesson_payload, load_lessons, pair_payload
+from .lessons import Lesson, load_lessons
+from .view_model import lesson_payload, pair_payload
 
 
 def lesson_routes() -> list[Route]:

@@ -42,7 +42,7 @@ MAX_NAME = 300
 class ModelHost:
     """Keeps the model; knows nothing of users. `default` starts loading when `start` is called.
 
-    Loading another model frees the one before. Callers take turns (app/turns.py), so that none is
+    Loading another model frees the one before. Callers take turns (turns.py), so that none is
     freed while it runs.
     """
 
@@ -149,6 +149,19 @@ class ModelHost:
     def ready(self, name: str) -> dkv.LoadedModel | None:
         """The model if it is loaded already."""
         return self._models.get(name)
+
+    def maker(self, trace: dkv.Trace) -> str:
+        """The offered model that made a record.
+
+        Raises:
+            ValueError: none of the offered.
+        """
+        name = trace.model.name
+        for offered in self.names:
+            model = self.ready(offered)
+            if name in (offered, model.name if model else None):
+                return offered
+        raise ValueError(f"This record is of {name!r}, which this page does not offer.")
 
     def state(self, name: str | None = None) -> ModelState:
         """How the model stands, for the page's head."""

@@ -8,24 +8,32 @@ import functools
 import inspect
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 log = logging.getLogger(__name__)
-Class = TypeVar("Class", bound=type)
+Sealed = TypeVar("Sealed", bound=Callable[..., Any])
 SENTENCE = "This request could not be carried out: check its values and their types."
 
 
-def sealed(told: type[Exception], tell: Callable[[str], Exception]) -> Callable[[Class], Class]:
-    """Decorate a class: its public methods raise `told`, or what `tell` makes of a sentence.
+def sealed(told: type[Exception], tell: Callable[[str], Exception]) -> Callable[[Sealed], Sealed]:
+    """Decorate a class, or a function: its public methods raise `told`, or what `tell` makes of a
+    sentence.
 
     Args:
         told: errors that carry a sentence for the visitor already.
         tell: makes one.
     """
 
-    def surprise(error: Exception, name: str) -> Exception:
-        log.error("unexpected error", exc_info=error, extra={"handler": name})
-        return tell(SENTENCE)
+    @contextmanager
+    def guard(name: str) -> Iterator[None]:
+        try:
+            yield
+        except told:
+            raise
+        except Exception as error:
+            log.error("unexpected error", exc_info=error, extra={"handler": name})
+            raise tell(SENTENCE) from None
 
     def seal(function: Callable[..., Any]) -> Callable[..., Any]:
         name = function.__name__
@@ -34,47 +42,37 @@ def sealed(told: type[Exception], tell: Callable[[str], Exception]) -> Callable[
 
             @functools.wraps(function)
             async def later(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
-                try:
+                with guard(name):
                     async for value in function(*args, **kwargs):
                         yield value
-                except told:
-                    raise
-                except Exception as error:
-                    raise surprise(error, name) from None
 
             return later
         if inspect.isgeneratorfunction(function):
 
             @functools.wraps(function)
             def in_turn(*args: Any, **kwargs: Any) -> Iterator[Any]:
-                try:
+                with guard(name):
                     yield from function(*args, **kwargs)
-                except told:
-                    raise
-                except Exception as error:
-                    raise surprise(error, name) from None
 
             return in_turn
 
         @functools.wraps(function)
         def at_once(*args: Any, **kwargs: Any) -> Any:
-            try:
+            with guard(name):
                 return function(*args, **kwargs)
-            except told:
-                raise
-            except Exception as error:
-                raise surprise(error, name) from None
 
         return at_once
 
-    def decorate(cls: Class) -> Class:
-        for name, member in list(vars(cls).items()):
+    def decorate(found: Any) -> Any:
+        if not inspect.isclass(found):
+            return seal(found)
+        for name, member in list(vars(found).items()):
             if name.startswith("_"):
                 continue
             if isinstance(member, staticmethod):
-                setattr(cls, name, staticmethod(seal(member.__func__)))
+                setattr(found, name, staticmethod(seal(member.__func__)))
             elif inspect.isfunction(member):
-                setattr(cls, name, seal(member))
-        return cls
+                setattr(found, name, seal(member))
+        return found
 
     return decorate

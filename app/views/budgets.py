@@ -8,8 +8,9 @@ import html
 
 import plotly.graph_objects as go
 
-from app.explore.view_model import count, run_names, window_tokens
+from app.record.words import run_names, window_tokens
 from app.theme import method_style
+from app.wording import count
 from dynamickv.record.trace import Run, Trace
 
 from .base import Figure, Step, View, layer_bars

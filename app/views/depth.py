@@ -8,7 +8,7 @@ import html
 
 import numpy as np
 
-from app.explore.view_model import run_names
+from app.record.words import run_names
 from app.theme import method_style
 from dynamickv.record.trace import Run, Trace
 

@@ -38,7 +38,9 @@ def main() -> None:
         known[name] = answer
         with options.results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(answer, sort_keys=True) + "\n")
-        print(f"{len(known):3} {answer['verdict']:8} {name:24} {answer['reason'][:120]}", flush=True)
+        print(
+            f"{len(known):3} {answer['verdict']:8} {name:24} {answer['reason'][:120]}", flush=True
+        )
 
     work(_command("worker"), names, record, options.workers)
     print(summary(known))
@@ -54,7 +56,13 @@ def entries() -> list[str]:
 def settled(name: str, answer: dict[str, Any]) -> dict[str, Any]:
     """An answer in which a crash is a verdict like others."""
     if "crash" in answer:
-        return {"name": name, "verdict": "crash", "reason": answer["crash"], "kinds": [], "details": {}}
+        return {
+            "name": name,
+            "verdict": "crash",
+            "reason": answer["crash"],
+            "kinds": [],
+            "details": {},
+        }
     return answer
 
 

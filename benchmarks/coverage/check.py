@@ -100,7 +100,15 @@ def _whole(name: str, ids: Tensor, own: Any, details: dict[str, Any], problems: 
     return stored_bytes(cache)
 
 
-def _compressed(name: str, label: str, method: dkv.CompressionMethod, ids: Tensor, whole: int, details: dict[str, Any], problems: list[str]) -> None:
+def _compressed(
+    name: str,
+    label: str,
+    method: dkv.CompressionMethod,
+    ids: Tensor,
+    whole: int,
+    details: dict[str, Any],
+    problems: list[str],
+) -> None:
     """A small capacity gives what the model's own attention gives over the kept positions."""
     model = tiny_model(name)
     with dkv.compress(model, method) as cache:
@@ -130,9 +138,7 @@ def _compressed(name: str, label: str, method: dkv.CompressionMethod, ids: Tenso
     if left:
         problems.append(f"{label}: layers {left} attend to everything and were left whole")
     if label == next(iter(METHODS)):
-        overlaps = {
-            place: overlap(masked.reference, place, heads) for place, heads in kept.items()
-        }
+        overlaps = {place: overlap(masked.reference, place, heads) for place, heads in kept.items()}
         details["overlap"] = overlaps
         low = {place: share for place, share in overlaps.items() if share < OVERLAP}
         if low:
@@ -150,7 +156,9 @@ class ReferenceRun:
     reference: Reference
 
 
-def reference_run(name: str, ids: Tensor, sequence: Tensor, dropped: dict[int, Tensor]) -> ReferenceRun:
+def reference_run(
+    name: str, ids: Tensor, sequence: Tensor, dropped: dict[int, Tensor]
+) -> ReferenceRun:
     """The model's own eager attention fed the tokens of `sequence`."""
     model = tiny_model(name)
     cache = TracingCache(config=model.config)

@@ -26,7 +26,9 @@ class TracingCache(DynamicCache):
 
     last = -1
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> Any:
         """As the parent does."""
         self.last = layer_idx
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
@@ -58,7 +60,15 @@ class Reference:
     """Layers in which something was hidden."""
     calls: int = 0
 
-    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> Any:
         """The module's own eager attention with the mask of this layer."""
         self.calls += 1
         eager = sys.modules[type(module).__module__].eager_attention_forward

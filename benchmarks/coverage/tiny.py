@@ -68,7 +68,10 @@ SIZES: dict[str, Any] = {
         ("num_kv_shared_layers", 2),
         ("image_size", 28),
         ("patch_size", 14),
-        ("layerdrop attention_dropout hidden_dropout_prob attention_probs_dropout_prob dropout", 0.0),
+        (
+            "layerdrop attention_dropout hidden_dropout_prob attention_probs_dropout_prob dropout",
+            0.0,
+        ),
         ("embd_pdrop attn_pdrop resid_pdrop resid_dropout embed_dropout activation_dropout", 0.0),
         ("residual_dropout router_jitter_noise emb_pdrop", 0.0),
         ("initializer_range init_std initializer_factor", SPREAD),
@@ -79,14 +82,27 @@ SIZES: dict[str, Any] = {
 }
 """New values by field name; a field that is None in its config stays so."""
 
-DEPTHS = (
-    "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers depth"
-).split()
+DEPTHS = [
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "encoder_layers",
+    "decoder_layers",
+    "depth",
+]
 """Fields that count layers."""
-TOKENS = (
-    "bos_token_id eos_token_id pad_token_id decoder_start_token_id sep_token_id cls_token_id"
-    " eod_token_id forced_bos_token_id forced_eos_token_id"
-).split()
+TOKENS = [
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "decoder_start_token_id",
+    "sep_token_id",
+    "cls_token_id",
+    "eod_token_id",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+]
 """Fields set to 0, which no prompt holds: the vocabulary is another."""
 CYCLED = ("layer_types", "layers_block_type", "layer_types_per_stack", "block_types")
 """Lists of layer kinds that repeat: every kind comes again and again."""
@@ -101,7 +117,10 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2, "full_attn_idxs": None},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
     "recurrent_gemma": {"num_hidden_layers": 6},
-    "llama4_text": {"layer_types": ["chunked_attention", "full_attention"] * 2, "moe_layers": [1, 3]},
+    "llama4_text": {
+        "layer_types": ["chunked_attention", "full_attention"] * 2,
+        "moe_layers": [1, 3],
+    },
     "llama4": {"text_config": {"layer_types": ["chunked_attention", "full_attention"] * 2}},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_layers": 4},
     # Sizes that must agree with one another.

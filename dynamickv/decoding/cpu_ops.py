@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynamickv.decoder import HeadNorms, Ops, Rotation
-from dynamickv.layers import KVLayer
+from dynamickv.layers.kv import KVLayer
 from dynamickv.packed import PackedWeights
 
 LONG = 1024

@@ -13,8 +13,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from dynamickv.answer import recording_for
 from dynamickv.evaluate import tables
 from dynamickv.evaluate.about import circumstances
+from dynamickv.evaluate.arguments import listed, output_file, settings_of
 from dynamickv.evaluate.datasets import hub_folder, read_tasks
 from dynamickv.evaluate.experiment import Experiment, Row, methods_at, rows_of, run
 from dynamickv.evaluate.haystack import Hidden
@@ -35,6 +37,7 @@ from dynamickv.evaluate.tasks import (
 from dynamickv.methods import CompressionMethod
 from dynamickv.models import LoadedModel, load_model
 from dynamickv.reading.prompt import require_longer_document, require_text
+from dynamickv.record.agreement import YARDSTICK
 
 
 def needle(options: argparse.Namespace) -> None:
@@ -78,7 +81,7 @@ def longbench(options: argparse.Namespace) -> None:
         max_length=options.max_length,
         max_new_tokens=options.max_new_tokens,
     )
-    tasks = [task.strip() for task in (options.tasks or "").split(",") if task.strip()]
+    tasks = listed(options.tasks or "")
     folder = hub_folder() if options.data is None else options.data
     examples = read_tasks(folder, tasks, options.limit, options.skip_malformed)
     output = Path(options.output)
@@ -102,7 +105,7 @@ def sweep(options: argparse.Namespace) -> None:
     require_text("document", document)
     require_text("question", options.question)
     require_longer_document(document, options.question)
-    names = [name for name in _names(options.methods) if name != "FullKV"]
+    names = [name for name in listed(options.methods) if name != YARDSTICK]
     capacities = None if options.capacity is None else _numbers("--capacity", options.capacity)
     methods = methods_at(names, [(capacities or [16])[0]])
     output = _output_file(options.output)
@@ -110,9 +113,7 @@ def sweep(options: argparse.Namespace) -> None:
     experiment = SweepExperiment(
         llm, document, options.question, capacities, options.max_new_tokens, options.truncate
     )
-    experiment.prepare(
-        any(method.needs_mass for method in methods), max(method.tail for method in methods)
-    )
+    experiment.prepare(**recording_for(methods))
     rows = _measured(experiment, methods, output.with_suffix(".jsonl"), Share())
     lines = sweep_summary(rows or [])
     _write(output, llm, Share(), lines)
@@ -179,24 +180,15 @@ def _load(options: argparse.Namespace, share: Share) -> LoadedModel:
 
 def _methods(options: argparse.Namespace) -> list[CompressionMethod]:
     return methods_at(
-        _names(options.methods),
+        listed(options.methods),
         _numbers("--capacity", options.capacity),
-        window_size=options.window_size,
-        kernel_size=options.kernel_size,
-        pooling=options.pooling,
-        granularity=options.granularity,
-        r_max=options.r_max,
-        update_interval=options.update_interval,
+        **settings_of(options),
     )
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _numbers(option: str, text: str) -> list[int]:
     try:
-        numbers = [int(part) for part in text.split(",") if part.strip()]
+        numbers = [int(part) for part in listed(text)]
     except ValueError:
         raise ValueError(f"{option} takes whole numbers, such as 64,128, got {text!r}") from None
     if not numbers or min(numbers) < 1:
@@ -208,7 +200,7 @@ def _depths(text: str) -> tuple[float, ...]:
     try:
         if "," not in text and "." not in text:
             return even_depths(int(text))
-        return tuple(float(part) for part in text.split(",") if part.strip())
+        return tuple(float(part) for part in listed(text))
     except ValueError:
         raise ValueError(
             f"--depths takes a number of depths, such as 5, or depths such as 0,0.5,1, got {text!r}"
@@ -216,11 +208,6 @@ def _depths(text: str) -> tuple[float, ...]:
 
 
 def _output_file(name: str) -> Path:
-    path = Path(name)
-    if path.suffix != ".json":
+    if Path(name).suffix != ".json":
         raise ValueError(f"--output takes a name that ends in .json, got {name!r}")
-    if not path.resolve().parent.is_dir():
-        raise ValueError(f"the folder of {name} does not exist; create it first")
-    if path.is_dir():
-        raise ValueError(f"{name} is a folder; give the name of a file in it")
-    return path
+    return output_file(name)

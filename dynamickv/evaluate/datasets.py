@@ -25,6 +25,8 @@ from dynamickv.models.conversion import cache_folder
 log = logging.getLogger(__name__)
 
 HUB_DATASET = "THUDM/LongBench"
+KVPRESS_RULER = {"context", "question", "answer_prefix", "answer"}
+"""Columns of simonjegou/ruler on the hub, which kvpress reads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +37,7 @@ class Example:
     id: str
     fields: dict[str, str]
     """LongBench: `context` and `input` for the task's prompt template. RULER: `input`, the
-    prompt."""
+    prompt, also where a file has it in kvpress's columns."""
     answers: list[str]
     all_classes: list[str] | None
     ruler: bool
@@ -145,6 +147,8 @@ def _example(line: bytes, task: str) -> Example:
         raise ValueError(f"the line is not JSON ({error})") from None
     if not isinstance(row, dict):
         raise ValueError(f"the line is JSON, but {type(row).__name__} and no object")
+    if row.keys() >= KVPRESS_RULER:
+        row = _as_ruler(row)
     ruler = "outputs" in row
     if not ruler and task_of(task) is None:
         known = ", ".join(longbench_tasks())
@@ -157,20 +161,40 @@ def _example(line: bytes, task: str) -> Example:
         fields["input"] += row.get("answer_prefix") or ""
     if not any(text.strip() for text in fields.values()):
         raise ValueError("the prompt is empty")
-    answers = _texts(row, "outputs" if ruler else "answers")
+    name = "outputs" if ruler else "answers"
+    answers = [row[name]] if isinstance(row.get(name), str) else _texts(row, name)
     classes = None if row.get("all_classes") is None else _texts(row, "all_classes")
     if not ruler and task_of(task)["metric"] == "classification" and not classes:
         raise ValueError("'all_classes' is missing, which this task needs")
-    name = row.get("_id") or row.get("index")
+    given = row.get("_id") or row.get("index")
     digest = hashlib.sha256(line.strip()).hexdigest()[:16]
     return Example(
         task=task,
-        id=str(digest if name is None else name),
+        id=str(digest if given is None else given),
         fields=fields,
         answers=answers,
         all_classes=classes,
         ruler=ruler,
     )
+
+
+def _as_ruler(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of kvpress's RULER (context, question, answer_prefix, answer) as RULER's own files have
+    it: kvpress cut the prompt into the three, and left white space out where it cut."""
+    prompt = _joined(_text(row, "context"), "\n", _text(row, "question"))
+    prefix = row["answer_prefix"] or ""
+    return {
+        **row,
+        "input": prompt,
+        "answer_prefix": _joined(prompt, " ", prefix)[len(prompt) :],
+        "outputs": row["answer"],
+    }
+
+
+def _joined(left: str, between: str, right: str) -> str:
+    """Both texts, with something between them only where neither has white space."""
+    apart = not left or not right or left[-1].isspace() or right[0].isspace()
+    return f"{left}{'' if apart else between}{right}"
 
 
 def task_of(name: str) -> Any:

@@ -10,15 +10,16 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from dynamickv.compare import compare_stream
 from dynamickv.evaluate.journal import Journal
 from dynamickv.evaluate.share import Share
-from dynamickv.methods import METHODS, CompressionMethod, FullKV, build_method
+from dynamickv.methods import METHODS, CompressionMethod, build_method
+from dynamickv.methods.registry import require_known
 from dynamickv.models import LoadedModel
-from dynamickv.record.agreement import agreement
+from dynamickv.record.agreement import with_agreement
 from dynamickv.record.events import RunFinished
 from dynamickv.record.trace import Run
 from dynamickv.records import Prefill
@@ -64,25 +65,23 @@ class Measured:
 def methods_at(
     names: Iterable[str], capacities: Iterable[int], **settings: Any
 ) -> list[CompressionMethod]:
-    """Every method at every capacity, FullKV once, in the registry's order.
+    """Every method at every capacity, those without one once, in the registry's order.
 
     Raises:
         ValueError: an unknown name, no names, no capacities, or a bad parameter.
     """
     wanted, sizes = list(names), sorted(set(capacities))
-    for name in wanted:
-        if name not in METHODS:
-            raise ValueError(f"there is no method {name!r}; choose from {', '.join(METHODS)}")
+    require_known(wanted)
     if not wanted:
         raise ValueError(f"no method to measure; choose from {', '.join(METHODS)}")
     if not sizes:
         raise ValueError("no capacity to measure; give at least one, such as 128")
     chosen: list[CompressionMethod] = []
     for name in (name for name in METHODS if name in wanted):
-        if name == FullKV.name:
-            chosen.append(FullKV())
-            continue
-        chosen += [build_method(name, capacity=size, **settings) for size in sizes]
+        if METHODS[name].capabilities.capacity:
+            chosen += [build_method(name, capacity=size, **settings) for size in sizes]
+        else:
+            chosen.append(build_method(name, **settings))
     return chosen
 
 
@@ -213,11 +212,12 @@ def answers(
             # What follows explains each divergence, at the price of two more passes a method.
             break
     events.close()
-    runs = [finished[index] for index in range(len(methods))]
-    full = next((run for run in runs if run.method == FullKV.name), None)
-    if full is None:
-        return runs
-    return [replace(run, agreement=agreement(run, full)) for run in runs]
+    return with_agreement([finished[index] for index in range(len(methods))])
+
+
+def of_model(llm: LoadedModel) -> dict[str, str]:
+    """What every experiment's settings say of the model."""
+    return {"model": llm.name, "revision": llm.revision, "dtype": llm.dtype}
 
 
 def entry(run: Run) -> Row:

@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dynamickv.answer import recording_for
 from dynamickv.evaluate.data import data_file
 from dynamickv.evaluate.datasets import Example, task_of
-from dynamickv.evaluate.experiment import Row, Stop, Unit, answers, entry, key, stopper
+from dynamickv.evaluate.experiment import Row, Stop, Unit, answers, entry, key, of_model, stopper
 from dynamickv.evaluate.metrics import METRICS, contains_all, contains_any
 from dynamickv.methods import CompressionMethod
 from dynamickv.models import LoadedModel
-from dynamickv.reading.prefill import TAIL, prefill_text
+from dynamickv.reading.prefill import prefill_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,9 +130,7 @@ class LongBenchExperiment:
         prompts = hashlib.sha256(key(dict(protocol.prompts)).encode("utf-8")).hexdigest()[:16]
         return {
             "experiment": "longbench",
-            "model": llm.name,
-            "revision": llm.revision,
-            "dtype": llm.dtype,
+            **of_model(llm),
             "prompts": prompts,
             "chat_template": protocol.chat_template,
             "max_length": protocol.max_length,
@@ -160,8 +159,7 @@ class LongBenchExperiment:
             protocol.prompt(example),
             limit=protocol.limit(self._llm.geometry.max_positions, answer_length),
             chat_template=protocol.with_chat_template(example),
-            tail=max(TAIL, *(method.tail for method in methods)),
-            mass=any(method.needs_mass for method in methods),
+            **recording_for(methods),
             on_layer=stopper(stop),
         )
         runs = answers(self._llm, read, methods, answer_length, stop)

@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dynamickv.evaluate.experiment import Row, Stop, Unit, answers, entry, key, stopper
+from dynamickv.answer import recording_for
+from dynamickv.evaluate.experiment import Row, Stop, Unit, answers, entry, key, of_model, stopper
 from dynamickv.evaluate.haystack import Haystack, Hidden, hide, invent
 from dynamickv.evaluate.metrics import contains_all, fuzzy
 from dynamickv.methods import CompressionMethod
 from dynamickv.models import LoadedModel
-from dynamickv.reading.prefill import TAIL, prefill
+from dynamickv.reading.prefill import prefill
 from dynamickv.reading.prompt import encode_prompt
 
 
@@ -82,9 +83,7 @@ class NeedleExperiment:
         return {
             "experiment": "needle",
             "texts": "one per trial",
-            "model": llm.name,
-            "revision": llm.revision,
-            "dtype": llm.dtype,
+            **of_model(llm),
             "haystack": self._haystack.name,
             "needles": grid.needles,
             "custom": custom,
@@ -143,8 +142,7 @@ class NeedleExperiment:
             document,
             hidden.question,
             chat_template=self._grid.chat_template,
-            tail=max(TAIL, *(method.tail for method in methods)),
-            mass=any(method.needs_mass for method in methods),
+            **recording_for(methods),
             on_layer=stopper(stop),
         )
         runs = answers(self._llm, read, methods, self._grid.max_new_tokens, stop)

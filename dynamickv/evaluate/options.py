@@ -6,10 +6,12 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from dynamickv.methods import METHODS, DynamicKV
+from dynamickv.evaluate.arguments import add_settings
+from dynamickv.evaluate.tables import ORDER
+from dynamickv.methods import METHODS
 from dynamickv.models import DEFAULT_MODEL, QUANTIZATIONS
 
-SIX = "FullKV,StreamingLLM,H2O,SnapKV,PyramidKV,DynamicKV"
+SIX = ",".join(ORDER)
 """The methods of the paper's tables, in its order."""
 FIVE = SIX.partition(",")[2]
 BESIDE = "what is measured goes at once to a .jsonl file beside it, from where a run goes on"
@@ -135,30 +137,6 @@ def _add_methods(parser: argparse.ArgumentParser, methods: str, capacity: str) -
         "--capacity", default=capacity, metavar="N,N", help="mean prompt tokens per layer"
     )
     add_settings(parser)
-
-
-def add_settings(parser: argparse.ArgumentParser) -> None:
-    """Add what methods take besides a capacity; what is not given is each method's own default."""
-    for option, number, metavar, explanation in (
-        ("--window-size", int, "N", "last prompt tokens, which score the others and are kept"),
-        (
-            "--kernel-size",
-            int,
-            "N",
-            "neighbours that pool their scores, odd; not given, H2O pools none",
-        ),
-        ("--pooling", str, "max|avg", "by the largest of them or their mean"),
-        ("--granularity", str, "kv_head|query_head", "heads that keep tokens of their own"),
-        ("--r-max", float, "X", "most of a layer, in capacities; DynamicKV, ShiftKV"),
-        ("--update-interval", int, "N", "layers between two updates of the budgets; DynamicKV"),
-    ):
-        name = option[2:].replace("-", "_")
-        parser.add_argument(
-            option,
-            type=number,
-            metavar=metavar,
-            help=f"{explanation} (default: {getattr(DynamicKV, name)})",
-        )
 
 
 class Help(argparse.HelpFormatter):

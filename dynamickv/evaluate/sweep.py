@@ -15,8 +15,18 @@ from typing import Any
 
 from torch import Tensor
 
+from dynamickv.answer import recording_for
 from dynamickv.decoding.forcing import divergence, forced_logits
-from dynamickv.evaluate.experiment import Row, Stop, Stopped, Unit, answers, entry, stopper
+from dynamickv.evaluate.experiment import (
+    Row,
+    Stop,
+    Stopped,
+    Unit,
+    answers,
+    entry,
+    of_model,
+    stopper,
+)
 from dynamickv.methods import CompressionMethod, FullKV
 from dynamickv.models import LoadedModel
 from dynamickv.reading.prefill import TAIL, prefill
@@ -55,7 +65,7 @@ class SweepExperiment:
         read: Prefill | None = None,
     ) -> None:
         """Without `capacities`: 16, its doubles, and the prompt's length. `read` is a prefill of
-        that document and question, with the attention of all queries if H2O is to be measured."""
+        that document and question, with the attention of all queries if a method reads it."""
         self._llm, self._document, self._question = llm, document, question
         self._max_new_tokens, self._truncate = max_new_tokens, truncate
         self._capacities = None if capacities is None else sorted(set(capacities))
@@ -69,9 +79,7 @@ class SweepExperiment:
         text = f"{self._document}\0{self._question}"
         return {
             "experiment": "sweep",
-            "model": self._llm.name,
-            "revision": self._llm.revision,
-            "dtype": self._llm.dtype,
+            **of_model(self._llm),
             "prompt": hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16],
             "max_new_tokens": self._max_new_tokens,
         }
@@ -99,11 +107,7 @@ class SweepExperiment:
 
     def measure(self, unit: Unit, methods: Sequence[CompressionMethod], stop: Stop) -> Row:
         """Every method at one capacity; FullKV has no capacity and is answered once."""
-        read = self.prepare(
-            any(method.needs_mass for method in methods),
-            max(method.tail for method in methods),
-            stop,
-        )
+        read = self.prepare(**recording_for(methods), stop=stop)
         if self._full is None:
             (self._full,) = answers(self._llm, read, [FullKV()], self._max_new_tokens, stop)
             self._logits = forced_logits(self._llm, read, FullKV(), self._full.token_ids)
@@ -129,7 +133,9 @@ class SweepExperiment:
 
 
 def _at(method: CompressionMethod, capacity: int) -> CompressionMethod:
-    return method if isinstance(method, FullKV) else replace(method, capacity=capacity)  # type: ignore[call-arg]
+    if not method.capabilities.capacity:
+        return method
+    return replace(method, capacity=capacity)  # type: ignore[call-arg]
 
 
 def sweep_summary(rows: Sequence[Row]) -> list[Row]:

@@ -9,16 +9,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dynamickv.evaluate.data import data_file
+from dynamickv.evaluate.summary import Row
+from dynamickv.evaluate.verdict import FEWEST as FEWEST
+from dynamickv.evaluate.verdict import standing as standing
 
-Row = dict[str, Any]
 Lines = list[list[str]]
 """A head and its rows."""
 
 ORDER = ("FullKV", "StreamingLLM", "H2O", "SnapKV", "PyramidKV", "DynamicKV")
 """The columns of the paper's tables."""
-FEWEST = 20
-"""Paired trials below which no method is called ahead or behind: a bootstrap over fewer says too
-little."""
 
 
 def needle_lines(summary: Sequence[Row]) -> Lines:
@@ -157,51 +156,6 @@ def longbench_csv(summary: Sequence[Row]) -> str:
                  f"{row['kept_fraction']:.6f}", f"{row['kv_bytes']:.0f}"]
             )  # fmt: skip
     return text.getvalue()
-
-
-def standing(summary: Sequence[Row], field: str) -> list[str]:
-    """One sentence per capacity: how DynamicKV stands to SnapKV, which shares the budget evenly.
-    Below `FEWEST` trials it says no more than their number.
-
-    Args:
-        field: "exact" of a needle grid or "average" of LongBench.
-    """
-    said = []
-    unit = " %" if field == "exact" else ""  # of values found; LongBench's scores have no unit
-    for row in summary:
-        gain = row["over_snapkv"]
-        if row["method"] != "DynamicKV" or gain is None:
-            continue
-        pairs = _pairs(row)
-        if pairs < FEWEST:
-            said.append(
-                f"Capacity {row['capacity']}: {pairs} of at least {FEWEST} trials, too few to tell "
-                "DynamicKV from SnapKV."
-            )
-            continue
-        low, high = gain["interval"]
-        even = next(
-            (r for r in summary if (r["method"], r["capacity"]) == ("SnapKV", row["capacity"])), row
-        )
-        share = row["kv_bytes"] / even["kv_bytes"]
-        size = f" with {share:.2f} of its bytes" if abs(share - 1) >= 0.01 else ""
-        verdict = "ahead of" if low > 0 else "behind" if high < 0 else "not told apart from"
-        said.append(
-            f"Capacity {row['capacity']}: DynamicKV has {100 * row[field]:.1f}{unit}, "
-            f"{100 * gain['mean']:+.1f} points to SnapKV "
-            f"(95 % interval {100 * low:+.1f} to {100 * high:+.1f}): {verdict} it{size}."
-        )
-    return said
-
-
-def _pairs(row: Row) -> int:
-    """Trials that a difference to SnapKV rests on. Summaries written before pairs were counted have
-    a grid's trials or a task's examples."""
-    if "pairs" in row["over_snapkv"]:
-        return int(row["over_snapkv"]["pairs"])
-    if "trials" in row:
-        return int(row["trials"])
-    return sum(task["examples"] for task in row["tasks"].values())
 
 
 def sweep_lines(lines: Sequence[Row]) -> Lines:

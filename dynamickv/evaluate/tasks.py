@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from dynamickv.answer import preview
+from dynamickv.answer import preview, recording_for
 from dynamickv.evaluate.data import data_file
-from dynamickv.evaluate.experiment import Row, Stop, Unit, stopper
+from dynamickv.evaluate.experiment import Row, Stop, Unit, of_model, stopper
 from dynamickv.evaluate.statistics import RESAMPLES, bootstrap
 from dynamickv.methods import CompressionMethod
 from dynamickv.models import LoadedModel
-from dynamickv.reading.prefill import TAIL, prefill
+from dynamickv.reading.prefill import prefill
 from dynamickv.record.trace import Retained
 
 QUESTIONS = "questions.json"
@@ -107,9 +107,7 @@ class TaskExperiment:
         """What a result depends on besides document, kind and method."""
         return {
             "experiment": "tasks",
-            "model": self._llm.name,
-            "revision": self._llm.revision,
-            "dtype": self._llm.dtype,
+            **of_model(self._llm),
         }
 
     def units(self) -> list[Unit]:
@@ -131,8 +129,7 @@ class TaskExperiment:
             self._documents[unit["document"]],
             self._questions[unit["document"]][unit["kind"]],
             truncate=True,
-            tail=max(TAIL, *(method.tail for method in methods)),
-            mass=any(method.needs_mass for method in methods),
+            **recording_for(methods),
             on_layer=stopper(stop),
         )
         # The document's last token may join what follows it, so it is left out.

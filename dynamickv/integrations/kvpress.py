@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import rotate_half
 
-from dynamickv.methods.base import ScoredSelection
 from dynamickv.methods.dynamickv import DynamicKV
+from dynamickv.methods.selection import ScoredSelection
 from dynamickv.records import LayerObservation
 
 

@@ -1,6 +1,7 @@
 """What to keep: the methods, each in a file of its own, and their registry."""
 
 from dynamickv.methods.base import CompressionMethod, ScoredMethod
+from dynamickv.methods.capabilities import Capabilities
 from dynamickv.methods.dynamickv import DynamicKV
 from dynamickv.methods.full import FullKV
 from dynamickv.methods.h2o import H2O
@@ -14,6 +15,7 @@ from dynamickv.methods.streaming_llm import StreamingLLM
 __all__ = [
     "H2O",
     "METHODS",
+    "Capabilities",
     "CompressionMethod",
     "DynamicKV",
     "FullKV",

@@ -16,7 +16,8 @@ from typing import ClassVar
 import numpy as np
 from torch import Tensor
 
-from dynamickv.methods.base import ScoredMethod, require_integer, require_positive
+from dynamickv.methods.base import ScoredMethod
+from dynamickv.methods.parameters import require_integer, require_positive
 from dynamickv.scoring import count_global_top
 
 

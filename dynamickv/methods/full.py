@@ -7,7 +7,8 @@ from typing import ClassVar
 
 import torch
 
-from dynamickv.methods.base import CompressionMethod, FixedSelection, Selection
+from dynamickv.methods.base import CompressionMethod
+from dynamickv.methods.selection import FixedSelection, Selection
 
 
 @dataclass(frozen=True, kw_only=True)

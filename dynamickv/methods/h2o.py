@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor
 
 from dynamickv.methods.base import ScoredMethod
+from dynamickv.methods.capabilities import Capabilities
 from dynamickv.records import LayerObservation
 from dynamickv.scoring import reduce_group
 
@@ -25,7 +26,9 @@ class H2O(ScoredMethod):
     """
 
     name: ClassVar[str] = "H2O"
-    needs_mass: ClassVar[bool] = True
+    capabilities: ClassVar[Capabilities] = replace(
+        ScoredMethod.capabilities, mass=True, window=False, vllm=False
+    )
     ignored: ClassVar[tuple[str, ...]] = ("kernel_size", "pooling")
     kernel_size: int = 1
     """Ignored: H2O does not pool."""

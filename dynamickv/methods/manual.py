@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from dynamickv.methods.base import ScoredMethod, Selection, require_integer
+from dynamickv.methods.base import ScoredMethod
+from dynamickv.methods.capabilities import Capabilities
+from dynamickv.methods.parameters import require_integer
+from dynamickv.methods.selection import Selection
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +20,7 @@ class Manual(ScoredMethod):
     """
 
     name: ClassVar[str] = "Manual"
+    capabilities: ClassVar[Capabilities] = replace(ScoredMethod.capabilities, layer_budgets=True)
     capacity: int = 0
     budgets: Sequence[int] = ()
     """Prompt tokens kept per layer and head, one number per layer."""

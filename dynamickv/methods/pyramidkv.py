@@ -6,7 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from dynamickv.methods.base import ScoredMethod, require_integer
+from dynamickv.methods.base import ScoredMethod
+from dynamickv.methods.parameters import require_integer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from dynamickv.methods.base import CompressionMethod
+from dynamickv.methods.capabilities import Capabilities
 from dynamickv.methods.dynamickv import DynamicKV
 from dynamickv.methods.full import FullKV
 from dynamickv.methods.h2o import H2O
@@ -28,14 +29,30 @@ METHODS: dict[str, type[CompressionMethod]] = {
 }
 
 
+def require_known(names: Iterable[str]) -> None:
+    """Raise ValueError for a name that is not registered."""
+    for name in names:
+        if name not in METHODS:
+            raise ValueError(f"there is no method {name!r}; choose from {', '.join(METHODS)}")
+
+
+def capabilities(name: str) -> Capabilities:
+    """A method's row of the table: what it reads, which settings it takes, and where it works.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    require_known([name])
+    return METHODS[name].capabilities
+
+
 def build_method(name: str, **settings: Any) -> CompressionMethod:
     """A method by name, with those of `settings` that it has; None leaves a default.
 
     Raises:
         ValueError: an unknown name, a missing or a bad parameter.
     """
-    if name not in METHODS:
-        raise ValueError(f"there is no method {name!r}; choose from {', '.join(METHODS)}")
+    require_known([name])
     fields = dataclasses.fields(METHODS[name])
     chosen = {
         field.name: settings[field.name] for field in fields if settings.get(field.name) is not None
@@ -49,7 +66,5 @@ def build_method(name: str, **settings: Any) -> CompressionMethod:
 def build_methods(names: Iterable[str], **settings: Any) -> list[CompressionMethod]:
     """`build_method` for several names, in the registry's order, each once."""
     wanted = list(names)
-    for name in wanted:
-        if name not in METHODS:
-            raise ValueError(f"there is no method {name!r}; choose from {', '.join(METHODS)}")
+    require_known(wanted)
     return [build_method(name, **settings) for name in METHODS if name in wanted]

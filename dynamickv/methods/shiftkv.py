@@ -13,13 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from dynamickv.methods.base import (
-    ScoredMethod,
-    ScoredSelection,
-    Selection,
-    require_integer,
-    require_positive,
-)
+from dynamickv.methods.base import ScoredMethod
+from dynamickv.methods.parameters import require_integer, require_positive
+from dynamickv.methods.selection import ScoredSelection, Selection
 from dynamickv.records import LayerObservation
 
 SINKS = 4

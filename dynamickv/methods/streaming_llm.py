@@ -8,8 +8,10 @@ from typing import ClassVar
 
 import torch
 
-from dynamickv.methods.base import EvictingMethod, FixedSelection, Selection, require_integer
+from dynamickv.methods.base import EvictingMethod
 from dynamickv.methods.edits import edited_positions
+from dynamickv.methods.parameters import require_integer
+from dynamickv.methods.selection import FixedSelection, Selection
 from dynamickv.records import Heads, LayerObservation
 
 

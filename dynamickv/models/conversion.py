@@ -1,6 +1,6 @@
-"""A GGUF file -> a safetensors folder in the user's cache, converted once.
+"""A GGUF file, in one part or several -> a safetensors folder in the user's cache, converted once.
 
-A conversion is keyed by the file's hash and checked on every load. Knows nothing of the engine.
+A conversion is keyed by the files' hash and checked on every load. Knows nothing of the engine.
 """
 
 from __future__ import annotations
@@ -16,14 +16,22 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 import torch
 from filelock import FileLock
 
+from dynamickv.models import gguf as files
+from dynamickv.models.faults import UnusableModelError, unreadable
+
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+VERSION = 2
+"""Of what a conversion reads from a file; kept ones of another version are made again.
+2: parts, rotary scaling, the file's own way of splitting text, no weights made up."""
+END_OF_TURN = "tokenizer.ggml.eot_token_id"
 CONVERTING, DAMAGED = ".converting-", ".damaged-"
 """What the folders begin with that exist only while something is converted."""
 _ONE_AT_A_TIME = threading.Lock()
@@ -50,10 +58,17 @@ def kept_conversions() -> list[tuple[Path, int]]:
 
 
 def converted(gguf: Path) -> Path:
-    """The safetensors folder of a GGUF file, converted now unless an intact conversion is kept."""
-    folder = cache_folder() / "models" / f"{gguf.stem}-{file_hash(gguf)[:16]}"
+    """The safetensors folder of a GGUF file, converted now unless an intact conversion is kept.
+
+    Args:
+        gguf: the file, or any part of a model that is kept in several.
+
+    Raises:
+        ValueError: in one sentence, a file that is damaged, incomplete or not understood.
+    """
+    folder = cache_folder() / "models" / f"{files.parts_of(gguf)[0].stem}-{source_hash(gguf)[:16]}"
     with _ONE_AT_A_TIME:
-        if folder.exists() and conversion_fault(folder) is None:
+        if folder.exists() and conversion_fault(folder) is None and _version(folder) == VERSION:
             return folder
         folder.parent.mkdir(parents=True, exist_ok=True)
         # The system gives the lock back when its process ends, however it ends.
@@ -66,16 +81,23 @@ def converted(gguf: Path) -> Path:
 def _convert_unless_done(gguf: Path, folder: Path) -> None:
     if not folder.exists():
         log.info("Converting %s once; later starts take less than a second.", gguf.name)
-    elif (fault := conversion_fault(folder)) is None:
-        return  # by another process, while this one waited
-    else:
+    elif (fault := conversion_fault(folder)) is not None:
         log.warning(
             "The converted model in the cache is damaged (%s); it is rebuilt from %s.",
             fault,
             gguf.name,
         )
         _remove(folder)
+    elif _version(folder) != VERSION:
+        log.info("Converting %s again: more of the file is read now.", gguf.name)
+        _remove(folder)
+    else:
+        return  # by another process, while this one waited
     _convert(gguf, folder)
+
+
+def _version(folder: Path) -> int:
+    return int(json.loads((folder / MANIFEST).read_text("utf-8")).get("version", 1))
 
 
 def _remove_leftovers(folder: Path) -> None:
@@ -103,12 +125,18 @@ def conversion_fault(folder: Path) -> str | None:
     return None
 
 
-def file_hash(path: Path) -> str:
-    """BLAKE2b of a file's content, hexadecimal."""
+def file_hash(*paths: Path) -> str:
+    """BLAKE2b of the files' content, one after the other, hexadecimal."""
     digest = hashlib.blake2b(digest_size=32)
-    for block in _blocks(path):
-        digest.update(block)
+    for path in paths:
+        for block in _blocks(path):
+            digest.update(block)
     return digest.hexdigest()
+
+
+def source_hash(gguf: Path) -> str:
+    """`file_hash` of a GGUF file with all its parts."""
+    return file_hash(*files.parts_of(gguf))
 
 
 def file_crc(path: Path) -> int:
@@ -138,74 +166,78 @@ def _convert(gguf: Path, folder: Path) -> None:
     """Write the conversion beside its place and rename it there, so that no half-written one is
     ever found."""
     import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from dynamickv.models.gguf_tokenizer import load_tokenizer
+
+    source = files.read(gguf)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=CONVERTING))
     try:
-        try:
-            with quiet():
-                model = AutoModelForCausalLM.from_pretrained(
-                    gguf.parent,
-                    gguf_file=gguf.name,
-                    quantization_config=transformers.GgufConfig(dequantize=True),
-                    dtype=torch.float32,
-                )
-                model.save_pretrained(temporary)
-                AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(
-                    temporary
-                )
-        except (
-            Exception
-        ) as error:  # the GGUF readers raise many kinds; all mean the same to the user
-            raise ValueError(unreadable(gguf.name, error)) from error
-        files = {
+        with _readable(gguf.name):
+            tokenizer = load_tokenizer(source)
+            model = _read_model(source, temporary)
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+        written = {
             path.name: (path.stat().st_size, file_crc(path)) for path in sorted(temporary.iterdir())
         }
-        manifest = {"source": gguf.name, "transformers": transformers.__version__, "files": files}
+        manifest = {
+            "version": VERSION,
+            "source": gguf.name,
+            "transformers": transformers.__version__,
+            "files": written,
+        }
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), "utf-8")
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def unreadable(name: str, error: Exception) -> str:
-    """One sentence for the many ways in which a checkpoint cannot be read."""
-    text = str(error)
-    if (
-        "connect" in text.lower()
-        or "offline" in text.lower()
-        or "couldn't find them in the cached files" in text
-    ):
-        return (
-            f"{name} is not on this machine and the hub cannot be reached; "
-            "connect, or choose a model that is here"
-        )
-    if "gated" in text.lower() or "401" in text or "403" in text:
-        return (
-            f"{name} needs permission on the hub; "
-            "accept its terms there and log in with `hf auth login`"
-        )
-    if "404" in text or "not a valid model identifier" in text or "Repository Not Found" in text:
-        return f"there is no model {name} on the hub; check its name"
-    if "safetensors" in text and "no file" in text.lower():
-        return (
-            f"{name} holds no safetensors weights; "
-            "convert it to safetensors first (pickled weights are never loaded)"
-        )
-    if "trust_remote_code" in text:
-        return (
-            f"{name} needs its own code, which is never run; choose a model that transformers knows"
-        )
-    return (
-        f"{name} cannot be read as a language model ({first_line(error)}); "
-        "check that its files are complete"
+def _read_model(source: files.Gguf, folder: Path) -> Any:
+    """The model in float32, read from one joined file that is written to `folder` and removed."""
+    from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
+
+    from dynamickv.models.gguf_config import complete, require_weights
+
+    joined = folder / "joined.gguf"
+    files.write_joined(source, joined)
+    config = AutoConfig.from_pretrained(folder, gguf_file=joined.name)
+    complete(config, source)
+    require_weights(config, source)
+    read: Any = AutoModelForCausalLM.from_pretrained(
+        folder,
+        gguf_file=joined.name,
+        config=config,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.float32,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
     )
+    model, info = read
+    joined.unlink()
+    for fault in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if info[fault]:
+            raise UnusableModelError(
+                f"{source.name} does not fit transformers' {type(model).__name__} "
+                f"({fault.replace('_', ' ')}: {sorted(map(str, info[fault]))[0]}); "
+                "load the model's folder with safetensors instead"
+            )
+    stops = model.generation_config.eos_token_id
+    stops = {*(stops if isinstance(stops, list) else [stops]), source.metadata.get(END_OF_TURN)}
+    model.generation_config.eos_token_id = sorted(stops - {None}) or None
+    return model
 
 
-def first_line(error: Exception) -> str:
-    """What another library's error says, short enough for a sentence."""
-    lines = (line.strip() for line in str(error).splitlines() if line.strip())
-    return next(lines, type(error).__name__).rstrip(".")[:200]
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """One sentence for whatever the GGUF readers raise; they raise many kinds, which all mean the
+    same to the user."""
+    try:
+        with quiet():
+            yield
+    except UnusableModelError:
+        raise
+    except Exception as error:
+        raise ValueError(unreadable(name, error)) from error
 
 
 @contextmanager

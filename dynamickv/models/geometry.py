@@ -40,6 +40,20 @@ KINDS: dict[str, LayerKind] = {
     "mlp": LayerKind("without attention"),
 }
 """Every kind of layer that is served; a model with a layer of another kind is refused."""
+JOINT = ("diffllama", "jetmoe")
+"""Model types whose attention does not read KV head by KV head: the one pairs the values of one
+head with the keys of another, the other repeats its heads for every expert."""
+UNSERVED: dict[str, str] = {
+    "dory": "lets the last token alone ask in some layers",
+    "doge": "masks positions by their values at every step",
+    "inkling_text": "adds a learned bias by distance to its attention logits",
+    "inkling2_text": "adds a learned bias by distance to its attention logits",
+    "inkling2_loop_text": "adds a learned bias by distance to its attention logits",
+    "minimax": "keeps a cache class of its own",
+    "mllama_text_model": "attends to images in some layers",
+}
+"""Model types whose attention depends on more than a head's queries and keys, or whose caches
+are not made of layers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,13 +83,24 @@ class Geometry:
     head_dim: int
     max_positions: int
     """Longest sequence the model reads, in tokens."""
-    layers: tuple[LayerGeometry, ...]
-    """Every layer's own."""
-    latent: bool = False
-    """Whether the cache stores one latent for all heads (MLA), so that they share one choice."""
+    layers: tuple[LayerGeometry, ...] = ()
+    """Every layer's own; by default all attend to the whole prompt and are of the sizes above."""
+    joint: bool = False
+    """Whether all heads of a layer share one choice: where the cache stores one latent for them
+    (MLA), and where heads are mixed behind it."""
     switch: int | None = None
     """Prompt length beyond which the model turns all keys by other frequencies (longrope): an
     answer must not cross it."""
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            layer = LayerGeometry(
+                kind="full",
+                num_kv_heads=self.num_kv_heads,
+                head_dim=self.head_dim,
+                value_dim=self.head_dim,
+            )
+            object.__setattr__(self, "layers", (layer,) * self.num_layers)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -107,15 +132,16 @@ class Geometry:
             _layer(kind, config if part is None else part)
             for kind, part in zip(kinds, own, strict=False)
         )
-        first = next(layer for layer in layers if KINDS[layer.kind].compressed)
+        place = next(place for place, kind in enumerate(kinds) if KINDS[kind].compressed)
+        first, part = layers[place], own[place]
         return cls(
             num_layers=len(layers),
-            num_query_heads=config.num_attention_heads,
+            num_query_heads=(config if part is None else part).num_attention_heads,
             num_kv_heads=first.num_kv_heads,
             head_dim=first.head_dim,
             max_positions=int(config.max_position_embeddings * stretch(config)),
             layers=layers,
-            latent=_latent(config),
+            joint=_latent(config) or config.model_type in JOINT,
             switch=_switch(config),
         )
 
@@ -162,8 +188,11 @@ def require_compressible(config: Any) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{name} is an encoder-decoder; choose a decoder-only language model")
     config = config.get_text_config(decoder=True)
-    if getattr(config, "num_attention_heads", None) is None:
-        raise ValueError(f"{name} has no attention heads; choose a causal language model")
+    if config.model_type in UNSERVED:
+        raise ValueError(
+            f"{name} {UNSERVED[config.model_type]}, which compressed caches do not know; "
+            "choose another model"
+        )
     try:
         kinds = kinds_of(config)
     except Exception as error:  # transformers' own cache cannot be made of it either
@@ -177,11 +206,14 @@ def require_compressible(config: Any) -> None:
             "choose a model whose layers attend to the whole prompt"
         )
     if not any(KINDS[kind].compressed for kind in kinds):
-        words = sorted({KINDS[kind].words for kind in kinds})
+        attention = ("sliding", "chunked", "linear")
+        names = sorted({f"{kind}_attention" if kind in attention else kind for kind in kinds})
         raise ValueError(
-            f"{name} has no layer that attends to the whole prompt ({', '.join(words)}), so "
-            "nothing is left to compress; choose another model"
+            f"{name} has {', '.join(names)} in all layers, so nothing is left to compress; "
+            "choose a model with layers that attend to the whole prompt"
         )
+    if getattr(config, "num_attention_heads", 0) is None:
+        raise ValueError(f"{name} has no attention heads; choose a causal language model")
     if getattr(config, "use_bidirectional_attention", None) in (True, "all"):
         raise ValueError(
             f"{name} looks ahead (use_bidirectional_attention), which no cache of past tokens "
@@ -197,8 +229,8 @@ def require_compressible(config: Any) -> None:
 def require_choosable(geometry: Geometry, parameters: Mapping[str, Any]) -> None:
     """Raise ValueError where a method's parameters ask for a choice that a model's cache cannot
     hold."""
-    if geometry.latent and parameters.get("granularity") == "query_head":
+    if geometry.joint and parameters.get("granularity") == "query_head":
         raise ValueError(
-            "granularity='query_head' needs keys of its own for every query head, and this model "
-            "caches one latent for all heads; use granularity='kv_head'"
+            "granularity='query_head' needs keys of its own for every query head, and in this "
+            "model all heads of a layer share one choice; use granularity='kv_head'"
         )

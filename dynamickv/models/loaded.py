@@ -47,16 +47,17 @@ class LoadedModel:
         set_observed(model)
         forget_longer_sequences(model)
         stop = model.generation_config.eos_token_id if model.generation_config else None
-        if stop is None:
-            stop = getattr(tokenizer, "eos_token_id", None)
-        stops = stop if isinstance(stop, list) else [] if stop is None else [stop]
+        stops = list(stop) if isinstance(stop, list) else [stop]
+        # Fine-tunes often end a turn with the tokenizer's token and keep their base's settings.
+        if stop is None or getattr(tokenizer, "chat_template", None):
+            stops.append(getattr(tokenizer, "eos_token_id", None))
         return cls(
             name=name,
             revision=revision,
             model=model.eval(),  # type: ignore[no-untyped-call]
             tokenizer=tokenizer,
             geometry=geometry,
-            stop_ids=frozenset(int(token) for token in stops),
+            stop_ids=frozenset(int(token) for token in stops if token is not None),
             packed=packed,
         )
 

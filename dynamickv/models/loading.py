@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import json
 import logging
 import os
 import shutil
@@ -21,13 +22,8 @@ import torch
 from safetensors import SafetensorError
 
 from dynamickv.models.catalogue import DEFAULT_MODEL
-from dynamickv.models.conversion import (
-    converted,
-    file_hash,
-    first_line,
-    quiet,
-    unreadable,
-)
+from dynamickv.models.conversion import converted, quiet, source_hash
+from dynamickv.models.faults import UnusableModelError, first_line, unreadable
 from dynamickv.models.geometry import require_compressible
 from dynamickv.models.loaded import QUANTIZATIONS, LoadedModel
 from dynamickv.models.precision import packed_for, require_precision
@@ -39,6 +35,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+)
+ADAPTER = "adapter_config.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -87,10 +93,13 @@ def load_model(
     source, pinned, gguf = resolve(name, revision)
     origin = None
     if gguf is not None:
-        source, origin = converted(gguf), f"gguf-{file_hash(gguf)[:12]}"
+        source, origin = converted(gguf), f"gguf-{source_hash(gguf)[:12]}"
     with _explained(name):
+        _require_no_adapter(source, pinned, name)
         config = _read_config(source, pinned)
+        _require_tokenizer(source, pinned, name)
     require_compressible(config)
+    _require_language_model(config, name)
     packed = getattr(config, "quantization_config", None) is not None
     if packed and packing is not None:
         raise ValueError(f"{name} is quantized already; load it without quantization")
@@ -98,7 +107,7 @@ def load_model(
     to_place = device_map is None and not packed and packing is None
     layers = device_map if device_map is not None or to_place else {"": place}
     with _explained(name):
-        tokenizer = _read_tokenizer(source, config, pinned)
+        tokenizer = _read_tokenizer(source, config, pinned, converted=gguf is not None)
         model = _read_weights(source, config, number_format, backend, layers, packing, pinned)
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
@@ -115,6 +124,58 @@ def load_model(
     return llm
 
 
+def _require_no_adapter(source: Path | str, revision: str | None, name: str) -> None:
+    # transformers leaves an adapter beside a model out, without a word, where peft is missing.
+    if adapter := _file(source, revision, ADAPTER):
+        base = json.loads(adapter.read_text("utf-8")).get("base_model_name_or_path") or "its model"
+        raise UnusableModelError(
+            f"{name} is an adapter for {base} ({ADAPTER}); merge the two first, with peft's "
+            "merge_and_unload and save_pretrained, and load the folder that gives"
+        )
+
+
+def _require_tokenizer(source: Path | str, revision: str | None, name: str) -> None:
+    # transformers makes an empty one up for many models.
+    if not any(_file(source, revision, each) for each in TOKENIZER_FILES):
+        raise UnusableModelError(
+            f"{name} holds no tokenizer (tokenizer.json or tokenizer.model); put the tokenizer "
+            "files of the model that it was made from beside its weights"
+        )
+
+
+def _file(source: Path | str, revision: str | None, name: str) -> Path | None:
+    """A file of a folder, or of a model on the hub; None if there is none or it is out of reach."""
+    if isinstance(source, Path):
+        return source / name if (source / name).is_file() else None
+    from transformers.utils.hub import cached_file
+
+    found = cached_file(
+        source,
+        name,
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+    )
+    return None if found is None else Path(found)
+
+
+def _require_language_model(config: Any, name: str) -> None:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        kind = (getattr(config, "architectures", None) or [config.model_type])[0]
+        seeing = " reads images or sound as well as text" if _has_more_inputs(config) else ""
+        raise UnusableModelError(
+            f"{name} is a {kind}, which{seeing or ' is no causal language model'}; "
+            "choose a model that only reads and writes text"
+        )
+
+
+def _has_more_inputs(config: Any) -> bool:
+    return any(getattr(config, f"{kind}_config", None) for kind in ("vision", "audio"))
+
+
 def _read_config(source: Path | str, revision: str | None) -> Any:
     # transformers is imported where it is used: that takes seconds.
     from transformers import AutoConfig, PretrainedConfig
@@ -127,8 +188,14 @@ def _read_config(source: Path | str, revision: str | None) -> Any:
 
 
 def _read_tokenizer(
-    source: Path | str, config: Any, revision: str | None
+    source: Path | str, config: Any, revision: str | None, *, converted: bool
 ) -> PreTrainedTokenizerBase:
+    if converted:
+        # AutoTokenizer would put the rules of the model's family in the place of the file's own.
+        from transformers import PreTrainedTokenizerFast
+
+        own: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(source)
+        return own
     if config.model_type == "internlm2":
         from dynamickv.models.internlm2 import load_tokenizer
 
@@ -189,6 +256,8 @@ def _explained(name: str) -> Iterator[None]:
     try:
         with quiet():
             yield
+    except UnusableModelError:
+        raise
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         raise ValueError(unreadable(name, error)) from error
 

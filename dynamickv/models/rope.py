@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fractions import Fraction
 from typing import Any
 
 from torch import nn
@@ -42,10 +43,20 @@ def longer_sequences_forgotten(model: nn.Module) -> Iterator[None]:
             module.inv_freq, module.max_seq_len_cached = frequencies, longest
 
 
-def stretch(config: Any) -> float:
-    """By how much dynamic scaling extends `max_position_embeddings`; 1 without it."""
+def stretch(config: Any) -> Fraction:
+    """By how much scaling extends `max_position_embeddings`; 1 without it.
+
+    YaRN reads `original_max_position_embeddings` times its factor; so do linear and dynamic
+    scaling where a config names the original, and else `max_position_embeddings` times the factor.
+    A config that holds the product already is not extended again. Where layers differ (Gemma 3),
+    configs hold the product.
+    """
     rope = getattr(config, "rope_parameters", None) or {}
-    return float(rope["factor"]) if rope.get("rope_type") == "dynamic" else 1.0
+    if rope.get("rope_type") not in ("yarn", "linear", "dynamic") or not rope.get("factor"):
+        return Fraction(1)
+    positions = int(config.max_position_embeddings)
+    original = rope.get("original_max_position_embeddings") or positions
+    return max(Fraction(1), Fraction(rope["factor"]) * original / positions)
 
 
 def _dynamic_embeddings(model: nn.Module) -> list[Any]:

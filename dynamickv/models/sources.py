@@ -10,7 +10,7 @@ import huggingface_hub
 from huggingface_hub import try_to_load_from_cache
 
 from dynamickv.models.catalogue import DEFAULT_MODEL, KNOWN_MODELS, KnownModel
-from dynamickv.models.conversion import unreadable
+from dynamickv.models.faults import unreadable
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dynamickv.blockwise import causal_attention
 from dynamickv.cache import KVCache
 from dynamickv.decoder import HeadNorms, Ops, Rotation, linears_of, next_logits, steppable
-from dynamickv.layers import KVLayer
+from dynamickv.layers.kv import KVLayer
 from dynamickv.packed import FastProducts, PackedWeights
 from dynamickv.records import Attended
 

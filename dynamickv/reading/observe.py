@@ -21,9 +21,9 @@ import transformers  # its parts load when named, which takes seconds: the page 
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dynamickv.layers import BatchedLayer, HeadwiseLayer, KVLayer, attended_layer
+from dynamickv.layers.kv import BatchedLayer, HeadwiseLayer, KVLayer, attended_layer
+from dynamickv.layers.rows import RowsLayer
 from dynamickv.records import Attended
-from dynamickv.row_layers import RowsLayer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,8 +58,11 @@ def _observing(backend: str) -> str:
 def uses_registry(model: PreTrainedModel) -> bool:
     """Whether a model's code takes its attention from transformers' registry, be it announced by
     the class or not."""
-    code = sys.modules[type(model).__module__]
-    return hasattr(code, "ALL_ATTENTION_FUNCTIONS") and hasattr(code, "eager_attention_forward")
+    code = (sys.modules[kind.__module__] for kind in type(model).__mro__)
+    return any(
+        hasattr(part, "ALL_ATTENTION_FUNCTIONS") and hasattr(part, "eager_attention_forward")
+        for part in code
+    )
 
 
 @contextmanager
@@ -114,8 +117,7 @@ def _observed_attention(
 ) -> tuple[Tensor, Tensor | None]:
     # Each model file defines its own eager attention, which is not in the registry.
     attention = attention or sys.modules[type(module).__module__].eager_attention_forward
-    place = getattr(module, "layer_idx", None)
-    layer = attended_layer(key, place)
+    layer, grown = attended_layer(key, getattr(module, "layer_idx", None))
     if layer is None:
         return attention(
             _stand_in(backend, module, query, key), query, key, value, attention_mask, **kwargs
@@ -137,8 +139,7 @@ def _observed_attention(
         output = attention(
             _stand_in(backend, module, query, key), query, key, value, attention_mask, **kwargs
         )
-    # A layer that reads another's keys and values is not asked: their owner is.
-    if layer.after_attention is not None and place in (None, layer.index):
+    if layer.after_attention is not None and grown:
         scaling = kwargs.get("scaling")
         attended = Attended(
             queries=query,

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from dynamickv.cache import KVCache
-from dynamickv.layers import KVLayer
+from dynamickv.layers.kv import KVLayer
 from dynamickv.reading.fast import FastReading
 from dynamickv.reading.observe import observed
 from dynamickv.reading.prompt import encode_prompt, encode_text
@@ -36,6 +36,7 @@ def prefill(
     *,
     question_aware: bool | None = None,
     truncate: bool = False,
+    answer_tokens: int = 0,
     chat_template: bool = True,
     tail: int = TAIL,
     mass: bool = False,
@@ -48,6 +49,7 @@ def prefill(
         question_aware: False stops after the document, so that compression does not see the
             question, which is fed to the compressed caches later. By default True with a question.
         truncate: cut the middle out of a document that is too long instead of refusing it.
+        answer_tokens: how long answers may become, for which a cut leaves room.
         chat_template: False feeds plain text.
         tail: last queries to keep per layer, the widest `window_size` allowed later.
         mass: also record the attention every position receives from all queries, which H2O needs
@@ -62,6 +64,7 @@ def prefill(
         document,
         "?" if question is None else question,
         limit=llm.geometry.max_positions,
+        answer_tokens=answer_tokens,
         truncate=truncate,
         chat_template=chat_template,
     )
@@ -111,6 +114,7 @@ def prefill_prompt(
     """`prefill` for a prompt that is already encoded."""
     layers: list[LayerObservation] = []
     places = llm.geometry.compressed_layers
+    read: list[int] = []
     mass_seconds = 0.0
 
     def record(layer: KVLayer, attended: Attended) -> None:
@@ -128,7 +132,9 @@ def prefill_prompt(
             )
             llm.synchronize()
             mass_seconds += time.perf_counter() - started
-        observation = attended.row(0, layer.held()[0].shape[1], tail=tail, mass=received)
+        stored = 1 if llm.geometry.joint else layer.held()[0].shape[1]
+        observation = attended.row(0, stored, tail=tail, mass=received)
+        read.append(layer.index)
         layers.append(replace(observation, queries=observation.queries.clone()))
         if on_layer is not None:
             on_layer(len(layers))
@@ -144,17 +150,18 @@ def prefill_prompt(
             output = llm.model(token_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
             logits = output.logits[0, -1]
     llm.synchronize()
-    if len(layers) != len(places):
+    if sorted(read) != places:
         raise ValueError(
             f"{len(layers)} of {llm.name}'s {len(places)} layers to compress were observed, so "
             "nothing is sure to be compressed; choose another model"
         )
-    held = [layer.held() for layer in cache.whole_layers()]
+    held = [cache.layers[place].held() for place in read]
     return Prefill(
         prompt=prompt,
         layers=tuple(layers),
         keys=tuple(keys[0] for keys, _ in held),
         values=tuple(values[0] for _, values in held),
+        places=tuple(read),
         others=cache.others(llm.geometry.kinds),
         states=cache.states(),
         logits=logits,

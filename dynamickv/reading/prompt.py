@@ -6,10 +6,13 @@ never as markup. Knows tokenizers and nothing else of a model.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import Any
 
 from dynamickv.records import EncodedPrompt
+
+log = logging.getLogger(__name__)
 
 SEPARATOR = "\n\n"
 _DOCUMENT, _ANSWER, _QUESTION = (
@@ -23,6 +26,7 @@ def encode_prompt(
     question: str,
     *,
     limit: int,
+    answer_tokens: int = 0,
     truncate: bool = False,
     chat_template: bool = True,
 ) -> EncodedPrompt:
@@ -30,7 +34,9 @@ def encode_prompt(
 
     Args:
         tokenizer: a fast transformers tokenizer.
-        limit: the longest prompt allowed, in tokens.
+        limit: what the model reads, prompt and answer together, in tokens.
+        answer_tokens: how long the answer may become. A cut leaves room for it; without one, a
+            prompt that leaves less room is read, and the log says so.
         truncate: cut the middle out of a document that is too long, keeping its first and last
             parts as LongBench does, instead of refusing it.
         chat_template: False feeds document and question as plain text, as LongBench does: the
@@ -45,14 +51,27 @@ def encode_prompt(
     document, question = _valid_text(document), _valid_text(question)
     parts = _template_parts(tokenizer, chat_template)
     encoded = _encode(tokenizer, parts, document, question, chat_template)
-    if encoded.length <= limit:
+    if encoded.length + answer_tokens <= limit:
         return encoded
-    if not truncate:
+    if truncate:
+        return _truncated(tokenizer, parts, encoded, document, question, limit, answer_tokens)
+    if encoded.length > limit:
         raise ValueError(
             f"the prompt has {encoded.length:,} tokens and this model reads {limit:,}; "
             "shorten the document or allow cutting out its middle"
         )
-    return _truncated(tokenizer, parts, encoded, document, question, limit)
+    # The last token of an answer is never read.
+    room = limit - encoded.length + 1
+    if room < answer_tokens:
+        log.warning(
+            "The prompt has %s tokens and this model reads %s, so answers end after %d of %d "
+            "tokens; shorten the document or allow cutting out its middle.",
+            f"{encoded.length:,}",
+            f"{limit:,}",
+            room,
+            answer_tokens,
+        )
+    return encoded
 
 
 def encode_text(
@@ -103,13 +122,29 @@ def follow_up_ids(tokenizer: Any, question: str) -> list[int]:
             {"role": "assistant", "content": _ANSWER},
             {"role": "user", "content": _QUESTION},
         ]
-        rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        rendered = render(tokenizer, turns)
         before, _, after = rendered.partition(_ANSWER)[2].partition(_QUESTION)
     token_ids: list[int] = []
     for text, plain in ((before, False), (question, True), (after, False)):
         encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=plain)
         token_ids += encoded["input_ids"]
     return token_ids
+
+
+def render(tokenizer: Any, turns: list[dict[str, str]]) -> str:
+    """A conversation in the chat template's words, up to where the next answer begins.
+
+    Raises:
+        ValueError: if the template has a syntax error, or refuses the conversation.
+    """
+    try:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # a template is a program and raises what it likes
+        fault = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(
+            f"this model's chat template fails ({fault}); mend its "
+            "chat_template.jinja, or feed plain text with chat_template=False"
+        ) from error
 
 
 def require_text(name: str, text: object) -> None:
@@ -140,12 +175,14 @@ def _truncated(
     document: str,
     question: str,
     limit: int,
+    answer_tokens: int,
 ) -> EncodedPrompt:
     """Keep the first and last halves of the document that fit; joined text may tokenize longer, so
     try again."""
     first, last = whole.document_span
     start = whole.document_characters[0]
-    room = limit - (whole.length - (last - first))
+    most = limit - answer_tokens
+    room = most - (whole.length - (last - first))
     while room > 0:
         head_end = whole.offsets[first + (room + 1) // 2 - 1][1] - start
         tail_start = whole.offsets[last - room // 2][0] - start if room > 1 else len(document)
@@ -156,12 +193,14 @@ def _truncated(
             question,
             whole.chat_template,
         )
-        if shorter.length <= limit:
+        if shorter.length <= most:
             return replace(shorter, original_length=whole.length)
-        room -= shorter.length - limit
+        room -= shorter.length - most
+    answer = f", with an answer of {answer_tokens:,} tokens" if answer_tokens else ""
     raise ValueError(
         f"the question and the template alone take {whole.length - (last - first):,} tokens "
-        f"and this model reads {limit:,}; shorten the question"
+        f"and this model reads {limit:,}{answer}; shorten the question"
+        + (" or the answer" if answer_tokens else "")
     )
 
 
@@ -175,9 +214,7 @@ def _template_parts(tokenizer: Any, chat_template: bool) -> tuple[str, str, str]
             "\n" if chat_template else "",
         )
     content = f"{_DOCUMENT}{SEPARATOR}{_QUESTION}"
-    rendered = tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-    )
+    rendered = render(tokenizer, [{"role": "user", "content": content}])
     before, found, rest = rendered.partition(_DOCUMENT)
     between, found_question, after = rest.partition(_QUESTION)
     if not found or not found_question:
@@ -192,9 +229,7 @@ def _message_parts(tokenizer: Any) -> tuple[str, str]:
     """What the chat template puts around one message of the user; nothing without a template."""
     if not getattr(tokenizer, "chat_template", None):
         return "", ""
-    rendered = tokenizer.apply_chat_template(
-        [{"role": "user", "content": _DOCUMENT}], tokenize=False, add_generation_prompt=True
-    )
+    rendered = render(tokenizer, [{"role": "user", "content": _DOCUMENT}])
     before, _, after = rendered.partition(_DOCUMENT)
     return before, after
 

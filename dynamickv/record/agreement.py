@@ -3,8 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from dynamickv.record.trace import Agreement, Run
+
+YARDSTICK = "FullKV"
+"""The method whose answer the others are held against."""
+
+
+def yardstick_of(runs: Sequence[Run]) -> Run | None:
+    """FullKV's run, when there is one that ran to its end."""
+    run = next((run for run in runs if run.method == YARDSTICK), None)
+    return None if run is None or run.finish_reason == "cancelled" else run
+
+
+def with_agreement(runs: Sequence[Run], first: int = 0) -> list[Run]:
+    """The same runs, those from `first` on held against FullKV's; unchanged where it is not among
+    them."""
+    yardstick = yardstick_of(runs)
+    if yardstick is None:
+        return list(runs)
+    compared = [replace(run, agreement=agreement(run, yardstick)) for run in runs[first:]]
+    return [*runs[:first], *compared]
 
 
 def agreement(run: Run, yardstick: Run) -> Agreement:

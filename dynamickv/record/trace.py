@@ -8,38 +8,56 @@ from a stranger.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import dataclasses
 import gzip
 import json
-import math
 import os
 import statistics
 import tempfile
-import types
-import typing
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
+from dynamickv.record.checks import (
+    FINISH_REASONS,
+    MAX_COUNT,
+    MAX_HEADS,
+    MAX_LAYERS,
+    MAX_POSITIONS,
+    MAX_RUNS,
+    NAMES,
+    check,
+    read,
+    show,
+)
+from dynamickv.record.packed import Retained, Scores
+
+__all__ = [
+    "FINISH_REASONS",
+    "MAX_BYTES",
+    "MAX_COUNT",
+    "MAX_HEADS",
+    "MAX_LAYERS",
+    "MAX_POSITIONS",
+    "MAX_RUNS",
+    "NAMES",
+    "SCHEMA",
+    "Agreement",
+    "Divergence",
+    "ModelInfo",
+    "Prompt",
+    "Retained",
+    "Run",
+    "Scores",
+    "Trace",
+    "seconds_per_token",
+]
 
 SCHEMA = 1
 MAX_BYTES = 64 * 2**20
 """Largest record that is read, in bytes after decompression."""
-MAX_POSITIONS = 2**20
-MAX_LAYERS = 1024
-MAX_HEADS = 1024
-MAX_RUNS = 64
-MAX_COUNT = 2**53
-"""Largest count; JavaScript reads no larger whole number exactly."""
-NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-FINISH_REASONS = ("stop", "length", "cancelled")
-
-Record = TypeVar("Record")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,62 +102,6 @@ class Prompt:
     truncated: bool
     original_length: int
     """Tokens before the middle of the document was cut out; `length` when nothing was."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Retained:
-    """Which prompt positions a run kept: one bit per layer, head and position."""
-
-    heads: int
-    bits: str
-    """base64 of numpy.packbits (most significant bit first) over (layer, head, position) in C
-    order."""
-
-    @classmethod
-    def pack(cls, mask: np.ndarray) -> Retained:
-        """Pack a boolean (layers, heads, positions) array."""
-        return cls(
-            heads=int(mask.shape[1]),
-            bits=base64.b64encode(np.packbits(mask.reshape(-1)).tobytes()).decode("ascii"),
-        )
-
-    def unpack(self, num_layers: int, length: int) -> np.ndarray:
-        """Boolean (layers, heads, positions)."""
-        size = num_layers * self.heads * length
-        packed = np.frombuffer(_decode_base64(self.bits, "retained.bits"), np.uint8)
-        if packed.size != math.ceil(size / 8):
-            raise ValueError(
-                f"retained.bits holds {packed.size} bytes where {num_layers} layers x {self.heads} "
-                f"heads x {length} positions need {math.ceil(size / 8)}; save the run again"
-            )
-        return (
-            np.unpackbits(packed, count=size).astype(bool).reshape(num_layers, self.heads, length)
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scores:
-    """Importance of every position, averaged over heads and scaled per layer to 0..255."""
-
-    bytes: str
-    """base64 of uint8 (layer, position) in C order."""
-
-    @classmethod
-    def pack(cls, scores: np.ndarray) -> Scores:
-        """Pack a uint8 (layers, positions) array."""
-        return cls(
-            bytes=base64.b64encode(np.ascontiguousarray(scores, np.uint8).tobytes()).decode("ascii")
-        )
-
-    def unpack(self, num_layers: int, length: int) -> np.ndarray:
-        """uint8 (layers, positions)."""
-        raw = np.frombuffer(_decode_base64(self.bytes, "scores.bytes"), np.uint8)
-        if raw.size != num_layers * length:
-            raise ValueError(
-                f"scores.bytes holds {raw.size} values where {num_layers} layers x {length} "
-                f"positions need {num_layers * length}; save the run again"
-            )
-        return raw.reshape(num_layers, length)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -260,11 +222,11 @@ class Trace:
             )
         if data.get("schema") != SCHEMA:
             raise ValueError(
-                f"this record has schema {_show(data.get('schema'))}, and schema {SCHEMA} is read "
+                f"this record has schema {show(data.get('schema'))}, and schema {SCHEMA} is read "
                 "here; open it with the version that wrote it"
             )
-        trace: Trace = _read(cls, data, "record")
-        _check(trace)
+        trace: Trace = read(cls, data, "record")
+        check(trace)
         return trace
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -313,164 +275,3 @@ class Trace:
                 "choose a smaller file"
             )
         return cls.from_dict(data)
-
-
-def _check(trace: Trace) -> None:
-    """Ranges and sizes that types alone do not say."""
-    model, prompt = trace.model, trace.prompt
-    _within("model.num_layers", model.num_layers, 1, MAX_LAYERS)
-    _within("model.num_query_heads", model.num_query_heads, 1, MAX_HEADS)
-    _within("model.num_kv_heads", model.num_kv_heads, 1, model.num_query_heads)
-    _within("model.head_dim", model.head_dim, 1, MAX_COUNT)
-    _within("model.max_positions", model.max_positions, 1, MAX_COUNT)
-    for place in model.sliding_layers:
-        _within("a place in model.sliding_layers", place, 0, model.num_layers - 1)
-    _within("prefill_seconds", trace.prefill_seconds, 0, MAX_COUNT)
-    _within("prompt.length", prompt.length, 1, MAX_POSITIONS)
-    _within("prompt.original_length", prompt.original_length, prompt.length, MAX_COUNT)
-    end = len(prompt.text.encode("utf-16-le", "surrogatepass")) // 2
-    _within(
-        "the number of prompt.text_utf16_offsets", len(prompt.text_utf16_offsets), prompt.length
-    )
-    for index, pair in enumerate(prompt.text_utf16_offsets):
-        _span(f"prompt.text_utf16_offsets[{index}]", pair, end)
-    _span("prompt.document_span", prompt.document_span, prompt.length)
-    _span("prompt.question_span", prompt.question_span, prompt.length)
-    _span("prompt.document_utf16_span", prompt.document_utf16_span, end)
-    _within("the number of runs", len(trace.runs), 0, MAX_RUNS)
-    for index, run in enumerate(trace.runs):
-        _check_run(run, f"runs[{index}]", model, prompt.length)
-
-
-def _check_run(run: Run, where: str, model: ModelInfo, length: int) -> None:
-    _within(f"the number of {where}.budgets", len(run.budgets), model.num_layers)
-    for kept in run.budgets:
-        _within(f"a budget of {where}", kept, 0, length)
-    _within(f"the number of {where}.budget_history", len(run.budget_history), 0, model.num_layers)
-    for update in run.budget_history:
-        _within(f"an update's layers in {where}.budget_history", len(update), 1, model.num_layers)
-        for budget in update:
-            _within(f"a budget in {where}.budget_history", budget, 0, MAX_COUNT)
-    if run.retained.heads not in (model.num_kv_heads, model.num_query_heads):
-        _misfit(f"{where}.retained.heads", run.retained.heads, "the model's KV or query heads")
-    if run.finish_reason not in FINISH_REASONS:
-        _misfit(f"{where}.finish_reason", run.finish_reason, f"one of {', '.join(FINISH_REASONS)}")
-    for name, values in (
-        ("pieces", run.pieces),
-        ("logprobs", run.logprobs),
-        ("decode_seconds", run.decode_seconds),
-    ):
-        _within(f"the number of {where}.{name}", len(values), len(run.token_ids))
-    for name in ("kv_bytes", "kv_bytes_full", "score_seconds", "prune_seconds"):
-        _within(f"{where}.{name}", getattr(run, name), 0, MAX_COUNT)
-    for name in ("token_ids", "decode_seconds"):
-        _within(f"the least of {where}.{name}", min(getattr(run, name), default=0), 0, MAX_COUNT)
-    _within(f"{where}.kept_fraction", run.kept_fraction, 0, 1)
-    _within(f"{where}.decoded_together", run.decoded_together, 1, MAX_RUNS)
-    if run.agreement is not None:
-        _within(f"{where}.agreement.token_match", run.agreement.token_match, 0, 1)
-        _within(f"{where}.agreement.rouge_l", run.agreement.rouge_l, 0, 1)
-        divergence = run.agreement.first_divergence or 0
-        _within(f"{where}.agreement.first_divergence", divergence, 0, MAX_COUNT)
-        if run.agreement.divergence is not None:
-            _check_divergence(run.agreement.divergence, f"{where}.agreement.divergence")
-    try:
-        json.dumps(run.parameters, allow_nan=False, ensure_ascii=False).encode("utf-8")
-    except (TypeError, ValueError, RecursionError):
-        _misfit(f"{where}.parameters", run.parameters, "finite numbers and plain text")
-    run.retained.unpack(model.num_layers, length)
-    if run.scores is not None:
-        run.scores.unpack(model.num_layers, length)
-
-
-def _check_divergence(divergence: Divergence, where: str) -> None:
-    for name in ("token_ids", "pieces", "probabilities", "probabilities_full"):
-        _within(f"the number of {where}.{name}", len(getattr(divergence, name)), 2)
-    _within(f"the least of {where}.token_ids", min(divergence.token_ids), 0, MAX_COUNT)
-    for share in (*divergence.probabilities, *divergence.probabilities_full):
-        _within(f"a probability of {where}", share, 0, 1)
-
-
-def _within(where: str, value: float, least: int, most: int | None = None) -> None:
-    most = least if most is None else most
-    if not least <= value <= most:
-        _misfit(where, value, str(least) if least == most else f"{least} to {most}")
-
-
-def _span(where: str, span: list[int], limit: int) -> None:
-    if len(span) != 2 or not 0 <= span[0] <= span[1] <= limit:
-        _misfit(where, span, f"[start, end) within 0..{limit}")
-
-
-def _read(kind: Any, value: Any, where: str) -> Any:
-    """Build `kind` (a dataclass, list, dict, union or scalar type) from JSON data, or say what does
-    not fit."""
-    origin = typing.get_origin(kind)
-    if kind is Any:
-        return value
-    if origin is types.UnionType or origin is typing.Union:
-        choices = typing.get_args(kind)
-        if value is None:
-            return None if type(None) in choices else _misfit(where, value, kind)
-        return _read(next(choice for choice in choices if choice is not type(None)), value, where)
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        if not isinstance(value, dict):
-            _misfit(where, value, "an object")
-        hints = typing.get_type_hints(kind)
-        fields = dataclasses.fields(kind)
-        missing = [
-            f.name
-            for f in fields
-            if f.name not in value
-            and f.default is dataclasses.MISSING
-            and f.default_factory is dataclasses.MISSING
-        ]
-        if missing:
-            raise ValueError(f"{where}.{missing[0]} is missing; choose a complete run record")
-        return kind(
-            **{
-                f.name: _read(hints[f.name], value[f.name], f"{where}.{f.name}")
-                for f in fields
-                if f.name in value
-            }
-        )
-    if origin is list:
-        if not isinstance(value, list):
-            _misfit(where, value, "a list")
-        (item,) = typing.get_args(kind)
-        return [_read(item, element, f"{where}[{index}]") for index, element in enumerate(value)]
-    if origin is dict:
-        if not isinstance(value, dict):
-            _misfit(where, value, "an object")
-        return {
-            str(key): _read(typing.get_args(kind)[1], element, f"{where}.{key}")
-            for key, element in value.items()
-        }
-    if kind is float and type(value) is int and abs(value) < 2**53:
-        return float(value)
-    if type(value) is not kind:
-        _misfit(where, value, NAMES[kind])
-    if kind is float and not math.isfinite(value):
-        _misfit(where, value, "a finite number")
-    if kind is str and not value.isascii():
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError:
-            _misfit(where, value, "text without lone surrogates")
-    return value
-
-
-def _decode_base64(text: str, where: str) -> bytes:
-    try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
-        raise ValueError(f"{where} is not base64; save the run again") from None
-
-
-def _misfit(where: str, value: Any, expected: Any) -> typing.NoReturn:
-    raise ValueError(f"{where} is {_show(value)}, expected {expected}; choose a record saved here")
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from app.examples import Example
 from app.serving.model_host import ModelHost
 from dynamickv.record.trace import Trace
 from tests.app.synthetic import synthetic_trace
@@ -22,3 +25,13 @@ def host() -> ModelHost:
         raise OSError("there is no network and no embedded model; run make setup")
 
     return ModelHost(loader=loader)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def example(trace: Trace, tmp_path: Path) -> Example:
+    """That record as a built-in example."""
+    trace.save(tmp_path / "one.json.gz")
+    return Example(
+        id="one", title="One", kind="report", question=trace.prompt.question, capacity=96,
+        max_new_tokens=16, document="The river rose again.", run_file=tmp_path / "one.json.gz",
+    )  # fmt: skip

@@ -16,7 +16,7 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Locator, Page, expect
 
 from app.learn import MODELS, load_lessons
-from app.learn.lessons import told_numbers, updates
+from app.learn.view_model import told_numbers, updates
 from tests.browser.conftest import LOCAL, open_page
 
 pytestmark = pytest.mark.browser

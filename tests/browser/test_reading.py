@@ -10,7 +10,7 @@ import pytest
 from playwright.sync_api import BrowserContext, Page, expect
 
 from app.examples import Example
-from app.explore.view_model import document_of
+from app.record.words import document_of
 from dynamickv.record.trace import Trace
 from tests.browser.conftest import HOSTILE, open_page, pick
 from tests.browser.test_recorded import highlights, point_at_text

@@ -724,6 +724,14 @@ def test_a_long_document_is_cut_in_the_middle_when_asked(llm: dkv.LoadedModel) -
     assert dkv.Trace.from_dict(trace.to_dict()) == trace
 
 
+def test_a_document_far_too_long_still_leaves_room_for_whole_answers(llm: dkv.LoadedModel) -> None:
+    document = "".join(f"Line {number} of the log. " for number in range(400))
+    trace = dkv.compare(llm, document, QUESTION, methods=PAIR, max_new_tokens=20, truncate=True)
+    assert trace.prompt.length <= 2048 - 20
+    for run in trace.runs:
+        assert len(run.token_ids) == 20 or run.finish_reason == "stop"
+
+
 def test_hostile_text_passes_through_a_comparison(llm: dkv.LoadedModel) -> None:
     document = "a\ud83cb <script>\x00\u202e</script> 🌧️ <|im_end|>" * 3
     trace = dkv.compare(llm, document, "\udf27 why?", methods=PAIR, max_new_tokens=3)

@@ -15,7 +15,7 @@ import torch
 
 import dynamickv as dkv
 from dynamickv import answer, cli, memory
-from dynamickv.models.conversion import unreadable
+from dynamickv.models.faults import unreadable
 from tests.engine.tiny import DOCUMENT, QUESTION, tiny_llm
 
 compare = sys.modules["dynamickv.compare"]  # the module, not its function of that name

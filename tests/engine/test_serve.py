@@ -292,8 +292,8 @@ def test_the_model_is_as_it_was_afterwards(
             if ending == "done":
                 generated(model, prompt, past_key_values=cache)
             elif ending == "refused":
-                with pytest.raises(ValueError, match="the batch has 2 sequences"):
-                    model(prompt.repeat(2, 1), past_key_values=cache)
+                with pytest.raises(ValueError, match="without beam search"):
+                    generated(model, prompt, past_key_values=cache, num_beams=2)
     assert traces(model) == before
     for kept, now in ((state, model.state_dict()), (buffers, dict(model.named_buffers()))):
         assert kept.keys() == now.keys()
@@ -372,43 +372,27 @@ def padded(prompt: torch.Tensor, side: slice) -> torch.Tensor:
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
-    "a batch": (
-        lambda model, prompt, cache: model(prompt.repeat(2, 1), past_key_values=cache),
-        "the batch has 2 sequences",
-    ),
-    "a batch to generate": (
-        lambda model, prompt, cache: model.generate(
-            prompt.repeat(3, 1), past_key_values=cache, **ANSWER
-        ),
-        "the batch has 3 sequences",
-    ),
-    "embeddings of a batch": (
-        lambda model, prompt, cache: model(
-            inputs_embeds=torch.zeros(2, 5, 48), past_key_values=cache
-        ),
-        "the batch has 2 sequences",
-    ),
     "beam search": (
         lambda model, prompt, cache: generated(model, prompt, past_key_values=cache, num_beams=2),
         "without beam search",
-    ),
-    "several answers": (
-        lambda model, prompt, cache: generated(
-            model, prompt, past_key_values=cache, do_sample=True, num_return_sequences=2
-        ),
-        "the batch has 2 sequences",
-    ),
-    "padding on the left": (
-        lambda model, prompt, cache: model(
-            prompt, attention_mask=padded(prompt, slice(0, 3)), past_key_values=cache
-        ),
-        "hides padding",
     ),
     "padding on the right": (
         lambda model, prompt, cache: model(
             prompt, attention_mask=padded(prompt, slice(-3, None)), past_key_values=cache
         ),
         "hides padding",
+    ),
+    "padding between tokens": (
+        lambda model, prompt, cache: model(
+            prompt, attention_mask=padded(prompt, slice(3, 5)), past_key_values=cache
+        ),
+        "hides padding",
+    ),
+    "no cache": (
+        lambda model, prompt, cache: generated(
+            model, prompt, past_key_values=cache, use_cache=False
+        ),
+        "use_cache=False",
     ),
 }
 

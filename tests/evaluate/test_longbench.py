@@ -86,6 +86,40 @@ def test_rulers_own_folders_are_read(tmp_path: Path) -> None:
     assert read.fields["input"].endswith("Who? The answer is")
 
 
+@pytest.mark.parametrize("row", [{**LINE, "answers": "Okafor"}, {**RULER, "outputs": "Okafor"}])
+def test_an_answer_that_is_one_text_is_read(tmp_path: Path, row: dict[str, Any]) -> None:
+    write(tmp_path, qasper=[row])
+    (read,) = read_tasks(tmp_path)
+    assert read.answers == ["Okafor"]
+
+
+@pytest.mark.parametrize(
+    ("question", "prefix", "prompt"),
+    [
+        ("Who?", "The answer is", f"{DOCUMENT.rstrip()}\nWho? The answer is"),
+        (" Who?\n", " The answer is", f"{DOCUMENT.rstrip()} Who?\n The answer is"),
+        ("Who?", "", f"{DOCUMENT.rstrip()}\nWho?"),
+    ],
+)
+@pytest.mark.parametrize("answer", ["Okafor", ["Okafor"]])
+def test_kvpresss_columns_of_ruler_are_read(
+    tmp_path: Path, question: str, prefix: str, prompt: str, answer: Any
+) -> None:
+    row = {
+        "context": DOCUMENT.rstrip(),
+        "question": question,
+        "answer_prefix": prefix,
+        "answer": answer,
+        "task": "niah_single_1",
+        "max_new_tokens": 128,
+    }
+    write(tmp_path, niah_single_1=[row])
+    (read,) = read_tasks(tmp_path)
+    assert read.ruler
+    assert read.fields == {"input": prompt}
+    assert read.answers == ["Okafor"]
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
@@ -93,7 +127,7 @@ def test_rulers_own_folders_are_read(tmp_path: Path) -> None:
         ("[1, 2]", "list and no object"),
         ({**LINE, "context": 3}, "'context' is not a text"),
         ({**LINE, "answers": []}, "'answers' is not a list of texts"),
-        ({**LINE, "answers": "Okafor"}, "'answers' is not a list of texts"),
+        ({**LINE, "answers": 3}, "'answers' is not a list of texts"),
         ({**LINE, "context": " ", "input": ""}, "the prompt is empty"),
         ({"input": "a", "outputs": [4]}, "'outputs' is not a list of texts"),
         ({**LINE, "all_classes": "a"}, "'all_classes' is not a list of texts"),

@@ -65,7 +65,7 @@
     setPin(null);
   }
 
-  // The record with its token offsets unpacked (they travel as deltas: see encode_offsets in view_model.py) and its bits counted.
+  // The record with its token offsets unpacked (they travel as deltas: see encode_offsets in record/payload.py) and its bits counted.
   function decode({ record, starts: deltas, ends: exceptions, looks, ...rest }) {
     const { length } = record.prompt;
     const starts = new Uint32Array(length);

@@ -87,11 +87,6 @@
 
   DynamicKV.register("labstatus", (element) => (payload) => {
     mark(element.closest(".dkv-lab-form"), payload?.field);
-    const box = element.querySelector(".dkv-status");
-    if (payload?.stopping && box.dataset.state !== "running") return;
-    box.dataset.state = payload?.state ?? "idle";
-    box.querySelector('[data-role="message"]').textContent = payload?.message ?? "";
-    box.querySelector('[data-role="detail"]').textContent = payload?.detail ?? "";
-    box.querySelector(".dkv-progress > i").style.width = `${100 * (payload?.done ?? 0)}%`;
+    DynamicKV.sayStatus(element, payload);
   });
 })();

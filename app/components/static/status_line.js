@@ -10,14 +10,20 @@
     document.querySelector(".dkv-answers").scrollIntoView({ behavior: DynamicKV.reducedMotion() ? "auto" : "smooth", block: "start" });
   }
 
-  DynamicKV.register("status", (element) => (payload) => {
+  // What a status line says and how far it is; false where it comes too late to be said.
+  DynamicKV.sayStatus = (element, payload) => {
     const box = element.querySelector(".dkv-status");
     // Stop answers on a way of its own and may come in after the run's last word.
-    if (payload?.stopping && box.dataset.state !== "running") return;
+    if (payload?.stopping && box.dataset.state !== "running") return false;
     box.dataset.state = payload?.state ?? "idle";
     box.querySelector('[data-role="message"]').textContent = payload?.message ?? "";
     box.querySelector('[data-role="detail"]').textContent = payload?.detail ?? "";
     box.querySelector(".dkv-progress > i").style.width = `${100 * (payload?.done ?? 0)}%`;
+    return true;
+  };
+
+  DynamicKV.register("status", (element) => (payload) => {
+    if (!DynamicKV.sayStatus(element, payload)) return;
     // While a run is on, what the views below show is the run before it.
     const running = payload?.state === "running";
     const began = running && !document.body.classList.contains("dkv-running");

@@ -5,17 +5,6 @@
   const { DynamicKV } = window;
   const { store, on, make, plain } = DynamicKV;
   const STEP = 8; // tokens per press of + or -
-  const CONTROLS = {
-    capacity: { label: "Capacity", min: 16, max: 2048, step: 8 },
-    window_size: { label: "Window", min: 1, max: 64, step: 1 },
-    kernel_size: { label: "Kernel", min: 1, max: 31, step: 2 },
-    pooling: { label: "Pooling", options: ["max", "avg"] },
-    granularity: { label: "One choice per", options: ["kv_head", "query_head"] },
-    head_budgets: { label: "Heads' shares", options: ["uniform", "adaptive"] },
-    r_max: { label: "r_max", min: 1, max: 30, step: 0.5 },
-    update_interval: { label: "Update interval", min: 1, max: 16, step: 1 },
-  };
-  const DRAWN = ["window_size", "kernel_size", "pooling", "granularity", "head_budgets"]; // what drawn budgets leave open
   const SHAPES = {
     uniform: () => 1,
     pyramid: (layer, layers) => 1.75 - (1.5 * layer) / Math.max(1, layers - 1),
@@ -38,7 +27,7 @@
 
   DynamicKV.register("whatif", (element, props, link) => {
     const find = (role) => element.querySelector(`[data-role="${role}"]`);
-    let form = null; // {methods: {name: [setting]}, defaults}
+    let form = null; // {methods: {name: [setting]}, drawn: [setting], controls: {setting: its control}, defaults}
     let method = null;
     let settings = {};
     let drawn = null; // budgets per layer while drawing
@@ -51,7 +40,7 @@
     const ready = () => Boolean(store.trace?.ready && store.server?.predict);
     const predicted = () => (store.trace?.runs.at(-1)?.predicted ? store.trace.runs.at(-1) : null);
     const asked = () => {
-      const taken = drawn ? DRAWN : form.methods[method];
+      const taken = drawn ? form.drawn : form.methods[method];
       const wanted = Object.fromEntries(taken.filter((name) => settings[name] !== undefined).map((name) => [name, settings[name]]));
       return { key: key(), ...spans, ...(drawn ? { budgets: drawn } : { method }), settings: wanted };
     };
@@ -141,7 +130,7 @@
 
     // ---- controls ---------------------------------------------------------------------------------------------
     function control(name) {
-      const { label, options, ...range } = CONTROLS[name];
+      const { label, options, ...range } = form.controls[name];
       const value = settings[name];
       if (options) {
         const select = make("select", { data: { setting: name } }, ...options.map((item) => make("option", { value: item, selected: item === value }, item.replace("_", " "))));
@@ -158,7 +147,7 @@
       if (!form || !store.trace) return;
       const names = Object.keys(form.methods);
       const picker = make("select", { data: { setting: "method" } }, ...names.map((name) => make("option", { value: name, selected: name === method }, name)));
-      const shown = drawn ? ["capacity", ...DRAWN] : form.methods[method].filter((name) => name in CONTROLS);
+      const shown = drawn ? ["capacity", ...form.drawn] : form.methods[method];
       find("sliders").replaceChildren(...(drawn ? [] : [make("label", {}, "Method", picker)]), ...shown.map(control));
       for (const node of element.querySelectorAll("[data-setting], [data-start], [data-role=draw]")) node.disabled = !ready();
     }
@@ -208,7 +197,7 @@
     find("sliders").addEventListener("input", (event) => {
       const name = event.target.dataset.setting;
       if (name === "method") { method = event.target.value; build(); changed(); return; }
-      settings[name] = CONTROLS[name].options ? event.target.value : Number(event.target.value);
+      settings[name] = form.controls[name].options ? event.target.value : Number(event.target.value);
       const shown = event.target.parentElement.querySelector("b");
       if (shown) shown.textContent = String(settings[name]);
       if (drawn) drawn = DynamicKV.share(drawn.map((budget) => Math.max(0.5, budget - least())), total(), least(), most());
@@ -240,8 +229,8 @@
       const run = fits(shown) ? shown : store.trace.runs.findLast(fits);
       method = run?.method ?? Object.keys(form.methods).at(-1);
       const taken = form.methods[method] ?? [];
-      const known = Object.fromEntries(Object.entries(run?.parameters ?? {}).filter(([name]) => name in CONTROLS && taken.includes(name)));
-      settings = { capacity: 128, window_size: 8, kernel_size: 7, pooling: "max", granularity: "kv_head", r_max: 10, update_interval: 4, ...form.defaults, ...known };
+      const known = Object.fromEntries(Object.entries(run?.parameters ?? {}).filter(([name]) => name in form.controls && taken.includes(name)));
+      settings = { capacity: 128, ...form.defaults, ...known };
       build();
       say();
     }

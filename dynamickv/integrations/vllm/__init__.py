@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import os
 
-TESTED_VERSIONS = ("0.32.0",)
-"""vLLM versions that `make vllm` was run with."""
-CONNECTOR = "DynamicKV"
-"""Name of the connector in --kv-transfer-config."""
+from dynamickv.integrations.vllm.options import CONNECTOR as CONNECTOR
+from dynamickv.integrations.vllm.options import TESTED_VERSIONS as TESTED_VERSIONS
 
 
 def register() -> None:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dynamickv.methods.base import CompressionMethod, ScoredSelection, Selection
+from dynamickv.methods.base import CompressionMethod
+from dynamickv.methods.selection import ScoredSelection, Selection
 from dynamickv.scoring import top_positions
 
 

@@ -1,4 +1,4 @@
-"""vLLM's FlashAttention backend, with compressed layers. Not run yet: see README."""
+"""vLLM's FlashAttention backend, with compressed layers. Not run yet: see docs/vllm.md."""
 
 from __future__ import annotations
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from dynamickv.integrations.vllm import CONNECTOR
 from dynamickv.methods import METHODS, CompressionMethod, build_method
+from dynamickv.methods.registry import require_known
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+TESTED_VERSIONS = ("0.32.0",)
+"""vLLM versions that `make vllm` was run with."""
+CONNECTOR = "DynamicKV"
+"""Name of the connector in --kv-transfer-config."""
 DEFAULT_METHOD = "DynamicKV"
 
 
@@ -33,8 +37,7 @@ def method_of(config: VllmConfig) -> CompressionMethod:
 
 def _method(settings: dict[str, Any]) -> CompressionMethod:
     name = settings.pop("method", DEFAULT_METHOD)
-    if name not in METHODS:
-        raise ValueError(f"there is no method {name!r}; choose from {', '.join(METHODS)}")
+    require_known([name])
     known = {field.name for field in fields(METHODS[name])}
     for option in settings:
         if option not in known:
@@ -42,10 +45,11 @@ def _method(settings: dict[str, Any]) -> CompressionMethod:
                 f"{name} has no option {option!r}; choose from {', '.join(sorted(known))}"
             )
     method = build_method(name, **settings)
-    if method.needs_mass:
+    if not method.capabilities.vllm:
+        why = "needs the attention of all queries, which vLLM does not keep"
+        others = ", ".join(other for other in METHODS if METHODS[other].capabilities.vllm)
         raise ValueError(
-            f"{name} needs the attention of all queries, which vLLM does not keep; choose SnapKV, "
-            "PyramidKV, DynamicKV or StreamingLLM"
+            f"{name} {why if method.needs_mass else 'does not run in vLLM'}; choose from {others}"
         )
     for option, only in (("granularity", "kv_head"), ("head_budgets", "uniform")):
         if getattr(method, option, only) != only:

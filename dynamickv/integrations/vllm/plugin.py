@@ -7,7 +7,7 @@ from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from dynamickv.integrations.vllm import CONNECTOR, TESTED_VERSIONS
+from dynamickv.integrations.vllm.options import CONNECTOR, TESTED_VERSIONS
 
 PACKAGE = "dynamickv.integrations.vllm"
 BACKENDS = {

@@ -1,4 +1,4 @@
-"""vLLM's Triton backend, with compressed layers. Not run yet: see README."""
+"""vLLM's Triton backend, with compressed layers. Not run yet: see docs/vllm.md."""
 
 from __future__ import annotations
 

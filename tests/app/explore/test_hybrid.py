@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 
 import dynamickv as dkv
-from app.explore import view_model as vm
 from app.explore.live import LiveRun
+from app.record import cards
 from app.views.budgets import VIEW
 from dynamickv.record.trace import Retained, Run, Trace
 
@@ -32,7 +32,7 @@ def hybrid(trace: Trace) -> Trace:
 
 def test_the_receipt_counts_the_layers_that_can_be_compressed(trace: Trace) -> None:
     shown = hybrid(trace)
-    (full, dynamic) = vm.cards(shown)
+    (full, dynamic) = cards.cards(shown)
     assert full["chip"] == "keeps everything"
     assert dynamic["chip"] == "compressed at 26 of 26 layers, 4 slide"
 
@@ -41,8 +41,8 @@ def test_a_prompt_that_fits_is_said_to_fit_though_windows_slide(trace: Trace) ->
     shown = hybrid(trace)
     kept = replace(shown.runs[0], method="DynamicKV", parameters={"capacity": 5000})
     fits = replace(shown, runs=[shown.runs[0], kept])
-    assert vm.cards(fits)[1]["chip"] == "nothing to compress: the prompt fits"
-    assert vm.fits_notice(fits).startswith("Nothing to compress")
+    assert cards.cards(fits)[1]["chip"] == "nothing to compress: the prompt fits"
+    assert cards.fits_notice(fits).startswith("Nothing to compress")
 
 
 def test_the_same_is_said_while_it_runs(trace: Trace) -> None:
@@ -60,7 +60,7 @@ def test_the_same_is_said_while_it_runs(trace: Trace) -> None:
                 prune_seconds=0.1,
             )
         )
-    assert live.cards[1]["chip"] == vm.cards(shown)[1]["chip"]
+    assert live.cards[1]["chip"] == cards.cards(shown)[1]["chip"]
 
 
 def test_bars_of_sliding_layers_are_pale_and_the_note_says_why(trace: Trace) -> None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
-
 import dynamickv as dkv
-from app.explore.handlers import waiting
-from app.explore.live import Estimate, LiveRun, Speed
-from app.serving.turns import Place
+from app.explore.live import LiveRun
+from app.serving.speed import Estimate, Speed
 from tests.app.synthetic import synthetic_trace
 
 
@@ -47,18 +44,3 @@ def test_an_exceeded_estimate_is_said_to_be_exceeded() -> None:
     assert live.status(0)["detail"] == "0.0 s · up to 11.2 s, at the speed of the last run here"
     assert live.status(11.2)["detail"].startswith("11.2 s · up to 11.2 s")
     assert live.status(92)["detail"] == "92.0 s · longer than the estimated 11.2 s"
-
-
-@pytest.mark.parametrize(
-    ("ahead", "seconds", "words"),
-    [
-        (1, None, ""),
-        (1, 8.0, "about 8.0 s, judging by the last runs"),
-        (1, 0.0, "longer than estimated, judging by the last runs"),
-        (0, 0.0, ""),
-    ],
-)
-def test_a_place_in_the_queue_is_told_with_its_time(
-    ahead: int, seconds: float | None, words: str
-) -> None:
-    assert waiting(Place(ahead=ahead, seconds=seconds))["detail"] == words

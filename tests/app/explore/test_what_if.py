@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import gradio as gr
@@ -10,18 +9,17 @@ import pytest
 
 import dynamickv as dkv
 from app.examples import Example
-from app.explore.handlers import EXAMPLE_KEY, Handlers
 from app.inputs import build_what_if
 from app.serving.model_host import ModelHost
 from app.serving.shelf import Shelf, trace_bytes
 from dynamickv.record.trace import Trace
+from tests.app.pages import Page, asking, filled, last
 from tests.engine.tiny import DOCUMENT, QUESTION, tiny_llm
 
 ASKED: dict[str, Any] = {
     "method": "DynamicKV",
     "settings": {"capacity": 40, "window_size": 4, "update_interval": 2},
 }
-SETTINGS = (64, 8, 7, "max", "kv_head", 10, 4, 6, False, True, "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -30,47 +28,45 @@ def llm() -> dkv.LoadedModel:
 
 
 @pytest.fixture
-def handlers(llm: dkv.LoadedModel) -> Handlers:
+def page(llm: dkv.LoadedModel) -> Page:
     host = ModelHost("tiny", loader=lambda name: llm)
     host.get("tiny")
-    return Handlers(host, {})
+    return Page(host)
 
 
 def event(data: dict[str, Any]) -> gr.EventData:
     return gr.EventData(None, data)
 
 
-def last(results: Any) -> Any:
-    *_, result = results
-    return result
-
-
-def test_h2o_predicts_what_it_runs_once_its_attention_is_recorded(handlers: Handlers) -> None:
-    store = run(handlers, ["H2O"])
+def test_h2o_predicts_what_it_runs_once_its_attention_is_recorded(page: Page) -> None:
+    store = run(page, ("H2O",))
     asked = {"method": "H2O", "settings": {"capacity": 30}, "key": store["key"]}
-    predicted = handlers.predict(asked)["run"]
-    _, _, answered, *_ = last(handlers.answer(gr.Request(session_hash="a"), event(asked)))
+    predicted = page.explore.what_if.predict(asked)["run"]
+    _, _, answered, *_ = answer(page, asked)
     made = answered["record"]["runs"][-1]
     assert (made["method"], made["retained"]) == ("H2O", predicted["retained"])
 
 
-def test_a_marked_passage_is_in_the_record_and_in_the_label(handlers: Handlers) -> None:
-    asked = {"method": "DynamicKV", "settings": {"capacity": 64}, "key": run(handlers)["key"]}
+def test_a_marked_passage_is_in_the_record_and_in_the_label(page: Page) -> None:
+    asked = {"method": "DynamicKV", "settings": {"capacity": 64}, "key": run(page)["key"]}
     asked |= {"pinned": [[40, 52]], "evicted": [[9, 12]]}
-    _, cards, store, *_ = last(handlers.answer(gr.Request(session_hash="a"), event(asked)))
+    _, cards, store, *_ = answer(page, asked)
     parameters = store["record"]["runs"][-1]["parameters"]
     assert (parameters["pinned"], parameters["evicted"]) == ([[40, 52]], [[9, 12]])
     assert cards["cards"][-1]["label"] == "DynamicKV, 12 tokens pinned, 3 evicted"
-    status, *_ = last(handlers.answer(gr.Request(session_hash="a"), event(asked)))
+    status, *_ = answer(page, asked)
     assert status["message"] == "DynamicKV with these settings is answered already."
 
 
-def run(handlers: Handlers, methods: list[str] | None = None) -> dict[str, Any]:
+def run(page: Page, methods: tuple[str, ...] = ("DynamicKV",), **changes: Any) -> dict[str, Any]:
     """Press Run; what the page then holds."""
-    request = gr.Request(session_hash="a")
-    done = last(handlers.run(request, DOCUMENT, QUESTION, methods or ["DynamicKV"], *SETTINGS))
-    store: dict[str, Any] = done[2]
+    store: dict[str, Any] = page.press_run(methods=list(methods), capacity=64, **changes)[2]
     return store
+
+
+def answer(page: Page, asked: Any, session: str = "a") -> tuple[Any, ...]:
+    """Answer with what-if's settings; what the page then gets."""
+    return tuple(last(page.explore.what_if.answer(asking(session), event(asked))))
 
 
 @pytest.mark.parametrize(
@@ -91,12 +87,12 @@ def run(handlers: Handlers, methods: list[str] | None = None) -> dict[str, Any]:
     ],
     ids=lambda asked: asked.get("method", "drawn"),
 )
-def test_what_is_predicted_is_what_is_run(handlers: Handlers, asked: dict[str, Any]) -> None:
-    store = run(handlers)
+def test_what_is_predicted_is_what_is_run(page: Page, asked: dict[str, Any]) -> None:
+    store = run(page)
     assert store["ready"]
     asked = asked | {"key": store["key"]}
-    predicted = handlers.predict(asked)["run"]
-    status, cards, answered, *_ = last(handlers.answer(gr.Request(session_hash="a"), event(asked)))
+    predicted = page.explore.what_if.predict(asked)["run"]
+    status, cards, answered, *_ = answer(page, asked)
     assert status["message"] == "Done."
     made = answered["record"]["runs"][-1]
     for field in ("method", "parameters", "budgets", "budget_history", "retained", "kv_bytes"):
@@ -106,12 +102,10 @@ def test_what_is_predicted_is_what_is_run(handlers: Handlers, asked: dict[str, A
     assert len(cards["cards"]) == 3
 
 
-def test_the_answer_is_that_of_a_run_from_the_start(
-    handlers: Handlers, llm: dkv.LoadedModel
-) -> None:
-    store = run(handlers)
+def test_the_answer_is_that_of_a_run_from_the_start(page: Page, llm: dkv.LoadedModel) -> None:
+    store = run(page)
     asked = ASKED | {"key": store["key"]}
-    _, _, answered, *_ = last(handlers.answer(gr.Request(session_hash="a"), event(asked)))
+    _, _, answered, *_ = answer(page, asked)
     method = build_what_if(asked)
     trace = dkv.compare(llm, DOCUMENT, QUESTION, methods=[dkv.FullKV(), method], max_new_tokens=6)
     made = answered["record"]["runs"][-1]
@@ -121,16 +115,15 @@ def test_the_answer_is_that_of_a_run_from_the_start(
     )
 
 
-def test_a_new_answer_takes_the_place_of_the_last_what_if(handlers: Handlers) -> None:
-    key = run(handlers)["key"]
-    request = gr.Request(session_hash="a")
+def test_a_new_answer_takes_the_place_of_the_last_what_if(page: Page) -> None:
+    key = run(page)["key"]
     for capacity in (40, 50):
         asked = {"key": key, "method": "DynamicKV", "settings": {"capacity": capacity}}
-        _, _, store, *_ = last(handlers.answer(request, event(asked)))
+        _, _, store, *_ = answer(page, asked)
     names = [look["label"] for look in store["looks"]]
     assert names == ["FullKV", "DynamicKV", "DynamicKV, capacity 50"]
     same = {"key": key, "method": "DynamicKV", "settings": {"capacity": 64}}
-    status, *_ = last(handlers.answer(request, event(same)))
+    status, *_ = answer(page, same)
     assert status["message"] == "DynamicKV with these settings is answered already."
 
 
@@ -165,24 +158,22 @@ def test_a_new_answer_takes_the_place_of_the_last_what_if(handlers: Handlers) ->
         ({"settings": {"capacity": 40, "head_budgets": "x"}}, "head_budgets must be"),
     ],
 )
-def test_a_bad_what_if_is_one_sentence(
-    handlers: Handlers, changes: dict[str, Any], sentence: str
-) -> None:
-    asked = ASKED | {"key": run(handlers)["key"]} | changes
-    assert sentence in handlers.predict(asked)["error"]
-    status, *_ = last(handlers.answer(gr.Request(session_hash="a"), event(asked)))
+def test_a_bad_what_if_is_one_sentence(page: Page, changes: dict[str, Any], sentence: str) -> None:
+    asked = ASKED | {"key": run(page)["key"]} | changes
+    assert sentence in page.explore.what_if.predict(asked)["error"]
+    status, *_ = answer(page, asked)
     assert status["state"] == "error"
     assert sentence in status["message"]
 
 
 @pytest.mark.parametrize("asked", [None, [], "x", 7, {}])
-def test_nonsense_from_a_browser_is_one_sentence(handlers: Handlers, asked: Any) -> None:
-    assert "no longer holds" in handlers.predict(asked)["error"]
-    assert "no longer holds" in handlers.scores(asked)["error"]
+def test_nonsense_from_a_browser_is_one_sentence(page: Page, asked: Any) -> None:
+    assert "no longer holds" in page.explore.what_if.predict(asked)["error"]
+    assert "no longer holds" in page.explore.evidence.scores(asked)["error"]
 
 
 def test_a_recorded_run_is_read_once_and_then_answers(
-    handlers: Handlers, llm: dkv.LoadedModel, tmp_path: Any
+    page: Page, llm: dkv.LoadedModel, tmp_path: Any
 ) -> None:
     trace = dkv.compare(
         llm,
@@ -193,49 +184,46 @@ def test_a_recorded_run_is_read_once_and_then_answers(
         scores=True,
     )
     trace.save(tmp_path / "one.json.gz")
-    handlers.examples["one"] = Example(
+    page.examples["one"] = Example(
         id="one", title="One", kind="", question=QUESTION, capacity=64, max_new_tokens=6,
         document=DOCUMENT, run_file=tmp_path / "one.json.gz",
     )  # fmt: skip
-    key = f"{EXAMPLE_KEY}one"
-    assert "read it first" in handlers.predict(ASKED | {"key": key})["error"]
-    assert handlers.scores({"key": key, "run": 1})["bytes"] == trace.runs[1].scores.bytes  # type: ignore[union-attr]
-    assert handlers.scores({"key": key, "run": 0})["bytes"] is None
-    assert "between 0 and 1" in handlers.scores({"key": key, "run": 2})["error"]
-    status, panel, *_ = last(handlers.read(gr.Request(session_hash="a"), event({"key": key})))
+    key = page.examples["one"].key
+    assert "read it first" in page.explore.what_if.predict(ASKED | {"key": key})["error"]
+    assert (
+        page.explore.evidence.scores({"key": key, "run": 1})["bytes"] == trace.runs[1].scores.bytes
+    )  # type: ignore[union-attr]
+    assert page.explore.evidence.scores({"key": key, "run": 0})["bytes"] is None
+    assert "between 0 and 1" in page.explore.evidence.scores({"key": key, "run": 2})["error"]
+    status, panel, *_ = last(page.explore.what_if.read(asking(), event({"key": key})))
     assert status["message"].startswith("The prompt is read")
     asked = ASKED | {"key": panel["key"]}
-    assert handlers.predict(asked)["run"]["budgets"]
-    _, cards, store, *_ = last(handlers.answer(gr.Request(session_hash="a"), event(asked)))
+    assert page.explore.what_if.predict(asked)["run"]["budgets"]
+    _, cards, store, *_ = answer(page, asked)
     assert cards["source"].startswith("recorded on")
     assert cards["source"].endswith(", one run added here")
     assert store["record"]["prefill_seconds"] == trace.prefill_seconds
 
 
-def test_a_document_read_before_the_question_predicts_the_same(handlers: Handlers) -> None:
-    settings = [*SETTINGS]
-    settings[9] = False
-    request = gr.Request(session_hash="a")
-    done = last(handlers.run(request, DOCUMENT, QUESTION, ["DynamicKV"], *settings))
-    asked = ASKED | {"key": done[2]["key"]}
-    predicted = handlers.predict(asked)["run"]
-    _, _, store, *_ = last(handlers.answer(request, event(asked)))
+def test_a_document_read_before_the_question_predicts_the_same(page: Page) -> None:
+    asked = ASKED | {"key": run(page, question_aware=False)["key"]}
+    predicted = page.explore.what_if.predict(asked)["run"]
+    _, _, store, *_ = answer(page, asked)
     assert store["record"]["runs"][-1]["retained"] == predicted["retained"]
 
 
-def test_stop_ends_an_answer_and_keeps_what_there_is(handlers: Handlers) -> None:
-    key = run(handlers)["key"]
-    request = gr.Request(session_hash="b")
-    stop = threading.Event()
-    stop.set()
-    handlers._stops["b"] = stop
-    status, _, store, *_ = last(handlers.answer(request, event(ASKED | {"key": key})))
+def test_stop_ends_an_answer_and_keeps_what_there_is(page: Page) -> None:
+    key = run(page)["key"]
+    begun = page.explore.run.begin(asking("b"), *filled())
+    assert next(begun)[0]["state"] == "running"
+    page.explore.run.stop(asking("b"))
+    status, _, store, *_ = answer(page, ASKED | {"key": key}, "b")
     assert status["message"].startswith("Stopped")
     assert store["record"]["runs"][-1]["finish_reason"] == "cancelled"
 
 
-def test_keys_cannot_be_guessed_and_differ(handlers: Handlers) -> None:
-    keys = {run(handlers)["key"] for _ in range(3)}
+def test_keys_cannot_be_guessed_and_differ(page: Page) -> None:
+    keys = {run(page)["key"] for _ in range(3)}
     assert len(keys) == 3
     assert min(map(len, keys)) >= 32
 

@@ -14,6 +14,7 @@ from app.lab import view_model as lab_model
 from app.lab.handlers import FILE_NAME, LabHandlers, numbers
 from app.lab.view_model import PANELS, recorded
 from app.serving.model_host import ModelHost
+from app.serving.turns import Turns
 from tests.app.views.test_views import KNOWN_TRACES
 from tests.engine.tiny import DOCUMENT, QUESTION, tiny_llm
 
@@ -32,8 +33,16 @@ def examples() -> dict[str, Example]:
 
 
 @pytest.fixture
+def turns() -> Turns:
+    return Turns()
+
+
+@pytest.fixture
 def handlers(
-    examples: dict[str, Example], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+    examples: dict[str, Example],
+    turns: Turns,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> LabHandlers:
     host = ModelHost("tiny", loader=lambda name: tiny_llm())
     texts = tmp_path_factory.mktemp("texts")
@@ -41,7 +50,7 @@ def handlers(
         (texts / f"{name}.txt").write_text(DOCUMENT + name)
     own = {"a": {"find a fact": QUESTION, "complete code": "Write the next line."}}
     (texts / "questions.json").write_text(json.dumps(own))
-    return LabHandlers(host, examples, folder=tmp_path / "kept", task_folder=texts)
+    return LabHandlers(host, examples.values(), turns, folder=tmp_path / "kept", task_folder=texts)
 
 
 def last(steps: list[Any]) -> tuple[Any, Any]:
@@ -287,12 +296,12 @@ def test_numbers_are_read_in_any_order() -> None:
     assert numbers("capacity", "128, 64 64") == [64, 128]
 
 
-def test_others_go_between_two_steps_of_a_measurement(handlers: LabHandlers) -> None:
+def test_others_go_between_two_steps_of_a_measurement(handlers: LabHandlers, turns: Turns) -> None:
     steps = handlers.needle(None, *NEEDLE)
     for step in steps:
         if step[0]["message"] == "Measured 1 of 4 cells":
             break
-    with handlers.turns.join("somebody else") as ticket:
+    with turns.join("somebody else") as ticket:
         assert ticket.wait(0)
         waits = next(steps)[0]["message"]
     assert waits == "Waiting for your turn: 1 run before yours"

@@ -23,13 +23,13 @@ import dynamickv as dkv
 from app.components.base import STATIC
 from app.examples import ASSETS, load_examples
 from app.learn import MODELS, Lesson, lesson_routes, load_lessons
-from app.learn.lessons import (
+from app.learn.lessons import token_span
+from app.learn.view_model import (
     fill,
     lesson_payload,
     pair_numbers,
     pair_payload,
     survival,
-    token_span,
     told_numbers,
     updates,
 )

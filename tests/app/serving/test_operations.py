@@ -21,17 +21,16 @@ import pytest
 
 import app as package
 import dynamickv as dkv
-from app.explore.handlers import Handlers
 from app.inputs import build_request
 from app.serving import logs, zero_gpu
 from app.serving.health import health
 from app.serving.model_host import ModelHost
 from app.serving.sealed import SENTENCE
 from app.serving.turns import Turns
+from tests.app.pages import Page, asking, filled
 from tests.engine.tiny import DOCUMENT, QUESTION, tiny_llm
 
 ROOT = Path(package.__file__).parents[1]
-SETTINGS = (40, 8, 7, "max", "kv_head", 10, 4, 6, False, True, "tiny")
 SECRET = "xyzzy-plugh-4711"
 
 
@@ -155,15 +154,13 @@ def lines(log: io.StringIO) -> list[dict[str, Any]]:
 
 
 def test_a_run_is_logged_without_its_text(llm: dkv.LoadedModel, log: io.StringIO) -> None:
-    host = ModelHost("tiny", loader=lambda _: llm)
-    handlers = Handlers(host, {})
-    request = gr.Request(session_hash=SECRET)
-    texts = (f"{DOCUMENT} {SECRET}", f"{QUESTION} {SECRET}")
-    list(handlers.begin(request, *texts, ["SnapKV"], *SETTINGS))
-    *_, last = handlers.run(request, *texts, ["SnapKV"], *SETTINGS)
+    page = Page(ModelHost("tiny", loader=lambda _: llm))
+    texts = {"document": f"{DOCUMENT} {SECRET}", "question": f"{QUESTION} {SECRET}"}
+    list(page.explore.run.begin(asking(SECRET), *filled(**texts)))
+    last = page.press_run(SECRET, **texts)
     assert last[0]["message"] == "Done."
     answer = last[2]["record"]["runs"][0]["answer"]
-    handlers.compare(*texts, ["FullKV"], 40, 4, "tiny")
+    page.endpoint("compare")(*texts.values(), ["FullKV"], 40, 4, "tiny")
     runs = [line for line in lines(log) if line["event"] == "run finished"]
     assert len(runs) == 2
     assert runs[0]["methods"] == ["FullKV", "SnapKV"]
@@ -173,20 +170,19 @@ def test_a_run_is_logged_without_its_text(llm: dkv.LoadedModel, log: io.StringIO
 
 
 def test_who_waits_is_told_how_long_the_run_before_takes_itself(llm: dkv.LoadedModel) -> None:
-    turns = Turns()
-    handlers = Handlers(ModelHost("tiny", loader=lambda _: llm), {}, turns=turns)
+    page = Page(ModelHost("tiny", loader=lambda _: llm))
 
     def told(max_new_tokens: int) -> float:
         """Seconds that the queue says while a run of so many tokens is in it."""
-        settings = (*SETTINGS[:7], max_new_tokens, *SETTINGS[8:])
-        going = handlers.run(gr.Request(session_hash="a"), DOCUMENT, QUESTION, [], *settings)
+        values = filled(methods=[], max_new_tokens=max_new_tokens)
+        going = page.explore.run.run(asking(), *values)
         next(going)
-        with closing(going), turns.join("b") as behind:
+        with closing(going), page.turns.join("b") as behind:
             seconds = behind.place().seconds
             assert seconds is not None
             return seconds
 
-    list(handlers.run(gr.Request(session_hash="a"), DOCUMENT, QUESTION, [], *SETTINGS))
+    page.press_run(methods=[])
     assert told(500) > 3 * told(2)
 
 
@@ -197,17 +193,16 @@ def test_a_failed_run_is_logged_without_its_text(
         raise RuntimeError(f"cannot do {SECRET}")
 
     monkeypatch.setattr(dkv, "compare_stream", fail)
-    handlers = Handlers(ModelHost("tiny", loader=lambda _: llm), {})
-    request = gr.Request(session_hash="a")
-    *_, last = handlers.run(request, f"{DOCUMENT}{SECRET}", QUESTION, ["SnapKV"], *SETTINGS)
+    page = Page(ModelHost("tiny", loader=lambda _: llm))
+    last = page.press_run(document=f"{DOCUMENT}{SECRET}")
     assert last[0]["message"].startswith("The run failed (RuntimeError)")
     assert SECRET not in str(last)
     with pytest.raises(gr.Error, match="could not be carried out"):
-        handlers.compare(f"{DOCUMENT}{SECRET}", QUESTION, ["FullKV"], 40, 4, "tiny")
+        page.endpoint("compare")(f"{DOCUMENT}{SECRET}", QUESTION, ["FullKV"], 40, 4, "tiny")
     (first, second) = [line for line in lines(log) if line["level"] == "error"]
     assert (first["error"], second["error"]) == ("RuntimeError", "RuntimeError")
     assert second["handler"] == "compare"
-    assert any(place.startswith("app.explore.handlers:") for place in first["at"])
+    assert any(place.startswith("app.serving.comparisons:") for place in first["at"])
     assert SECRET not in log.getvalue()
 
 
@@ -227,41 +222,36 @@ def test_the_level_is_obeyed(log: io.StringIO, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     "call",
     [
-        lambda handlers: handlers.count(7, None, "tiny"),
-        lambda handlers: list(handlers.begin(None, DOCUMENT, QUESTION, [[]], *SETTINGS)),
-        lambda handlers: handlers.lock_reference(7),
+        lambda page: page.explore.form.count(7, None, "tiny"),
+        lambda page: list(page.explore.run.begin(None, *filled(methods=[[]]))),
+        lambda page: page.explore.form.lock_reference(7),
+        lambda page: page.endpoint("compare")(DOCUMENT, QUESTION, [[]]),
     ],
-    ids=["function", "generator", "static"],
+    ids=["method", "generator", "static", "function"],
 )
 def test_surprises_are_one_sentence(host: ModelHost, call: Any) -> None:
     with pytest.raises(gr.Error) as caught:
-        call(Handlers(host, {}))
+        call(Page(host))
     assert SENTENCE in str(caught.value.message)
-
-
-def test_ticking_methods_sends_nothing_back_unless_fullkv_went() -> None:
-    assert Handlers.lock_reference(["SnapKV", "FullKV"]) == gr.skip()
-    assert Handlers.lock_reference(["H2O", "SnapKV"]) == ["FullKV", "H2O", "SnapKV"]
 
 
 def test_running_out_of_memory_is_said_on_the_page_and_the_next_run_works(
     llm: dkv.LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    handlers = Handlers(ModelHost("tiny", loader=lambda _: llm), {})
-    request = gr.Request(session_hash="a")
+    page = Page(ModelHost("tiny", loader=lambda _: llm))
 
     def fail(*_: Any, **__: Any) -> Any:
         raise MemoryError
 
     with monkeypatch.context() as patch:
         patch.setattr("dynamickv.answer.prune", fail)
-        *_, last = handlers.run(request, DOCUMENT, QUESTION, ["SnapKV"], *SETTINGS)
+        last = page.press_run()
         assert last[0]["state"] == "error"
         assert "choose fewer methods or lower the capacity" in last[0]["message"]
         with pytest.raises(gr.Error, match="Out of memory while choosing"):
-            handlers.compare(DOCUMENT, QUESTION, ["FullKV"], 40, 4, "tiny")
-    assert handlers.turns.counts() == {"running": 0, "waiting": 0}
-    *_, last = handlers.run(request, DOCUMENT, QUESTION, ["SnapKV"], *SETTINGS)
+            page.endpoint("compare")(DOCUMENT, QUESTION, ["FullKV"], 40, 4, "tiny")
+    assert page.turns.counts() == {"running": 0, "waiting": 0}
+    last = page.press_run()
     assert last[0]["message"] == "Done."
 
 
@@ -296,17 +286,16 @@ def test_on_zero_gpu_a_run_crosses_to_another_process_and_back(
     monkeypatch.setenv("SPACES_ZERO_GPU", "true")
     host = ModelHost("tiny", loader=lambda _: llm)
     host.load_default()
-    handlers = Handlers(host, {})
-    request = gr.Request(session_hash="a")
-    *_, last = handlers.run(request, DOCUMENT, QUESTION, ["SnapKV"], *SETTINGS)
+    page = Page(host)
+    last = page.press_run()
     assert last[0]["message"] == "Done."
     assert last[2]["ready"] is False  # the prefill stays in the other process
-    record = handlers.compare(DOCUMENT, QUESTION, ["SnapKV"], 40, 6, "tiny")
+    record = page.endpoint("compare")(DOCUMENT, QUESTION, ["SnapKV"], 40, 6, "tiny")
     assert record["runs"][1]["token_ids"] == last[2]["record"]["runs"][1]["token_ids"]
     assert len(spaces.asked) == 2
     assert all(zero_gpu.SHORTEST <= seconds <= zero_gpu.LONGEST for seconds in spaces.asked)
     asked = gr.EventData(None, {"key": last[2]["key"]})
-    *_, read = handlers.read(request, asked)
+    *_, read = page.explore.what_if.read(asking(), asked)
     assert "keeps no prompt for what-if" in read[0]["message"]
 
 

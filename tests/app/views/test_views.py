@@ -18,15 +18,13 @@ from tests.app.synthetic import synthetic_trace
 from tests.engine.tiny import DOCUMENT, QUESTION, tiny_llm
 
 KNOWN_TRACES = {"bar", "scatter", "heatmap", "histogram"}
+TOY = View(key="toy", title="Toy", render=lambda trace: Figure(plot=blank_figure(200), height=200))
 
 
 @pytest.fixture
 def toy_view(monkeypatch: pytest.MonkeyPatch) -> View:
-    view = View(
-        key="toy", title="Toy", render=lambda trace: Figure(plot=blank_figure(200), height=200)
-    )
-    monkeypatch.setitem(VIEWS, view.key, view)
-    return view
+    monkeypatch.setitem(VIEWS, TOY.key, TOY)
+    return TOY
 
 
 @pytest.mark.parametrize("view", VIEWS.values(), ids=lambda view: view.key)

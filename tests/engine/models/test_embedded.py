@@ -100,6 +100,20 @@ def test_its_tokens_are_located_exactly(embedded: dkv.LoadedModel, text: str) ->
     assert prompt.document_span == touching(spans, start, start + len(text))
 
 
+@pytest.mark.parametrize(
+    ("text", "token_ids"),
+    [
+        ("a\n\n1. item", [81, 1116, 33, 30, 5033]),
+        ("line\n    42", [1311, 2367, 36, 34]),
+    ],
+)
+def test_white_space_before_digits_is_one_token(
+    embedded: dkv.LoadedModel, text: str, token_ids: list[int]
+) -> None:
+    """GPT-2's rule gives 198 198 and 472 216 in its place."""
+    assert embedded.tokenizer(text)["input_ids"] == token_ids
+
+
 @pytest.mark.parametrize("text", SPELLED)
 def test_special_tokens_spelled_by_the_user_are_plain_text(
     embedded: dkv.LoadedModel, text: str

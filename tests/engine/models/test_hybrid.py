@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM, PretrainedConfig, Qwen3NextConfig
+from transformers import PretrainedConfig
 
 import dynamickv as dkv
-from dynamickv.cache import SlidingLayer, prune
-from dynamickv.models import Geometry, require_compressible
+from dynamickv.cache import prune
+from dynamickv.layers.other import SlidingLayer
+from dynamickv.models import require_compressible
 from tests.engine.tiny import (
     COMPRESSING,
     DOCUMENT,
@@ -92,10 +93,10 @@ def test_a_preview_is_what_the_run_records(
 
 
 def test_answers_do_not_disturb_the_prefill(hybrid: dkv.LoadedModel, read: dkv.Prefill) -> None:
-    before = {place: state.keys.clone() for place, state in read.sliding.items()}
+    before = {place: state.keys.clone() for place, state in read.others.items()}
     for _ in range(2):
         trace = dkv.compare(hybrid, prefill=read, methods=SMALL_INSTANCES, max_new_tokens=40)
-    assert all(torch.equal(state.keys, before[place]) for place, state in read.sliding.items())
+    assert all(torch.equal(state.keys, before[place]) for place, state in read.others.items())
     again = dkv.compare(hybrid, prefill=read, methods=SMALL_INSTANCES, max_new_tokens=40)
     assert [run.token_ids for run in again.runs] == [run.token_ids for run in trace.runs]
 
@@ -136,7 +137,7 @@ def hide(visible: torch.Tensor) -> Any:
 
 
 def test_a_prefill_keeps_only_the_window_of_a_sliding_layer(read: dkv.Prefill) -> None:
-    for state in read.sliding.values():
+    for state in read.others.values():
         assert state.keys.shape == (1, 2, WINDOW - 1, 8)
         assert state.keys.untyped_storage().nbytes() == state.nbytes // 2
     cache = prune(read, dkv.FullKV().select(read.layers), room=0)
@@ -177,35 +178,20 @@ class Config(PretrainedConfig):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"layer_types": ["linear_attention", "full_attention"]}, "has linear_attention layers"),
-        ({"layer_types": ["chunked_attention", "full_attention"]}, "has chunked_attention layers"),
+        ({"layer_types": ["linear_attention"] * 2}, "linear_attention in all layers"),
+        ({"layer_types": ["chunked_attention"] * 2}, "chunked_attention in all layers"),
         ({"layer_types": ["sliding_attention"] * 2}, "sliding_attention in all layers"),
+        ({"layer_types": ["indexed_attention"] * 2}, "cache by DynamicIndexedLayer"),
         ({"sliding_window": 64}, "sliding_attention in all layers"),
-        ({"num_kv_shared_layers": 3}, "shares keys and values"),
-        ({"attn_logit_softcapping": 50.0}, "caps its attention logits"),
         ({"use_bidirectional_attention": True}, "looks ahead"),
+        ({}, "names no longest sequence"),
+        ({"model_type": "diffllama"}, "pairs the values of one KV head"),
     ],
 )
-def test_layers_that_the_scores_do_not_know_are_refused(options: Any, reason: str) -> None:
-    config = Config(num_attention_heads=4, num_hidden_layers=2, hidden_size=16, **options)
+def test_layers_that_cannot_be_compressed_are_refused(options: Any, reason: str) -> None:
+    more = {"sliding_window": 64, "attention_chunk_size": 64} if "layer_types" in options else {}
+    config = Config(num_attention_heads=4, num_hidden_layers=2, hidden_size=16, **more, **options)
+    config.model_type = options.get("model_type", config.model_type)
     with pytest.raises(ValueError, match=reason) as refusal:
         require_compressible(config)
-    assert "; choose a model" in str(refusal.value)
-
-
-def test_real_families_that_cannot_be_compressed_are_refused() -> None:
-    with pytest.raises(ValueError, match="caps its attention logits"):
-        Geometry.of(Gemma2ForCausalLM(Gemma2Config(**SMALL)).config)
-    with pytest.raises(ValueError, match="has linear_attention layers"):
-        Geometry.of(Qwen3NextConfig(num_hidden_layers=4))
-
-
-SMALL: dict[str, Any] = {
-    "vocab_size": 50,
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-}
+    assert "; choose " in str(refusal.value)

@@ -18,6 +18,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
@@ -233,7 +234,7 @@ def test_an_interrupted_conversion_leaves_nothing_behind(
 HELD_UP = """
 import sys, time
 from pathlib import Path
-from dynamickv import conversion
+from dynamickv.models import conversion
 
 def wait(*_):
     Path(sys.argv[2]).touch()
@@ -446,6 +447,93 @@ def test_a_broken_folder_is_refused_in_one_sentence(
 ) -> None:
     wreck(folder)
     assert str(folder) in refusal_of(folder)
+
+
+def without_tokenizer(place: Path) -> None:
+    for path in [*place.glob("tokenizer*"), *place.glob("chat_template*")]:
+        path.unlink()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+def test_a_folder_without_a_tokenizer_is_refused(folder: Path, family: str) -> None:
+    """transformers makes up a vocabulary of one token for Qwen3, and of five for Gemma 3."""
+    tiny_model(family).save_pretrained(folder)
+    without_tokenizer(folder)
+    sentence = refusal_of(folder)
+    assert f"{folder} holds no tokenizer (tokenizer.json or tokenizer.model)" in sentence
+    assert "beside its weights" in sentence
+
+
+@pytest.mark.parametrize("alone", [True, False], ids=["alone", "beside the model"])
+def test_an_adapter_is_refused_with_the_way_to_merge_it(folder: Path, alone: bool) -> None:
+    if alone:
+        for path in folder.iterdir():
+            path.unlink()
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": "meta-llama/Llama-3.2-1B"}
+    (folder / "adapter_config.json").write_text(json.dumps(adapter), "utf-8")
+    sentence = refusal_of(folder)
+    assert f"{folder} is an adapter for meta-llama/Llama-3.2-1B" in sentence
+    assert "merge_and_unload" in sentence
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"),
+    [
+        ("Qwen2_5_VL", "Qwen2_5_VLForConditionalGeneration, which reads images or sound as well"),
+        ("ViT", "vit, which is no causal language model"),
+    ],
+)
+def test_a_model_of_another_kind_is_named(folder: Path, kind: str, what: str) -> None:
+    config = getattr(transformers, f"{kind}Config")()
+    if kind == "Qwen2_5_VL":
+        config.architectures = ["Qwen2_5_VLForConditionalGeneration"]
+    config.save_pretrained(folder)
+    sentence = refusal_of(folder)
+    assert f"{folder} is a {what}" in sentence
+    assert "choose a model that only reads and writes text" in sentence
+
+
+def with_generation(**changes: Any) -> Callable[[Path], Any]:
+    def change(place: Path) -> None:
+        file = place / "generation_config.json"
+        settings = json.loads(file.read_text("utf-8"))
+        file.write_text(json.dumps({**settings, **changes}), "utf-8")
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("configured", "template", "stops"),
+    [
+        (5, True, {1, 5}),
+        ([5, 6], True, {1, 5, 6}),
+        (None, True, {1}),
+        (5, False, {5}),
+        (None, False, {1}),
+    ],
+)
+def test_answers_end_at_the_models_and_at_the_templates_last_token(
+    folder: Path, configured: int | list[int] | None, template: bool, stops: set[int]
+) -> None:
+    """Fine-tunes of base models keep their base's generation_config."""
+    with_generation(eos_token_id=configured)(folder)
+    if not template:
+        (folder / "chat_template.jinja").unlink()
+    assert dkv.load_model(folder, device="cpu").stop_ids == stops
+
+
+def test_a_cache_that_the_folder_asks_for_is_named_with_its_file(folder: Path) -> None:
+    with_generation(cache_implementation="static")(folder)
+    llm = dkv.load_model(folder, device="cpu")
+    assert answer(llm)
+    with (
+        pytest.raises(ValueError, match=r"generation_config.json of .* asks for a static cache"),
+        dkv.compress(llm.model, dkv.SnapKV(capacity=24)),
+    ):
+        pytest.fail("it went on")
+    llm.model.generation_config.cache_implementation = None
+    with dkv.compress(llm.model, dkv.SnapKV(capacity=24)) as cache:
+        llm.model.generate(torch.arange(3, 63)[None], past_key_values=cache, max_new_tokens=2)
 
 
 def test_code_beside_a_model_is_never_run(folder: Path, tmp_path: Path) -> None:

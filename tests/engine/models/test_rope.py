@@ -1,4 +1,5 @@
-"""Dynamic rotary scaling follows the present sequence alone, and leaves no trace on a raw model."""
+"""Rotary scaling: dynamic scaling follows the present sequence alone and leaves no trace on a raw
+model; what a scaled model reads."""
 
 from __future__ import annotations
 
@@ -8,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Gemma3TextConfig, LlamaConfig, PreTrainedModel
 
+import dynamickv as dkv
 from dynamickv.models.rope import longer_sequences_forgotten
-from tests.engine.tiny import tiny_model
+from tests.engine.tiny import DOCUMENT, QUESTION, tiny_llm, tiny_model
 
 LONGEST = 64
 
@@ -80,3 +82,86 @@ def test_other_embeddings_get_no_hook() -> None:
     model = tiny_model()
     with longer_sequences_forgotten(model):
         assert not model.model.rotary_emb._forward_pre_hooks
+
+
+def reads(**settings: Any) -> int:
+    return dkv.Geometry.of(LlamaConfig(**settings)).max_positions
+
+
+@pytest.mark.parametrize(
+    ("rope", "positions", "longest"),
+    [
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}, 512, 2048),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}, 2048, 2048),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}, 4096, 4096),
+        (
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+            40960,
+            131072,
+        ),
+        ({"rope_type": "yarn", "factor": 3.7, "original_max_position_embeddings": 1000}, 999, 3700),
+        ({"rope_type": "linear", "factor": 4.0}, 512, 2048),
+        ({"rope_type": "dynamic", "factor": 2.5}, 1024, 2560),
+        (
+            {"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 512},
+            2048,
+            2048,
+        ),
+        (
+            {"rope_type": "linear", "factor": 4.0, "original_max_position_embeddings": 512},
+            512,
+            2048,
+        ),
+        (
+            {"rope_type": "linear", "factor": 4.0, "original_max_position_embeddings": 512},
+            2048,
+            2048,
+        ),
+        (
+            {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            },
+            131072,
+            131072,
+        ),
+        ({"rope_type": "default"}, 512, 512),
+    ],
+)
+def test_scaling_extends_what_a_model_reads_once(
+    rope: dict[str, Any], positions: int, longest: int
+) -> None:
+    settings = {"rope_theta": 10000.0, **rope}
+    assert reads(max_position_embeddings=positions, rope_parameters=settings) == longest
+
+
+def test_model_cards_recipes_are_understood() -> None:
+    """As they stand in config.json, under the older name."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+    assert reads(max_position_embeddings=512, rope_scaling=yarn) == 2048
+    assert (
+        reads(max_position_embeddings=512, rope_scaling={"type": "linear", "factor": 4.0}) == 2048
+    )
+
+
+def test_layers_with_scalings_of_their_own_hold_the_product_already() -> None:
+    rope = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    config = Gemma3TextConfig(max_position_embeddings=131072, rope_parameters=rope)
+    assert dkv.Geometry.of(config).max_positions == 131072
+
+
+def test_a_prompt_beyond_the_original_length_is_answered() -> None:
+    yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}
+    llm = tiny_llm(
+        max_position_embeddings=128,
+        rope_parameters={**yarn, "original_max_position_embeddings": 128},
+    )
+    trace = dkv.compare(llm, DOCUMENT, QUESTION, methods=[dkv.FullKV()], max_new_tokens=2)
+    assert trace.prompt.length > 128
+    assert len(trace.runs[0].token_ids) == 2

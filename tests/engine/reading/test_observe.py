@@ -23,7 +23,6 @@ from dynamickv.reading.observe import backend_of, observed
 from tests.engine.tiny import (
     DOCUMENT,
     FAMILIES,
-    NUM_LAYERS,
     QUESTION,
     SMALL_INSTANCES,
     method_name,
@@ -59,7 +58,7 @@ def test_recorded_keys_and_values_are_the_plain_models_cache(family: str, attent
     ):
         assert torch.equal(observation.keys, plain.layers[place].keys[0])
         assert torch.equal(values, plain.layers[place].values[0])
-    for place, state in prefill.sliding.items():
+    for place, state in prefill.others.items():
         assert torch.equal(state.keys, plain.layers[place].keys)
         assert torch.equal(state.values, plain.layers[place].values)
 
@@ -203,7 +202,9 @@ def test_flex_attention_is_refused_with_a_remedy() -> None:
     model = tiny_model()
     model.config._attn_implementation = "flex_attention"
     with (
-        pytest.raises(ValueError, match='cannot be observed; load it with attention="sdpa"'),
+        pytest.raises(
+            ValueError, match='cannot be observed; load LlamaForCausalLM with attention="sdpa"'
+        ),
         observed(model),
     ):
         pass

@@ -13,7 +13,13 @@ from tokenizers import normalizers, processors
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from dynamickv.reading.prompt import encode_prompt, require_longer_document, require_text
+from dynamickv.reading.prompt import (
+    encode_prompt,
+    encode_text,
+    follow_up_ids,
+    require_longer_document,
+    require_text,
+)
 from dynamickv.records import EncodedPrompt
 from tests.engine.tiny import (
     DOCUMENT,
@@ -332,6 +338,30 @@ def test_a_template_that_trims_messages_leaves_the_document_as_it_is() -> None:
     assert prompt.text == f"<|im_start|>  spaced  \n\n{QUESTION}<|im_end|>"
 
 
+FAILING = {
+    "raises": ("{{ raise_exception('no system role') }}", "no system role"),
+    "syntax error": ("{% for message in %}", "Expected an expression"),
+    "undefined": ("{{ system.prompt }}", "'system' is undefined"),
+    "type error": ("{{ messages + 'a' }}", "can only concatenate list"),
+}
+
+
+@pytest.mark.parametrize(("template", "fault"), FAILING.values(), ids=FAILING)
+def test_a_template_that_fails_is_one_sentence(template: str, fault: str) -> None:
+    tokenizer = tiny_tokenizer(chat_template=template)
+    for call in (
+        lambda: encode_prompt(tokenizer, DOCUMENT, QUESTION, limit=LIMIT),
+        lambda: encode_text(tokenizer, DOCUMENT, chat_template=True),
+        lambda: follow_up_ids(tokenizer, QUESTION),
+    ):
+        with pytest.raises(ValueError, match="this model's chat template fails") as refusal:
+            call()
+        assert fault in str(refusal.value)
+        assert "chat_template=False" in str(refusal.value)
+        assert "\n" not in str(refusal.value)
+    assert encode_prompt(tokenizer, DOCUMENT, QUESTION, limit=LIMIT, chat_template=False)
+
+
 # Too long.
 
 LONG = "".join(f"Line {number} of the log. " for number in range(400))
@@ -367,6 +397,39 @@ def test_truncation_keeps_the_first_and_last_halves_and_fits(limit: int) -> None
     assert prompt.token_ids[-half:] == whole.token_ids[-half:]
     assert is_head_and_tail(kept, LONG)
     assert prompt.document_span == touching(true_spans(TOKENIZER, prompt), start, end)
+
+
+@pytest.mark.parametrize("answer", [1, 64, 300])
+def test_a_cut_leaves_room_for_the_answer(answer: int) -> None:
+    prompt = encode(LONG, limit=1000, answer_tokens=answer, truncate=True)
+    assert 1000 - answer - 8 <= prompt.length <= 1000 - answer
+    assert is_head_and_tail(prompt.text[slice(*prompt.document_characters)], LONG)
+
+
+def test_a_prompt_that_fits_without_its_answer_is_cut_too() -> None:
+    length = encode(LONG).length
+    assert not encode(LONG, limit=length + 20, answer_tokens=20, truncate=True).truncated
+    cut = encode(LONG, limit=length + 19, answer_tokens=20, truncate=True)
+    assert cut.truncated
+    assert cut.length <= length - 1
+
+
+def test_an_answer_that_has_no_room_is_said_before_it_is_missed(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    length = encode(LONG).length
+    assert encode(LONG, limit=length + 18, answer_tokens=20).length == length
+    assert f"{length:,} tokens" in caplog.text
+    assert "answers end after 19 of 20 tokens" in caplog.text
+    caplog.clear()
+    encode(LONG, limit=length + 19, answer_tokens=20)
+    encode(LONG, limit=length)
+    assert not caplog.text
+
+
+def test_an_answer_as_long_as_the_model_reads_leaves_no_prompt() -> None:
+    with pytest.raises(ValueError, match=r"reads 200, with an answer of 200 tokens; shorten the"):
+        encode(LONG, limit=200, answer_tokens=200, truncate=True)
 
 
 def is_head_and_tail(kept: str, document: str) -> bool:

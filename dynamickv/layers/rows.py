@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import LinearAttentionLayer
 
-from dynamickv.layers import AfterAttention, KVLayer, gather
-from dynamickv.other_layers import HybridLayer
+from dynamickv.layers.kv import AfterAttention, KVLayer, gather
+from dynamickv.layers.other import HybridLayer
 
 
 class RowsLayer(KVLayer):  # type: ignore[no-untyped-call]

@@ -28,21 +28,22 @@ _updated: ContextVar[ReferenceType[KVLayer] | None] = ContextVar("updated", defa
 anew from what they cache (a latent, say) lose the tag that `update` puts on them."""
 
 
-def attended_layer(key: Tensor, place: int | None) -> KVLayer | None:
-    """The cache layer whose keys an attention reads, None where it is none of ours.
+def attended_layer(key: Tensor, place: int | None) -> tuple[KVLayer | None, bool]:
+    """The cache layer whose keys an attention reads, None where it is none of ours; and whether it
+    grew for this attention, rather than for an earlier layer or part that shares it.
 
     Args:
         key: what the attention function was given.
         place: the attention module's layer, where it knows it.
     """
-    last = _updated.get()
-    if last is not None:
+    grown = _updated.get()
+    last = None if grown is None else grown()
+    if grown is not None:
         _updated.set(None)
     tagged: KVLayer | None = getattr(key, "kv_layer", None)
     if tagged is not None:
-        return tagged
-    layer = None if last is None else last()
-    return layer if layer is not None and place in (None, layer.index) else None
+        return tagged, tagged is last
+    return (last, True) if last is not None and place in (None, last.index) else (None, False)
 
 
 class KVLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -320,8 +321,10 @@ class BatchedLayer(KVLayer):  # type: ignore[no-untyped-call]
 
 def gather(states: Tensor, kept: Tensor, room: int) -> Tensor:
     """Rows `kept` (heads, count) of (num_kv_heads, n, head_dim) -> (1, heads, count + room,
-    head_dim), room unset."""
+    head_dim), room unset; one row of `kept` serves all heads."""
     num_kv_heads, length, head_dim = states.shape
+    if kept.shape[0] < num_kv_heads:
+        kept = kept.expand(num_kv_heads, -1)
     heads, count = kept.shape
     buffer = torch.empty(heads, count + room, head_dim, dtype=states.dtype, device=states.device)
     group = heads // num_kv_heads

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dynamickv.methods import CompressionMethod
-from dynamickv.methods.base import Selection
+from dynamickv.methods.selection import Selection
 from dynamickv.records import Attended, Heads, Retention
 from dynamickv.scoring import attention_mass
 
@@ -71,7 +71,7 @@ class PromptRow:
         self.observed += 1
         if self._method.fits(self._length):
             self._whole.append(self._method.whole(observation))
-            return range(layer, layer + 1)
+            return range(self.observed - 1, self.observed)
         if self._selection is None:
             self._selection = self._method.start(self._num_layers)
         return self._selection.observe(observation)

@@ -17,7 +17,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from dynamickv.layers import AfterAttention, KVLayer
+from dynamickv.layers.kv import AfterAttention, KVLayer
 
 
 class SlidingLayer(DynamicSlidingWindowLayer):  # type: ignore[no-untyped-call]

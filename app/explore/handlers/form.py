@@ -1,0 +1,142 @@
+"""The form: examples, links and uploads put into it, and what it says while somebody types."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any, Protocol
+
+import gradio as gr
+
+import dynamickv as dkv
+from app.examples import OWN_TEXT, Example
+from app.explore import view_model as vm
+from app.form import FIELDS, form_of
+from app.serving.events import handlers, page_error, placed
+from app.serving.model_host import PromptSize
+from app.serving.shown import Shown
+from app.serving.status import idle
+from app.uploads import read_text_upload
+
+PICKED = ("cards", "store", "status", *FIELDS)
+"""What an example changes, by the widgets' names."""
+LINKED = ("example", *PICKED)
+
+
+class Models(Protocol):
+    """What the form needs of the model host."""
+
+    names: list[str]
+
+    def measure(self, name: str, document: str, question: str) -> PromptSize | None:
+        """Length of a prompt, or None while the model is not loaded."""
+
+    def ready(self, name: str) -> dkv.LoadedModel | None:
+        """The model if it is loaded already."""
+
+
+@handlers
+class FormHandlers:
+    """Events of the form."""
+
+    def __init__(self, models: Models, examples: Mapping[str, Example], shown: Shown) -> None:
+        self._models, self._examples, self._shown = models, examples, shown
+
+    def count(self, document: str, question: str, model: str) -> dict[str, Any]:
+        """Live token count; output: its readout."""
+        said = vm.uncountable(document)
+        if said is not None:
+            return said
+        asked = question if question and question.strip() else "?"
+        return vm.counted(document, self._models.measure(model, document, asked))
+
+    def capacity_line(
+        self, capacity: float, counted: str | None, granularity: str, model: str
+    ) -> dict[str, str]:
+        """What the capacity means; `counted` is the token readout's JSON; output: the capacity's
+        readout.
+        """
+        return vm.capacity_readout(
+            self._geometry(model), capacity, vm.tokens_of(counted), granularity
+        )
+
+    def _geometry(self, model: str) -> dict[str, int] | None:
+        """Sizes of the model, or of the recorded runs' model until it is loaded."""
+        llm = self._models.ready(model)
+        if llm is not None:
+            return asdict(llm.geometry) | {"bytes_per_value": vm.bytes_per_value(llm.dtype, 2)}
+        trace = next((e.trace for e in self._examples.values() if e.trace), None)
+        if trace is None:
+            return None
+        return asdict(trace.model) | {"bytes_per_value": vm.bytes_per_value(trace.model.dtype, 4)}
+
+    def pick(self, example_id: str) -> list[Any]:
+        """Show an example; outputs: `PICKED`."""
+        return placed(PICKED, self._picked(example_id))
+
+    def _picked(self, example_id: str) -> dict[str, Any]:
+        if example_id == OWN_TEXT:
+            return {"status": idle("Paste or upload your text."), "document": "", "question": ""}
+        example = self._example(example_id)
+        if example is None:
+            return {}
+        if example.trace is None:
+            return {
+                "status": idle("No recorded run for this example: press Run."),
+                "document": example.document,
+                "question": example.question,
+                "capacity": example.capacity,
+            }
+        cards, store = self._shown.example(example)
+        form = form_of(example.trace, self._models.names)
+        longest = {"max_new_tokens": example.max_new_tokens} if example.max_new_tokens else {}
+        return {"cards": cards, "store": store, "status": idle(), **form, **longest}
+
+    def link(self, request: gr.Request) -> list[Any]:
+        """Show the example and set the capacity that the page's address names; outputs:
+        `LINKED`.
+        """
+        wanted = request.query_params.get("ex")
+        example = self._example(wanted)
+        if example is None:
+            return placed(LINKED, {})
+        there = wanted == next(iter(self._examples))
+        changes = {} if there else {"example": wanted, **self._picked(example.id)}
+        capacity = vm.linked_capacity(request.query_params.get("b"))
+        if capacity is not None:
+            changes["capacity"] = capacity
+            recorded = vm.capacity_of(example.trace) if example.trace is not None else None
+            if recorded not in (None, capacity):
+                changes["status"] = idle(
+                    f"The link asks for capacity {capacity:,}; the run shown was recorded at "
+                    f"{recorded:,}.",
+                    f"Press Run for {capacity:,}.",
+                )
+        return placed(LINKED, changes)
+
+    def own_text(self, document: str, example_id: str | None) -> Any:
+        """Let go of the example's title when the text is not its any more; output: example."""
+        example = self._example(example_id)
+        return gr.skip() if example is None or example.is_document(document) else OWN_TEXT
+
+    def upload(self, path: str | None) -> Any:
+        """Read an uploaded text; output: document."""
+        if path is None:
+            return gr.skip()
+        try:
+            return read_text_upload(path)
+        except (ValueError, OSError) as error:
+            raise page_error(error) from None
+
+    @staticmethod
+    def lock_reference(methods: list[str]) -> Any:
+        """FullKV stays chosen: it is what the others are compared with.
+
+        Nothing is sent back where it is: the answer would undo what was ticked in the meantime.
+        """
+        if "FullKV" in methods:
+            return gr.skip()
+        return [name for name in dkv.METHODS if name == "FullKV" or name in methods]
+
+    def _example(self, example_id: object) -> Example | None:
+        return self._examples.get(example_id) if isinstance(example_id, str) else None

@@ -1,0 +1,269 @@
+"""The Explore tab: which widgets there are, where they stand, and which handler each one calls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import gradio as gr
+
+from app.components import (
+    AnswerCards,
+    DocumentView,
+    Evidence,
+    FigureView,
+    LayerMap,
+    Readout,
+    StatusLine,
+    TraceStore,
+    WhatIf,
+    dumps,
+)
+from app.examples import OWN_TEXT, Example
+from app.form import FIELDS
+from app.inputs import DEFAULT_METHODS, DEFAULT_NEW_TOKENS, MAX_NEW_TOKENS
+from app.serving.events import IN_TURNS, LIGHT, PRIVATE
+from app.serving.model_host import ModelHost
+from app.serving.shown import Shown
+from app.serving.status import idle
+from app.settings import (
+    ADVANCED,
+    CAPACITIES,
+    DEFAULT_CAPACITY,
+    Setting,
+    form_defaults,
+    offered_methods,
+    what_if_form,
+)
+from app.views import VIEWS
+
+from .handlers import ExploreHandlers, FormHandlers
+from .handlers.form import LINKED, PICKED
+from .view_model import counted_before
+
+COUNTED = ("document", "question", "model")
+"""What the number of tokens depends on."""
+Widgets = dict[str, Any]
+"""The tab's widgets by name; the form's are named as in `FIELDS`."""
+
+
+def build_explore(
+    handlers: ExploreHandlers, host: ModelHost, examples: Mapping[str, Example], shown: Shown
+) -> Widgets:
+    """The tab's content, its events included."""
+    first = next(iter(examples.values()), None)
+    opening_line = handlers.form.capacity_line(
+        first.capacity if first else DEFAULT_CAPACITY,
+        dumps(counted_before(first)),
+        "kv_head",
+        host.default,
+    )
+    widgets = build_form(host, examples, first, opening_line)
+    widgets |= build_results(handlers, shown, first)
+    wire_run(handlers, widgets)
+    wire_form(handlers.form, widgets)
+    return widgets
+
+
+def named(widgets: Widgets, names: Sequence[str]) -> list[Any]:
+    """Widgets by their names, in that order."""
+    return [widgets[name] for name in names]
+
+
+def build_form(
+    host: ModelHost,
+    examples: Mapping[str, Example],
+    first: Example | None,
+    opening_line: dict[str, str],
+) -> Widgets:
+    """The column on the left: what to read, what to ask, how to compress, and the button."""
+    made: Widgets = {}
+    with gr.Column(scale=3, min_width=320, elem_id="dkv-inputs"):
+        made["example"] = gr.Dropdown(
+            [*((e.label, e.id) for e in examples.values()), ("Your own text", OWN_TEXT)],
+            value=first.id if first else None,
+            label="Example",
+            elem_id="dkv-example",
+            visible=bool(examples),
+        )
+        made["document"] = gr.Textbox(
+            first.document if first else "",
+            label="Document",
+            lines=4,
+            max_lines=4,
+            placeholder="Paste a long text here.",
+            elem_id="dkv-document",
+        )
+        with gr.Row(elem_id="dkv-below-document"):
+            made["count"] = Readout(
+                counted_before(first), min_width=120, scale=1, elem_id="dkv-count"
+            )
+            made["upload"] = gr.UploadButton(
+                "Upload .txt or .md",
+                file_types=[".txt", ".md"],
+                size="sm",
+                scale=0,
+                elem_id="dkv-upload",
+            )
+        made["question"] = gr.Textbox(
+            first.question if first else "",
+            label="Question",
+            lines=2,
+            max_lines=4,
+            placeholder="What do you want to know about it?",
+            elem_id="dkv-question",
+        )
+        made["methods"] = gr.CheckboxGroup(
+            offered_methods(), value=shown_methods(first), label="Methods", elem_id="dkv-methods"
+        )
+        made["capacity"] = gr.Slider(
+            *CAPACITIES,
+            value=first.capacity if first else DEFAULT_CAPACITY,
+            step=8,
+            label="Capacity (tokens per layer)",
+            elem_id="dkv-capacity",
+        )
+        made["capacity_line"] = Readout(opening_line, elem_id="dkv-capacity-line")
+        made["question_aware"] = gr.Checkbox(
+            True,
+            label="Question-aware",
+            info="Off: compressed before the question is asked.",
+            elem_id="dkv-aware",
+        )
+        made |= build_advanced(host, first)
+        with gr.Column(elem_id="dkv-action"):
+            with gr.Row(elem_id="dkv-run-row"):
+                made["run"] = gr.Button("Run", variant="primary", scale=3, elem_id="dkv-run")
+                made["stop"] = gr.Button(
+                    "Stop", variant="secondary", scale=1, interactive=False, elem_id="dkv-stop"
+                )
+            made["status"] = StatusLine(idle(), elem_id="dkv-status")
+    return made
+
+
+def build_advanced(host: ModelHost, first: Example | None) -> Widgets:
+    """Settings that most people leave alone; defaults are the methods' own."""
+    made: Widgets = {}
+    default = form_defaults()
+    with gr.Accordion("Advanced settings", open=False, elem_id="dkv-advanced"):
+        for start in range(0, len(ADVANCED), 2):
+            with gr.Row():
+                for setting in ADVANCED[start : start + 2]:
+                    made[setting.name] = setting_widget(setting, default[setting.name])
+        made["max_new_tokens"] = gr.Slider(
+            1,
+            MAX_NEW_TOKENS,
+            value=first.max_new_tokens if first else DEFAULT_NEW_TOKENS,
+            step=1,
+            label="Longest answer, in tokens",
+        )
+        made["truncate"] = gr.Checkbox(
+            False, label="Cut the middle out of a document that is too long"
+        )
+        made["model"] = gr.Dropdown(
+            host.choices(), value=host.default, label="Model", allow_custom_value=host.allow_any
+        )
+    return made
+
+
+def setting_widget(setting: Setting, value: Any) -> Any:
+    """A number, or a choice among few."""
+    shown: dict[str, Any] = {
+        "label": setting.label,
+        "info": setting.info or None,
+        "min_width": 120,
+    }
+    if setting.choices:
+        return gr.Dropdown(list(setting.choices), value=value, **shown)
+    precision = 0 if setting.whole else None
+    return gr.Number(value, minimum=setting.least, precision=precision, **shown)
+
+
+def shown_methods(first: Example | None) -> list[str]:
+    """Ticked at the start: the methods of the run on screen."""
+    if first is None or first.trace is None:
+        return list(DEFAULT_METHODS)
+    return [name for name in offered_methods() if name in {r.method for r in first.trace.runs}]
+
+
+def build_results(handlers: ExploreHandlers, shown: Shown, first: Example | None) -> Widgets:
+    """The column on the right: answers, and below them what each cache kept. A recorded run is
+    there from the start.
+    """
+    recorded = first is not None and first.trace is not None
+    cards, store = shown.example(first) if first and recorded else (None, None)
+
+    # Gradio offers the functions themselves to the browser, by these names.
+    def predict(asked: Any) -> dict[str, Any]:
+        return handlers.what_if.predict(asked)
+
+    def scores(asked: Any) -> dict[str, Any]:
+        return handlers.evidence.scores(asked)
+
+    made: Widgets = {}
+    with gr.Column(scale=9, min_width=320, elem_id="dkv-views"):
+        made["cards"] = AnswerCards(cards, elem_id="dkv-answers")
+        made["what_if"] = WhatIf(what_if_form(), server_functions=[predict], elem_id="dkv-what-if")
+        with gr.Row(equal_height=True):
+            with gr.Column(scale=6, min_width=320):
+                DocumentView(elem_id="dkv-document-view", elem_classes=["dkv-fill"])
+            with gr.Column(scale=5, min_width=320):
+                FigureView(
+                    [{"key": v.key, "title": v.title} for v in VIEWS.values()],
+                    elem_id="dkv-figures",
+                    elem_classes=["dkv-fill"],
+                )
+        Evidence(elem_id="dkv-evidence", server_functions=[scores])
+        LayerMap(elem_id="dkv-map")
+        made["store"] = TraceStore(store, elem_id="dkv-store")
+    return made
+
+
+def wire_run(handlers: ExploreHandlers, widgets: Widgets) -> None:
+    """Run, Stop, and what goes on from a run."""
+    form, buttons = named(widgets, FIELDS), ("run", "stop")
+    ran = named(widgets, ("status", "cards", "store", *buttons))
+    begun = widgets["run"].click(
+        handlers.run.begin, form, named(widgets, ("status", *buttons)), **LIGHT
+    )
+    begun.success(handlers.run.run, form, ran, **IN_TURNS, **PRIVATE)
+    what_if = widgets["what_if"]
+    what_if.answer(handlers.what_if.answer, None, ran, **IN_TURNS, **PRIVATE)
+    read = named(widgets, ("status", "what_if", *buttons))
+    what_if.read(handlers.what_if.read, None, read, **IN_TURNS, **PRIVATE)
+    widgets["stop"].click(handlers.run.stop, None, widgets["status"], queue=False, **PRIVATE)
+
+
+def wire_form(handlers: FormHandlers, widgets: Widgets) -> None:
+    """Example picker, upload, live counts."""
+    latest: dict[str, Any] = {"trigger_mode": "always_last", **LIGHT}
+    example, document = widgets["example"], widgets["document"]
+    example.input(handlers.pick, example, named(widgets, PICKED), **LIGHT)
+    # However the text was changed: typed, pasted, dropped or uploaded.
+    document.change(handlers.own_text, [document, example], example, **latest)
+    widgets["upload"].upload(handlers.upload, widgets["upload"], document, **LIGHT)
+    methods = widgets["methods"]
+    methods.input(handlers.lock_reference, methods, methods, **LIGHT)
+    gr.on(
+        [widgets[name].change for name in COUNTED],
+        handlers.count,
+        named(widgets, COUNTED),
+        widgets["count"],
+        **latest,
+    )
+    gr.on(
+        [widgets[name].change for name in ("capacity", "granularity", "count")],
+        handlers.capacity_line,
+        named(widgets, ("capacity", "count", "granularity", "model")),
+        widgets["capacity_line"],
+        **latest,
+    )
+
+
+def wire_opening(handlers: FormHandlers, widgets: Widgets, demo: gr.Blocks, opened: Any) -> None:
+    """When somebody opens the page: the count again once the model is there (`opened`), and what
+    its address asks for.
+    """
+    counted = named(widgets, COUNTED)
+    opened.then(handlers.count, counted, widgets["count"], **LIGHT)
+    demo.load(handlers.link, None, named(widgets, LINKED), **LIGHT)

@@ -1,0 +1,100 @@
+"""The form by names: from the widgets' values to a request, and from a record back to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import dynamickv as dkv
+
+from .inputs import Request, build_request
+from .record.words import document_of
+from .settings import CAPACITIES, SETTINGS, form_defaults, offered_methods
+
+FIELDS = (
+    "document",
+    "question",
+    "methods",
+    *SETTINGS,
+    "max_new_tokens",
+    "truncate",
+    "question_aware",
+    "model",
+)
+"""The form's values, in the order in which the page sends them and takes them back."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Form:
+    """What stands in the form, by name, whatever a browser sent: nothing here is checked yet."""
+
+    document: Any = ""
+    question: Any
+    methods: Any
+    settings: Mapping[str, Any]
+    """One value for each of `SETTINGS`."""
+    max_new_tokens: Any
+    truncate: Any
+    question_aware: Any
+    model: Any
+
+    @classmethod
+    def of(cls, values: Sequence[Any], names: Sequence[str] = FIELDS) -> Form:
+        """From the widgets' values.
+
+        Raises:
+            ValueError: more or fewer values than names.
+        """
+        given = dict(zip(names, values, strict=True))
+        settings = {name: given.pop(name) for name in SETTINGS}
+        return cls(settings=settings, **given)
+
+    def request(self) -> Request:
+        """The comparison it asks for.
+
+        Raises:
+            ValueError: the first thing that is wrong, in one sentence.
+        """
+        return build_request(
+            self.document,
+            self.question,
+            self.methods,
+            self.max_new_tokens,
+            self.settings,
+            truncate=self.truncate,
+            question_aware=self.question_aware,
+        )
+
+
+def form_of(trace: dkv.Trace, models: list[str]) -> dict[str, Any]:
+    """What the form must say to run a record again; what it cannot say is left out."""
+    # Of a record from a stranger only parameters that its method takes reach the widgets.
+    taken = next(
+        (run for run in reversed(trace.runs) if "capacity" in run.parameters and method_of(run)),
+        None,
+    )
+    parameters = taken.parameters if taken else {}
+    settings = {name: parameters.get(name, form_defaults().get(name)) for name in SETTINGS}
+    capacity = settings["capacity"]
+    if not isinstance(capacity, int) or not CAPACITIES[0] <= capacity <= CAPACITIES[1]:
+        del settings["capacity"]
+    names = {run.method for run in trace.runs} | {"FullKV"}
+    model = {"model": trace.model.name} if trace.model.name in models else {}
+    return {
+        "document": document_of(trace.prompt),
+        "question": trace.prompt.question,
+        "methods": [name for name in offered_methods() if name in names],
+        **settings,
+        "truncate": trace.prompt.truncated,
+        "question_aware": trace.prompt.question_aware,
+        **model,
+    }
+
+
+def method_of(run: dkv.Run) -> dkv.CompressionMethod | None:
+    """The method that a run's parameters describe, or None where they describe none."""
+    try:
+        return dkv.METHODS[run.method](**run.parameters)
+    except (KeyError, TypeError, ValueError):
+        return None

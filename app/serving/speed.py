@@ -1,0 +1,56 @@
+"""How long a comparison will take, judging by the last one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import dynamickv as dkv
+from app.examples import Example
+from app.wording import seconds as in_seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speed:
+    """How fast this machine was the last time, to say an estimate before the next."""
+
+    prefill_per_token: float
+    decode_per_token: float
+    origin: str
+    """"the last run here" or "the recorded run"."""
+
+    @classmethod
+    def of(cls, trace: dkv.Trace, origin: str) -> Speed:
+        """What a record says about speed."""
+        steps = [step for run in trace.runs for step in run.decode_seconds[1:]]
+        return cls(
+            prefill_per_token=trace.prefill_seconds / max(trace.prompt.length, 1),
+            decode_per_token=sum(steps) / len(steps) if steps else 0.05,
+            origin=origin,
+        )
+
+    @classmethod
+    def recorded(cls, examples: Iterable[Example]) -> Speed | None:
+        """That of the first recorded run, until there is one of this machine."""
+        traces = (example.trace for example in examples)
+        return next((cls.of(trace, "the recorded run") for trace in traces if trace), None)
+
+    def estimate(self, tokens: int, methods: int, max_new_tokens: int) -> Estimate:
+        """How long a comparison takes at most; its answers may end earlier."""
+        seconds = self.prefill_per_token * tokens + self.decode_per_token * methods * max_new_tokens
+        return Estimate(seconds=seconds, origin=self.origin)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """How long something should take at most."""
+
+    seconds: float
+    origin: str
+    """Whose speed it supposes: "the last run here"."""
+
+    def words(self, elapsed: float = 0) -> str:
+        """The estimate as one phrase, or that it did not hold."""
+        if elapsed > self.seconds:
+            return f"longer than the estimated {in_seconds(self.seconds)}"
+        return f"up to {in_seconds(self.seconds)}, at the speed of {self.origin}"

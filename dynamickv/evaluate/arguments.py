@@ -1,0 +1,64 @@
+"""What all commands take alike, and what was given: settings of methods, lists, files to write."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from dynamickv.methods import DynamicKV
+
+SETTINGS: tuple[tuple[str, type, str, str], ...] = (
+    ("--window-size", int, "N", "last prompt tokens, which score the others and are kept"),
+    (
+        "--kernel-size",
+        int,
+        "N",
+        "neighbours that pool their scores, odd; not given, H2O pools none",
+    ),
+    ("--pooling", str, "max|avg", "by the largest of them or their mean"),
+    ("--granularity", str, "kv_head|query_head", "heads that keep tokens of their own"),
+    ("--r-max", float, "X", "most of a layer, in capacities; DynamicKV, ShiftKV"),
+    ("--update-interval", int, "N", "layers between two updates of the budgets; DynamicKV"),
+)
+"""What methods take besides a capacity: option, type, placeholder, explanation."""
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Add `SETTINGS`; what is not given is each method's own default."""
+    for option, number, metavar, explanation in SETTINGS:
+        name = _attribute(option)
+        parser.add_argument(
+            option,
+            type=number,
+            metavar=metavar,
+            help=f"{explanation} (default: {getattr(DynamicKV, name)})",
+        )
+
+
+def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    """What was given of `SETTINGS`, by parameter; None where nothing was."""
+    return {name: getattr(options, name) for name in (_attribute(row[0]) for row in SETTINGS)}
+
+
+def _attribute(option: str) -> str:
+    return option[2:].replace("-", "_")
+
+
+def listed(text: str) -> list[str]:
+    """The names in a list with commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def output_file(name: str) -> Path:
+    """The path of a file that can be written.
+
+    Raises:
+        ValueError: its folder does not exist, or it is a folder itself.
+    """
+    path = Path(name)
+    if not path.resolve().parent.is_dir():
+        raise ValueError(f"the folder of {name} does not exist; create it first")
+    if path.is_dir():
+        raise ValueError(f"{name} is a folder; give the name of a file in it")
+    return path

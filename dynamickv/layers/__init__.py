@@ -1,0 +1,1 @@
+"""What each kind of layer holds of a KV cache."""

@@ -1,0 +1,146 @@
+"""One prompt's walk through the layers: what is taken in, and what each layer holds.
+
+Layers come in order, so that the same code serves a finished prefill (all layers at once) and a
+prefill that is pruned while it runs (layer by layer).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dynamickv.methods.edits import edited_positions
+from dynamickv.records import Heads, LayerObservation, Retention
+from dynamickv.scoring import share_among_heads, top_positions, top_positions_of_layers
+
+if TYPE_CHECKING:
+    from dynamickv.methods.base import ScoredMethod
+
+HEAD_FLOOR = 0.2
+"""Share of the mean budget that adaptive head budgets leave to every head (Ada-KV's safeguard)."""
+
+
+class Selection(ABC):
+    """One prompt's walk through the layers."""
+
+    @abstractmethod
+    def observe(self, observation: LayerObservation) -> range:
+        """Take in the next layer; the layers whose holdings changed."""
+
+    @abstractmethod
+    def positions(self, layer: int) -> Heads:
+        """What a layer holds now, LongTensor (heads, held) ascending, window included."""
+
+    def positions_of(self, layers: Sequence[int]) -> list[Heads]:
+        """`positions` of several layers."""
+        return [self.positions(layer) for layer in layers]
+
+    @abstractmethod
+    def retention(self) -> Retention:
+        """What all layers hold in the end."""
+
+
+class FixedSelection(Selection):
+    """Every layer keeps what a function of that layer alone says."""
+
+    def __init__(self, choose: Callable[[LayerObservation], Heads]) -> None:
+        self._choose = choose
+        self._chosen: list[Heads] = []
+        self._prompt_length = 0
+
+    def observe(self, observation: LayerObservation) -> range:
+        """Choose for the next layer."""
+        self._chosen.append(self._choose(observation))
+        self._prompt_length = observation.prompt_length
+        return range(len(self._chosen) - 1, len(self._chosen))
+
+    def positions(self, layer: int) -> Heads:
+        """That layer's choice."""
+        return self._chosen[layer]
+
+    def retention(self) -> Retention:
+        """All layers' choices."""
+        return Retention(indices=tuple(self._chosen), prompt_length=self._prompt_length)
+
+
+class ScoredSelection(Selection):
+    """One prompt's walk through the layers: scores so far, and how many prefix tokens each layer
+    still holds.
+
+    A cut is permanent: a budget that grows again later does not bring tokens back.
+    """
+
+    def __init__(self, method: ScoredMethod, num_layers: int) -> None:
+        self.method = method
+        self.num_layers = num_layers
+        self.scores: list[Tensor] = []
+        self.held: list[int] = []
+        self.history: list[tuple[int, ...]] = []
+
+    def observe(self, observation: LayerObservation) -> range:
+        """Score the next layer, re-allocate if its turn has come; the layers whose holdings
+        changed."""
+        layer = len(self.scores)
+        scores = self.method.score(observation)
+        self.scores.append(scores)
+        first = self.method.first_budget(layer, self.num_layers, scores.shape[1])
+        self.held.append(min(first, scores.shape[1]))
+        if not self.method.updates_after(layer, self.num_layers):
+            return range(layer, layer + 1)
+        budgets = self.method.allocate(self.scores, self.num_layers)
+        self.history.append(tuple(budgets))
+        self.held = [min(held, budget) for held, budget in zip(self.held, budgets, strict=True)]
+        return range(layer + 1)
+
+    def positions(self, layer: int) -> Heads:
+        """What a layer holds now, (heads, held + window) ascending."""
+        return self.positions_of([layer])[0]
+
+    def positions_of(self, layers: Sequence[int]) -> list[Heads]:
+        """What several layers hold now."""
+        scores = [self.scores[layer] for layer in layers]
+        heads, prefix_length = scores[0].shape
+        window = torch.arange(
+            prefix_length, prefix_length + self.method.window_size, device=scores[0].device
+        )
+        budgets = [self.held[layer] for layer in layers]
+        if self.method.edited:
+            return [
+                self._edited(layer, budget) for layer, budget in zip(scores, budgets, strict=True)
+            ]
+        if self.method.head_budgets == "adaptive":
+            return [
+                tuple(
+                    torch.cat([top_positions(head[None], count)[0], window.to(head.device)])
+                    for head, count in zip(
+                        layer, share_among_heads(layer, budget, HEAD_FLOOR), strict=True
+                    )
+                )
+                for layer, budget in zip(scores, budgets, strict=True)
+            ]
+        chosen = top_positions_of_layers(scores, budgets)
+        rows = window.expand(heads, -1)
+        return [torch.cat([kept, rows.to(kept.device)], dim=1) for kept in chosen]
+
+    def _edited(self, scores: Tensor, budget: int) -> Heads:
+        """One layer's positions where a person pinned or evicted some."""
+        window = self.method.window_size
+        always = scores.new_full((scores.shape[0], window), math.inf)
+        count: int | list[int] = budget + window
+        if self.method.head_budgets == "adaptive":
+            count = [number + window for number in share_among_heads(scores, budget, HEAD_FLOOR)]
+        whole = torch.cat([scores, always], dim=1)
+        return edited_positions(whole, count, self.method.pinned, self.method.evicted)
+
+    def retention(self) -> Retention:
+        """What all layers hold in the end."""
+        return Retention(
+            indices=tuple(self.positions_of(range(len(self.scores)))),
+            prompt_length=self.scores[0].shape[1] + self.method.window_size,
+            budget_history=tuple(self.history),
+        )

@@ -1,0 +1,104 @@
+"""The form: examples, links and records put into it, counts, and what it refuses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import gradio as gr
+import pytest
+
+from app.examples import OWN_TEXT, Example
+from app.explore.handlers import FormHandlers
+from app.explore.handlers.form import LINKED, PICKED
+from app.form import FIELDS, form_of
+from app.record.words import document_of
+from app.serving.model_host import ModelHost
+from app.settings import SETTINGS
+from dynamickv.record.trace import Trace
+from tests.app.pages import Page, asking, filled
+
+
+def test_handlers_validate_like_the_endpoint(host: ModelHost) -> None:
+    events = Page(host).explore.run.begin(asking(), *filled(document=" ", model=host.default))
+    status, *_ = next(events)
+    assert status["state"] == "error"
+    with pytest.raises(gr.Error, match="document is empty"):
+        next(events)
+
+
+def test_errors_are_escaped_for_the_toast(host: ModelHost) -> None:
+    values = filled(methods=["<img onerror=x>"], model=host.default)
+    events = Page(host).explore.run.begin(asking(), *values)
+    next(events)
+    with pytest.raises(gr.Error) as caught:
+        next(events)
+    assert "<img" not in str(caught.value.message)
+
+
+def test_counts_are_honest_before_the_model_is_there(host: ModelHost) -> None:
+    counted = Page(host).explore.form.count("word " * 420, "Who?", host.default)
+    assert counted["value"] == "about 500 tokens"
+    assert counted["tokens"] == 500
+
+
+def test_picking_an_example_shows_its_record(host: ModelHost, example: Example) -> None:
+    picked = Page(host, {"one": example}).explore.form.pick("one")
+    shown = dict(zip(PICKED, picked, strict=True))
+    assert example.trace is not None
+    assert shown["document"] == document_of(example.trace.prompt)
+    assert shown["question"] == example.question
+    assert (shown["capacity"], shown["window_size"]) == (96, 16)
+    # The form says what is on screen: pressing Run runs the same again.
+    assert shown["methods"] == ["FullKV", "DynamicKV"]
+    assert set(FIELDS) <= set(shown)
+    assert shown["cards"]["final"]
+    assert shown["store"]["example"] == "one"
+    assert shown["store"]["record"]["runs"][1]["method"] == "DynamicKV"
+
+
+def test_a_changed_text_lets_go_of_the_example(host: ModelHost, example: Example) -> None:
+    handlers = Page(host, {"one": example}).explore.form
+    assert handlers.own_text("The river rose again!", "one") == OWN_TEXT
+    for same in (example.document, example.document + "\n"):
+        assert handlers.own_text(same, "one") == gr.skip()
+    assert handlers.own_text("anything", None) == gr.skip()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"pooling": "<img>"}, {"kernel_size": "7"}, {"window_size": 0}, {"r_max": None}, {"x": 1}],
+)
+def test_a_record_with_strange_parameters_leaves_the_form_its_own(
+    host: ModelHost, trace: Trace, changes: dict[str, Any]
+) -> None:
+    run = trace.run("DynamicKV")
+    strange = replace(trace, runs=[replace(run, parameters={**run.parameters, **changes})])
+    values = form_of(strange, host.names)
+    assert [values[name] for name in SETTINGS[1:6]] == [8, 7, "max", "kv_head", 10]
+    assert values["document"] == document_of(trace.prompt)
+
+
+@pytest.mark.parametrize(
+    ("asked", "capacity", "said"),
+    [
+        ("512", 512, "The link asks for capacity 512; the run shown was recorded at 96."),
+        ("96", 96, ""),
+        *((text, None, "") for text in ("", "7", "2049", "-8", "1e2", "٦٤", "99999", "<b>")),
+    ],
+)
+def test_a_link_sets_the_capacity_and_says_of_which_the_run_is(
+    host: ModelHost, example: Example, asked: str, capacity: int | None, said: str
+) -> None:
+    handlers = Page(host, {"zero": replace(example, id="zero"), "one": example}).explore.form
+    for name, place in (("zero", 0), ("one", 96)):
+        linked = handlers.link(gr.Request(query_params={"ex": name, "b": asked}))
+        shown = dict(zip(LINKED, linked, strict=True))
+        there = gr.skip() if place == 0 else place
+        assert shown["capacity"] == (there if capacity is None else capacity)
+        assert shown["status"].get("message", "") == said
+
+
+def test_ticking_methods_sends_nothing_back_unless_fullkv_went() -> None:
+    assert FormHandlers.lock_reference(["SnapKV", "FullKV"]) == gr.skip()
+    assert FormHandlers.lock_reference(["H2O", "SnapKV"]) == ["FullKV", "H2O", "SnapKV"]

@@ -1,0 +1,36 @@
+"""The form by names: what is typed reaches the method, and comes back into its field."""
+
+from __future__ import annotations
+
+import pytest
+
+from app.form import FIELDS, Form, form_of
+from app.settings import SETTINGS
+from tests.app.pages import filled
+from tests.app.synthetic import synthetic_trace
+
+TYPED = {
+    "capacity": 56, "window_size": 4, "kernel_size": 5, "pooling": "avg",
+    "granularity": "query_head", "r_max": 3, "update_interval": 2,
+}  # fmt: skip
+
+
+def test_every_setting_reaches_the_method_under_its_name() -> None:
+    assert set(TYPED) == set(SETTINGS)
+    job = Form.of(filled(methods=["DynamicKV"], **TYPED)).request()
+    assert TYPED.items() <= job.methods[-1].parameters.items()
+
+
+def test_a_record_puts_every_setting_back_into_its_field() -> None:
+    trace = synthetic_trace(tokens=300)
+    trace.runs[1].parameters.update(TYPED)
+    back = form_of(trace, [trace.model.name])
+    assert TYPED.items() <= back.items()
+    assert back["model"] == trace.model.name
+    assert set(back) == set(FIELDS) - {"max_new_tokens"}
+
+
+def test_a_value_too_many_or_too_few_is_refused() -> None:
+    for values in (filled()[:-1], [*filled(), 1]):
+        with pytest.raises(ValueError, match="argument 2 is"):
+            Form.of(values)

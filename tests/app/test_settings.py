@@ -1,0 +1,29 @@
+"""The table of settings: what the form, the checks and the what-if panel take from it."""
+
+from __future__ import annotations
+
+import dynamickv as dkv
+from app import inputs, settings
+from app.theme import METHOD_STYLES, method_style
+
+
+def test_untouched_settings_leave_every_method_its_own_defaults() -> None:
+    form = {"capacity": 128} | settings.form_defaults()
+    for name in settings.offered_methods():
+        assert inputs.build_method(name, form) == inputs.build_method(name, {"capacity": 128})
+
+
+def test_every_offered_method_runs_from_a_capacity_alone() -> None:
+    for name in settings.offered_methods():
+        assert inputs.build_method(name, {"capacity": 128}).name == name
+    assert {"FullKV", "SnapKV", "DynamicKV"} <= set(settings.offered_methods())
+
+
+def test_every_offered_method_has_its_own_look() -> None:
+    looks = [method_style(name) for name in settings.offered_methods()]
+    assert len({look.light for look in looks}) == len({look.glyph for look in looks}) == len(looks)
+    assert method_style("Unheard of") not in METHOD_STYLES.values()
+
+
+def test_methods_listed_are_the_engine_s() -> None:
+    assert set(settings.offered_methods()) <= set(dkv.METHODS)

@@ -1,0 +1,21 @@
+"""Numbers read well."""
+
+from __future__ import annotations
+
+from app.wording import MIB, count, mebibytes, percent, seconds
+
+
+def test_numbers_read_well() -> None:
+    assert [percent(x) for x in (0.0371, 0.5, 1.0, 0.9996)] == [
+        "3.7 %",
+        "50 %",
+        "100 %",
+        "100 %",
+    ]
+    assert [mebibytes(x * MIB) for x in (0.25, 5.61, 241)] == [
+        "0.25 MiB",
+        "5.6 MiB",
+        "241 MiB",
+    ]
+    assert [seconds(x) for x in (6.34, 0.0042, 0.031)] == ["6.3 s", "4.2 ms", "31 ms"]
+    assert count(1, "token") == "1 token"

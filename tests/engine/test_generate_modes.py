@@ -1,0 +1,231 @@
+"""Every way people call `generate` with a compressed cache: right, or refused in one sentence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+import dynamickv as dkv
+from tests.engine.tiny import COMPRESSING, SMALL_INSTANCES, method_name, tiny_model
+
+ANSWER = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+LENGTHS = (61, 40, 90)
+
+
+def prompts(*lengths: int, seed: int = 0) -> list[torch.Tensor]:
+    """Random prompts, (1, length) each."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, 60, (1, length), generator=generator) for length in lengths]
+
+
+def left_padded(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """One batch of prompts, padded on the left."""
+    longest = max(row.shape[1] for row in rows)
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for number, row in enumerate(rows):
+        ids[number, longest - row.shape[1] :] = row[0]
+        mask[number, longest - row.shape[1] :] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def plain(ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+@torch.inference_mode()
+def answers(model: PreTrainedModel, inputs: dict[str, Any], **settings: Any) -> list[list[int]]:
+    output = model.generate(**inputs, **{**ANSWER, **settings})
+    return [row[inputs["input_ids"].shape[1] :].tolist() for row in output]
+
+
+def compressed(
+    model: PreTrainedModel, method: Any, inputs: dict[str, Any], **settings: Any
+) -> tuple[list[list[int]], dkv.CompressedCache]:
+    with dkv.compress(model, method) as cache:
+        return answers(model, inputs, past_key_values=cache, **settings), cache
+
+
+UNIFORM = [
+    method for method in SMALL_INSTANCES if getattr(method, "head_budgets", "") != "adaptive"
+]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("method", UNIFORM, ids=method_name)
+def test_rows_of_a_batch_answer_as_each_prompt_alone(method: Any, attention: str) -> None:
+    model, rows = tiny_model(attention=attention), prompts(*LENGTHS)
+    together, cache = compressed(model, method, left_padded(rows))
+    for number, row in enumerate(rows):
+        alone, single = compressed(model, method, plain(row))
+        assert together[number] == alone[0]
+        mine, own = cache.retention(number), single.retention()
+        assert mine.prompt_length == own.prompt_length == LENGTHS[number]
+        assert all(map(torch.equal, mine.indices, own.indices))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])
+def test_a_batch_in_which_everything_fits_is_generates_own(family: str) -> None:
+    model, inputs = tiny_model(family), left_padded(prompts(*LENGTHS))
+    kept, _ = compressed(model, dkv.DynamicKV(capacity=200), inputs)
+    assert kept == answers(model, inputs)
+
+
+def test_padding_is_never_kept_and_costs_no_bytes_where_budgets_agree() -> None:
+    model, rows = tiny_model(), prompts(*LENGTHS)
+    method = dkv.SnapKV(capacity=24)
+    _, cache = compressed(model, method, left_padded(rows), max_new_tokens=1)
+    _, single = compressed(model, method, plain(rows[0]), max_new_tokens=1)
+    assert cache.nbytes == len(rows) * single.nbytes
+
+
+@pytest.mark.parametrize("method", COMPRESSING, ids=method_name)
+def test_several_answers_to_one_prompt_are_rows(method: Any) -> None:
+    model, (row,) = tiny_model(), prompts(70)
+    inputs = plain(row)
+    torch.manual_seed(0)
+    sampled, cache = compressed(model, method, inputs, do_sample=True, num_return_sequences=3)
+    assert len(sampled) == 3
+    alone, _ = compressed(model, method, inputs)
+    greedy, _ = compressed(model, method, inputs, do_sample=True, top_k=1, num_return_sequences=2)
+    assert greedy == alone * 2
+    assert cache.retention(2).budgets == cache.retention(0).budgets
+
+
+@pytest.mark.parametrize("method", SMALL_INSTANCES, ids=method_name)
+@pytest.mark.parametrize("chunk", [7, 32, 69, 70, 200])
+def test_a_prompt_read_in_chunks_is_compressed_after_the_last(method: Any, chunk: int) -> None:
+    model, (row,) = tiny_model(), prompts(70)
+    whole, single = compressed(model, method, plain(row))
+    chunked, cache = compressed(model, method, plain(row), prefill_chunk_size=chunk)
+    assert chunked == whole
+    pairs = zip(cache.retention().indices, single.retention().indices, strict=True)
+    assert all(torch.equal(mine, own) for mine, own in pairs)
+    assert cache.nbytes == single.nbytes
+
+
+@pytest.mark.parametrize("method", SMALL_INSTANCES, ids=method_name)
+def test_drafts_from_the_prompt_change_no_answer(method: Any) -> None:
+    model = tiny_model()
+    (piece,) = prompts(20)
+    inputs = plain(torch.cat([piece] * 4, dim=1))
+    settings = {"max_new_tokens": 24}
+    expected, single = compressed(model, method, inputs, **settings)
+    drafted, cache = compressed(model, method, inputs, prompt_lookup_num_tokens=3, **settings)
+    assert drafted == expected
+    pairs = zip(cache.retention().indices, single.retention().indices, strict=True)
+    assert all(torch.equal(mine, own) for mine, own in pairs)
+
+
+def test_an_assistants_drafts_change_no_answer() -> None:
+    model, assistant, (row,) = tiny_model(), tiny_model(), prompts(70)
+    method = dkv.DynamicKV(capacity=24)
+    expected, _ = compressed(model, method, plain(row))
+    drafted, _ = compressed(model, method, plain(row), assistant_model=assistant)
+    assert drafted == expected
+
+
+def test_only_what_came_after_the_prompt_can_be_given_back() -> None:
+    model, (row,) = tiny_model(), prompts(70)
+    with dkv.compress(model, dkv.SnapKV(capacity=24)) as cache:
+        answers(model, plain(row), past_key_values=cache)
+        lengths = [layer.length for layer in cache.layers]
+        with pytest.raises(ValueError, match="cannot give back 8 tokens, it may give back 7"):
+            cache.crop(-8)
+        assert [layer.length for layer in cache.layers] == lengths
+        cache.crop(-7)
+        assert cache.get_seq_length() == 70
+        assert {layer.length for layer in cache.layers} == {24}
+
+
+def test_a_streamer_is_told_every_token() -> None:
+    class Told:
+        def __init__(self) -> None:
+            self.tokens: list[int] = []
+
+        def put(self, value: torch.Tensor) -> None:
+            self.tokens += value.flatten().tolist()
+
+        def end(self) -> None:
+            self.tokens.append(-1)
+
+    model, (row,), told = tiny_model(), prompts(70), Told()
+    (answer,), _ = compressed(model, dkv.SnapKV(capacity=24), plain(row), streamer=told)
+    assert told.tokens == [*row[0].tolist(), *answer, -1]
+
+
+@pytest.mark.parametrize("held", [69, 70, 71])
+def test_a_prompt_that_the_cache_has_read_in_part_goes_on_or_is_refused(held: int) -> None:
+    model, (row,) = tiny_model(), prompts(71)
+    prompt = row[:, :70]
+    method = dkv.SnapKV(capacity=24)
+    with dkv.compress(model, method) as cache, torch.inference_mode():
+        model(row[:, :held], past_key_values=cache)
+        if held < 70:
+            going_on = answers(model, plain(prompt), past_key_values=cache)
+            assert len(going_on[0]) == ANSWER["max_new_tokens"]
+            assert cache.get_seq_length() == 70 + 7
+            return
+        with pytest.raises(ValueError, match=r"^this cache holds \S+ .*cache\.reset\(\)"):
+            answers(model, plain(prompt), past_key_values=cache)
+
+
+@pytest.mark.parametrize("length", [30, 77, 78, 100])
+def test_another_prompt_without_reset_is_refused(length: int) -> None:
+    model, (first, second) = tiny_model(), prompts(70, length)
+    with dkv.compress(model, dkv.SnapKV(capacity=24)) as cache:
+        answers(model, plain(first), past_key_values=cache)
+        with pytest.raises(ValueError, match=r"call cache\.reset\(\)"):
+            answers(model, plain(second), past_key_values=cache)
+        cache.reset()
+        again = answers(model, plain(second), past_key_values=cache)
+    assert again == compressed(model, dkv.SnapKV(capacity=24), plain(second))[0]
+
+
+def test_a_follow_up_goes_on_inside_the_block_and_is_refused_behind_it() -> None:
+    model, (first, more) = tiny_model(), prompts(70, 9)
+    method = dkv.SnapKV(capacity=24)
+    with dkv.compress(model, method) as cache:
+        answer = answers(model, plain(first), past_key_values=cache)
+        whole = plain(torch.cat([first, torch.tensor(answer), more], dim=1))
+        follow_up = answers(model, whole, past_key_values=cache)
+        assert len(follow_up[0]) == ANSWER["max_new_tokens"]
+    later = plain(torch.cat([whole["input_ids"], torch.tensor(follow_up), more], dim=1))
+    with pytest.raises(ValueError, match="the compress block of this cache has ended"):
+        answers(model, later, past_key_values=cache)
+
+
+def test_a_checkpoint_that_turns_its_cache_off_is_refused() -> None:
+    model, (row,) = tiny_model(), prompts(70)
+    model.generation_config.use_cache = False
+    with (
+        dkv.compress(model, dkv.SnapKV(capacity=24)) as cache,
+        pytest.raises(ValueError, match="use_cache"),
+    ):
+        answers(model, plain(row), past_key_values=cache)
+
+
+def test_rows_of_unlike_length_are_not_read_in_chunks() -> None:
+    model = tiny_model()
+    with pytest.raises(ValueError, match="leave out prefill_chunk_size"):
+        compressed(
+            model, dkv.SnapKV(capacity=24), left_padded(prompts(*LENGTHS)), prefill_chunk_size=16
+        )
+
+
+def test_heads_that_compete_serve_one_prompt_at_a_time() -> None:
+    method = dkv.SnapKV(capacity=24, head_budgets="adaptive")
+    with pytest.raises(ValueError, match="serves one prompt at a time, and the batch has 3"):
+        compressed(tiny_model(), method, left_padded(prompts(*LENGTHS)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_rows_answer_alike(dtype: torch.dtype) -> None:
+    model, rows = tiny_model().to(dtype), prompts(50, 50)
+    inputs = plain(torch.cat(rows))
+    together, cache = compressed(model, dkv.SnapKV(capacity=24), inputs, max_new_tokens=2)
+    assert len(together) == 2
+    assert cache.layers[0].keys.dtype == dtype
