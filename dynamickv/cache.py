@@ -41,7 +41,7 @@ CLASSES: dict[type, str] = {
 
 
 def kinds_of(config: Any) -> tuple[str, ...]:
-    """The kind of every layer, as in `models.geometry.KINDS`, by what transformers' own cache has
+    """The kind of every layer, as in `record.kinds.KINDS`, by what transformers' own cache has
     for it; the class's name where that is a kind unknown here."""
     config = config.get_text_config(decoder=True)
     layers = DynamicCache(config=config).layers

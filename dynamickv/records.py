@@ -251,7 +251,7 @@ class OtherLayer:
     """A layer that no method compresses, as a prompt left it."""
 
     kind: str
-    """As in `models.geometry.KINDS`."""
+    """As in `record.kinds.KINDS`."""
     state: Any
     """transformers' cache layer; not to be changed, caches take copies."""
     nbytes: int

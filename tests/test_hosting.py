@@ -7,6 +7,7 @@ import re
 import socket
 import subprocess
 import sys
+from importlib.metadata import metadata
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,16 @@ def test_every_python_has_exactly_one_version_of_each(python: str) -> None:
     ]
     assert len(names) == len(set(names))
     assert {"gradio", "transformers", "filelock", "psutil", "torch"} <= set(names)
+
+
+def test_what_is_pinned_for_every_python_runs_on_the_oldest() -> None:
+    needs = {
+        r.name: metadata(r.name).get("Requires-Python") or ""
+        for r in requirements()
+        if r.marker is None and "==" in str(r.specifier)
+    }
+    assert {"gradio", "accelerate"} <= set(needs)
+    assert [name for name, wanted in needs.items() if "3.10.13" not in SpecifierSet(wanted)] == []
 
 
 def test_the_versions_with_known_holes_are_excluded() -> None:

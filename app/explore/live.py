@@ -4,7 +4,7 @@ model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import dynamickv as dkv
@@ -30,6 +30,7 @@ class LiveRun:
         estimate: Estimate | None = None,
         *,
         before: Sequence[dict[str, Any]] = (),
+        others: Mapping[int, str] | None = None,
     ) -> None:
         self.before = list(before)
         """Finished cards that stay on screen before the new ones."""
@@ -38,6 +39,8 @@ class LiveRun:
         self.trace: dkv.Trace | None = None
         self._max_new_tokens = max_new_tokens
         self._num_layers = num_layers
+        self._others = others
+        """Layers that no method compresses, and their kind; guessed from budgets where not told."""
         self._estimate = estimate
         self._prompt_bytes: int | None = None
         self._full_budgets: list[int] | None = None
@@ -100,11 +103,13 @@ class LiveRun:
         elif event.kept_fraction >= 1:
             card["chip"], card["tone"] = "nothing to compress: the prompt fits", "loud"
         else:
-            # A sliding-window layer holds the same with every method.
+            # A layer that no method compresses holds the same with every method.
             whole = self._full_budgets or [max(event.budgets)] * len(event.budgets)
             layers = sum(k < full for k, full in zip(event.budgets, whole, strict=True))
-            sliding = sum(full < max(whole) for full in whole)
-            words = compressed_words(layers, self._num_layers, sliding)
+            others = self._others or {
+                place: "sliding" for place, full in enumerate(whole) if full < max(whole)
+            }
+            words = compressed_words(layers, self._num_layers, others)
             card["chip"], card["tone"] = words, "good"
         self._put(event.run, "Kept", percent(event.kept_fraction), "of prompt")
         full = f"of {mebibytes(self._prompt_bytes)}" if self._prompt_bytes else ""

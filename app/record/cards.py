@@ -133,11 +133,11 @@ def token_words(piece: str, token_id: int) -> str:
 def card(run: Run, trace: Trace) -> dict[str, Any]:
     """One finished answer with its receipts."""
     layers = compressed_layers(run, trace.prompt, trace.model)
-    total, sliding = trace.model.num_layers, len(trace.model.sliding_layers)
+    total, others = trace.model.num_layers, trace.model.uncompressed
     if run.method == "FullKV":
         chip, tone = "keeps everything", "plain"
     elif layers:
-        chip, tone = compressed_words(layers, total, sliding), "good"
+        chip, tone = compressed_words(layers, total, others), "good"
     else:
         chip, tone = "nothing to compress: the prompt fits", "loud"
     split = run.agreement.first_divergence if run.agreement and run.method != "FullKV" else None

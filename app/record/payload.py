@@ -36,7 +36,7 @@ def trace_payload(
     starts, ends = encode_offsets(record["prompt"].pop("text_utf16_offsets"))
     for run in record["runs"]:
         run["scores"] = None
-        if run["kept_fraction"] >= 1 and not trace.model.sliding_layers:
+        if run["kept_fraction"] >= 1 and not trace.model.uncompressed:
             run["retained"]["bits"] = ""
     return {
         "source": source,

@@ -75,17 +75,18 @@ def window_tokens(run: Run, prompt: Prompt) -> int:
 
 
 def compressed_layers(run: Run, prompt: Prompt, model: ModelInfo) -> int:
-    """How many layers a method cut; sliding-window layers are nobody's to cut."""
-    sliding = set(model.sliding_layers)
+    """How many layers a method cut; some kinds of layers are nobody's to cut."""
+    others = model.uncompressed
     return sum(
-        kept < prompt.length for layer, kept in enumerate(run.budgets) if layer not in sliding
+        kept < prompt.length for layer, kept in enumerate(run.budgets) if layer not in others
     )
 
 
-def compressed_words(layers: int, total: int, sliding: int = 0) -> str:
-    """The receipt that compression happened."""
-    also = f", {sliding} slide" if sliding else ""
-    return f"compressed at {layers} of {total - sliding} layers{also}"
+def compressed_words(layers: int, total: int, others: Mapping[int, str]) -> str:
+    """The receipt that compression happened; `others` are the layers no method compresses."""
+    verb = "slide" if set(others.values()) <= {"sliding"} else "are of other kinds"
+    also = f", {len(others)} {verb}" if others else ""
+    return f"compressed at {layers} of {total - len(others)} layers{also}"
 
 
 def finish_words(run: Run) -> str:

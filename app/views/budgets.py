@@ -5,13 +5,14 @@ made it.
 from __future__ import annotations
 
 import html
+from collections import Counter
 
 import plotly.graph_objects as go
 
 from app.record.words import run_names, window_tokens
 from app.theme import method_style
 from app.wording import count
-from dynamickv.record.trace import Run, Trace
+from dynamickv.record.trace import KINDS, Run, Trace
 
 from .base import Figure, Step, View, layer_bars
 
@@ -29,7 +30,7 @@ def render(trace: Trace) -> Figure:
     for index, (run, names) in enumerate(zip(trace.runs, run_names(trace.runs), strict=True)):
         offset = -BAR_SPAN / 2 + index * lane
         window = window_tokens(run, trace.prompt)
-        sliding = trace.model.sliding_layers
+        sliding = list(trace.model.uncompressed)
         add_run(figure, run, names, window, layers, offset, lane * 0.9, sliding)
     return Figure(
         plot=figure,
@@ -111,13 +112,15 @@ def scale_note(trace: Trace, limit: float) -> str:
 
 def sliding_note(trace: Trace) -> str:
     """Which layers no method compresses."""
-    sliding = trace.model.sliding_layers
-    if not sliding:
+    others = trace.model.uncompressed
+    if not others:
         return ""
-    return (
-        f"{count(len(sliding), 'layer')} of {trace.model.num_layers} (pale) see only a sliding "
-        "window: no method compresses them."
-    )
+    layers = f"{count(len(others), 'layer')} of {trace.model.num_layers} (pale)"
+    if set(others.values()) == {"sliding"}:
+        return f"{layers} see only a sliding window: no method compresses them."
+    numbers = Counter(KINDS[kind].words for kind in others.values())
+    named = ", ".join(f"{number} {words}" for words, number in numbers.items())
+    return f"No method compresses {layers}: {named}."
 
 
 def opacities(strong: float, layers: list[int], sliding: list[int]) -> float | list[float]:

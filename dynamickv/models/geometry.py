@@ -11,35 +11,8 @@ from typing import Any
 
 from dynamickv.cache import kinds_of
 from dynamickv.models.rope import stretch
+from dynamickv.record.kinds import KINDS
 
-
-@dataclass(frozen=True, slots=True)
-class LayerKind:
-    """What one kind of layer is called, and what it allows."""
-
-    words: str
-    """As people read it."""
-    compressed: bool = False
-    """Whether methods choose what it keeps; else it serves as transformers caches it."""
-    drafts: bool = True
-    """Whether tokens can be taken back, as prompt lookup and assisted decoding do."""
-
-
-KINDS: dict[str, LayerKind] = {
-    "full": LayerKind("attends to the whole prompt", compressed=True),
-    "hybrid": LayerKind(
-        "attends to the whole prompt beside a state", compressed=True, drafts=False
-    ),
-    "sliding": LayerKind("sliding window"),
-    "chunked": LayerKind("chunked attention"),
-    "linear": LayerKind("linear attention", drafts=False),
-    "conv": LayerKind("convolution"),
-    "hybrid_sliding": LayerKind("sliding window beside a state", drafts=False),
-    "shared": LayerKind("shares an earlier layer's keys and values"),
-    "moe": LayerKind("experts without attention"),
-    "mlp": LayerKind("without attention"),
-}
-"""Every kind of layer that is served; a model with a layer of another kind is refused."""
 JOINT = ("diffllama", "jetmoe")
 """Model types whose attention does not read KV head by KV head: the one pairs the values of one
 head with the keys of another, the other repeats its heads for every expert."""
@@ -61,7 +34,7 @@ class LayerGeometry:
     """The sizes of one layer."""
 
     kind: str
-    """A key of `KINDS`."""
+    """A key of `record.kinds.KINDS`."""
     num_kv_heads: int
     """Heads that its cache stores: 1 where it stores a latent."""
     head_dim: int
@@ -111,6 +84,11 @@ class Geometry:
     def windows(self) -> Mapping[int, int]:
         """Sliding-window and chunked layers by their place, with their window in tokens."""
         return {place: layer.window for place, layer in enumerate(self.layers) if layer.window}
+
+    @property
+    def uncompressed(self) -> dict[int, str]:
+        """Layers that no method compresses, by their place, and their kind."""
+        return {place: kind for place, kind in enumerate(self.kinds) if not KINDS[kind].compressed}
 
     @property
     def compressed_layers(self) -> list[int]:

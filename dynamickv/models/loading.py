@@ -64,7 +64,8 @@ def load_model(
         name: "smollm2-135m" (the embedded default), "organisation/model" on the hub, a folder with
             safetensors, or a file. device: "auto" (cuda, then mps, then cpu) or a torch device.
             dtype: "auto" (float32 on cpu, bfloat16 elsewhere), "float32", "bfloat16" or "float16".
-            attention: "auto" or a transformers attention backend such as "sdpa" or "eager".
+            attention: "auto" ("sdpa", or "eager" where that cannot compute a model's attention) or
+            a transformers attention backend such as "sdpa" or "eager".
         device_map: instead of `device`, spread the layers over several devices and the disk:
             "auto" or {module: device}, as transformers takes it. Each layer's cache lies where its
             layer works.
@@ -89,7 +90,6 @@ def load_model(
     place = _choose_device(device)
     number_format = _choose_dtype(dtype, place)
     packing = _choose_quantization(quantization, number_format)
-    backend = "sdpa" if attention == "auto" else attention
     source, pinned, gguf = resolve(name, revision)
     origin = None
     if gguf is not None:
@@ -97,9 +97,12 @@ def load_model(
     with _explained(name):
         _require_no_adapter(source, pinned, name)
         config = _read_config(source, pinned)
-        _require_tokenizer(source, pinned, name)
+    if not getattr(config, "is_encoder_decoder", False):
+        _require_language_model(config, name)
     require_compressible(config)
-    _require_language_model(config, name)
+    with _explained(name):
+        _require_tokenizer(source, pinned, name)
+    backend = _choose_attention(config) if attention == "auto" else attention
     packed = getattr(config, "quantization_config", None) is not None
     if packed and packing is not None:
         raise ValueError(f"{name} is quantized already; load it without quantization")
@@ -107,6 +110,7 @@ def load_model(
     to_place = device_map is None and not packed and packing is None
     layers = device_map if device_map is not None or to_place else {"": place}
     with _explained(name):
+        _require_tokenizer(source, pinned, name)
         tokenizer = _read_tokenizer(source, config, pinned, converted=gguf is not None)
         model = _read_weights(source, config, number_format, backend, layers, packing, pinned)
     if not getattr(tokenizer, "is_fast", False):
@@ -138,8 +142,8 @@ def _require_tokenizer(source: Path | str, revision: str | None, name: str) -> N
     # transformers makes an empty one up for many models.
     if not any(_file(source, revision, each) for each in TOKENIZER_FILES):
         raise UnusableModelError(
-            f"{name} holds no tokenizer (tokenizer.json or tokenizer.model); put the tokenizer "
-            "files of the model that it was made from beside its weights"
+            f"{name} cannot be read as a language model: it holds no tokenizer (tokenizer.json or "
+            "tokenizer.model); put those of the model that it was made from beside its weights"
         )
 
 
@@ -282,6 +286,16 @@ def _choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, got {dtype!r}")
     return DTYPES[dtype]
+
+
+def _choose_attention(config: Any) -> str:
+    """The backend for a model: sdpa computes neither bounded logits nor learned sinks."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    bounded = getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None)
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    able = getattr(kind, "_supports_sdpa", True)
+    return "eager" if bounded is not None or not able else "sdpa"
 
 
 def _choose_quantization(quantization: str | None, dtype: torch.dtype) -> Any:

@@ -13,6 +13,8 @@ import types
 import typing
 from typing import TYPE_CHECKING, Any
 
+from dynamickv.record.kinds import KINDS
+
 if TYPE_CHECKING:
     from dynamickv.record.trace import Divergence, ModelInfo, Run, Trace
 
@@ -36,6 +38,11 @@ def check(trace: Trace) -> None:
     _within("model.max_positions", model.max_positions, 1, MAX_COUNT)
     for place in model.sliding_layers:
         _within("a place in model.sliding_layers", place, 0, model.num_layers - 1)
+    if model.layer_kinds and len(model.layer_kinds) != model.num_layers:
+        _misfit("the number of model.layer_kinds", len(model.layer_kinds), "the model's layers")
+    for kind in model.layer_kinds:
+        if kind not in KINDS:
+            _misfit("a kind in model.layer_kinds", kind, f"one of {', '.join(KINDS)}")
     _within("prefill_seconds", trace.prefill_seconds, 0, MAX_COUNT)
     _within("prompt.length", prompt.length, 1, MAX_POSITIONS)
     _within("prompt.original_length", prompt.original_length, prompt.length, MAX_COUNT)

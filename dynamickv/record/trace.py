@@ -32,10 +32,12 @@ from dynamickv.record.checks import (
     read,
     show,
 )
+from dynamickv.record.kinds import KINDS
 from dynamickv.record.packed import Retained, Scores
 
 __all__ = [
     "FINISH_REASONS",
+    "KINDS",
     "MAX_BYTES",
     "MAX_COUNT",
     "MAX_HEADS",
@@ -78,8 +80,16 @@ class ModelInfo:
     sliding_layers: list[int] = field(default_factory=list)
     """Layers that see only the last tokens, by their place; no method compresses them."""
     layer_kinds: list[str] = field(default_factory=list)
-    """Every layer's kind ("full", "sliding", "linear" and so on); empty in older records, whose
-    other layers attend to the whole prompt."""
+    """Every layer's kind, as in `record.kinds.KINDS`; empty in older records, whose other layers
+    attend to the whole prompt."""
+
+    @property
+    def uncompressed(self) -> dict[int, str]:
+        """Layers that no method compresses, by their place, and their kind."""
+        if not self.layer_kinds:
+            return dict.fromkeys(self.sliding_layers, "sliding")
+        kinds = enumerate(self.layer_kinds)
+        return {place: kind for place, kind in kinds if not KINDS[kind].compressed}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -157,6 +157,12 @@
 
   const cssColor = (name) => getComputedStyle(document.body).getPropertyValue(name).trim();
   const reducedMotion = () => window.matchMedia("(prefers-reduced-motion: reduce)").matches;
+  const KIND_WORDS = { sliding: "sliding window", chunked: "chunked attention", linear: "linear attention", conv: "convolution",
+    hybrid_sliding: "sliding window beside a state", shared: "shares an earlier layer's keys and values", moe: "experts without attention",
+    mlp: "without attention" };
+  /** What a layer is that no method compresses, in words; undefined for the others. */
+  const otherKind = (model, layer) =>
+    KIND_WORDS[model.layer_kinds?.length ? model.layer_kinds[layer] : model.sliding_layers?.includes(layer) ? "sliding" : "full"];
   const plain = (number) => number.toLocaleString("en-GB");
   const counting = (number, noun) => `${plain(number)} ${noun}${number === 1 ? "" : "s"}`;
   const parse = (value) => { try { return value ? JSON.parse(value) : null; } catch { return null; } };
@@ -229,6 +235,6 @@
 
   window.DynamicKV = {
     store, emit, on, decode, setView, setLayer, setRun, setHover, setPin, setTrace, setPredicted, register, mount, added,
-    saveRun, saveBlob, wholeRecord, scoresOf, make, framed, plain, counting, dark, cssColor, reducedMotion,
+    saveRun, saveBlob, wholeRecord, scoresOf, make, framed, plain, otherKind, counting, dark, cssColor, reducedMotion,
   };
 })();

@@ -67,6 +67,8 @@
     }
 
     // ---- words ------------------------------------------------------------------------------------------------
+    const otherKind = (layer) => DynamicKV.otherKind(store.trace.record.model, layer);
+
     function describe(layer) {
       const { layers, prompt } = store.trace;
       const current = run();
@@ -78,7 +80,7 @@
       slider.setAttribute("aria-valuetext", all ? "all layers" : `layer ${layer}`);
       find("where").textContent = all
         ? `all ${layers} layers`
-        : store.trace.record.model.sliding_layers?.includes(layer) ? `layer ${layer} slides: last ${plain(current.budgets[layer])} held`
+        : otherKind(layer) ? `layer ${layer}, ${otherKind(layer)}: last ${plain(current.budgets[layer])} held, not compressed`
           : `layer ${layer}: ${plain(current.budgets[layer])} of ${plain(prompt.length)} kept`;
       find("legend").replaceChildren(...(other() ? differenceLegend(all) : levelLegend(layer)));
       fold(folds.before, 0, prompt.document_span[0], "template before the document", layer);

@@ -163,7 +163,7 @@
       showSpans();
       find("sliders").hidden = !on_;
       // Budgets are given for the layers that are compressed: with sliding-window layers between them there is nothing to draw.
-      element.querySelector(".dkv-draw").hidden = !on_ || Boolean(store.trace.record.model.sliding_layers?.length);
+      element.querySelector(".dkv-draw").hidden = !on_ || store.trace.record.model.layer_kinds?.some((kind) => kind !== "full") || Boolean(store.trace.record.model.sliding_layers?.length);
       find("chip").textContent = run ? "predicted, not run" : "";
       find("chip").dataset.tone = "loud";
       find("drawing").hidden = !drawn;

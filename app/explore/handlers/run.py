@@ -126,6 +126,7 @@ class RunHandlers:
             job.max_new_tokens,
             llm.geometry.num_layers,
             self._comparisons.estimate(model, job),
+            others=llm.geometry.uncompressed,
         )
         prefills: list[dkv.Prefill] = []
         start = time.perf_counter()

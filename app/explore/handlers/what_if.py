@@ -93,6 +93,7 @@ class WhatIfHandlers:
             trace.prompt.question,
             longest,
             trace.model.num_layers,
+            others=trace.model.uncompressed,
             before=cards.cards(trace),
         )
         live.cards[0] |= cards.named(style, method.name)

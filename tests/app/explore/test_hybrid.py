@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
 import dynamickv as dkv
+from app.components import base
 from app.explore.live import LiveRun
 from app.record import cards
 from app.views.budgets import VIEW
-from dynamickv.record.trace import Retained, Run, Trace
+from dynamickv.record.trace import KINDS, Retained, Run, Trace
 
 SLIDING = [0, 1, 3, 4]
 WINDOW = 31
@@ -70,3 +72,19 @@ def test_bars_of_sliding_layers_are_pale_and_the_note_says_why(trace: Trace) -> 
     assert solid[0] == 0.3
     assert solid[2] == 1
     assert "sliding" not in VIEW.render(trace).note
+
+
+def test_layers_of_several_kinds_are_named(trace: Trace) -> None:
+    kinds = ["full"] * trace.model.num_layers
+    kinds[0], kinds[1], kinds[3] = "linear", "linear", "sliding"
+    shown = replace(trace, model=replace(trace.model, layer_kinds=kinds))
+    note = VIEW.render(shown).note
+    assert "3 layers of 30 (pale): 2 linear attention, 1 sliding window." in note
+    assert cards.cards(shown)[1]["chip"].endswith("of 27 layers, 3 are of other kinds")
+
+
+def test_the_browser_names_the_kinds_that_the_record_knows() -> None:
+    source = (Path(base.__file__).parent / "static" / "core.js").read_text("utf-8")
+    words = source[source.index("KIND_WORDS") : source.index("};", source.index("KIND_WORDS"))]
+    for kind, entry in KINDS.items():
+        assert (f'{kind}: "{entry.words}"' in words) == (not entry.compressed)

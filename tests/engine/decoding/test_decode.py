@@ -282,11 +282,11 @@ def test_an_answer_ends_at_the_models_last_position(
     assert len(run.token_ids) == free + 1
 
 
-def test_several_stop_tokens_of_a_model_are_all_used() -> None:
-    model = tiny_model()
+def test_several_stop_tokens_of_a_model_are_all_used_and_the_chats_own() -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
     model.generation_config.eos_token_id = [7, 9]
-    wrapped = dkv.LoadedModel.wrap(model, tiny_tokenizer(), "tiny", "test")
-    assert wrapped.stop_ids == {7, 9}
+    wrapped = dkv.LoadedModel.wrap(model, tokenizer, "tiny", "test")
+    assert wrapped.stop_ids == {7, 9, tokenizer.eos_token_id}
 
 
 def test_the_log_probability_is_natural_and_the_choice_greedy() -> None:

@@ -404,14 +404,21 @@ def test_pickled_internlm2_weights_are_never_read(
     assert "pickled weights are never loaded" in refusal_of(folder)
 
 
-@pytest.mark.parametrize("kept", ["config.json", "tokenizer.model", "model-00002-of-00003"])
+@pytest.mark.parametrize(
+    ("gone", "sentence"),
+    [
+        ("config.json", "cannot be read as a language model"),
+        ("tokenizer.model", "holds no tokenizer"),
+        ("model-00002-of-00003", "cannot be read as a language model"),
+    ],
+)
 def test_an_incomplete_internlm2_folder_is_refused(
-    internlm_folder: Path, tmp_path: Path, kept: str
+    internlm_folder: Path, tmp_path: Path, gone: str, sentence: str
 ) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(internlm_folder, folder)
-    next(folder.glob(f"{kept}*")).unlink()
-    assert "cannot be read as a language model" in refusal_of(folder)
+    next(folder.glob(f"{gone}*")).unlink()
+    assert sentence in refusal_of(folder)
 
 
 def test_a_shard_without_a_layers_weights_is_refused(internlm_folder: Path, tmp_path: Path) -> None:

@@ -185,7 +185,7 @@ class Config(PretrainedConfig):
         ({"sliding_window": 64}, "sliding_attention in all layers"),
         ({"use_bidirectional_attention": True}, "looks ahead"),
         ({}, "names no longest sequence"),
-        ({"model_type": "diffllama"}, "pairs the values of one KV head"),
+        ({"model_type": "doge"}, "masks positions by their values"),
     ],
 )
 def test_layers_that_cannot_be_compressed_are_refused(options: Any, reason: str) -> None:
