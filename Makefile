@@ -4,6 +4,7 @@
 # make check  lint, format, types                  make bench  measure, print a table, write JSON
 # make kvpress  kvpress in its own environment: our press checked, its methods timed against ours
 # make vllm   vLLM in its own environment: our plugin checked, and timed against vLLM without it
+# make llamacpp  llama.cpp from its npm package in a folder of its own; precision "fast" timed against it, exact and transformers
 # make hostile  hostile input, many users, limits and privacy, against one server
 # make soak   hundreds of comparisons on one server; its memory, threads, files and speed before and after
 # make resolve  whether requirements.txt can be installed on every Python and torch of ZeroGPU Spaces, asked of the package index
@@ -23,7 +24,7 @@ PACKAGES := $(DONE)/packages-torch-$(TORCH)
 OLDEST_TORCH := 2.8.0 2.11.0
 
 .DELETE_ON_ERROR:
-.PHONY: setup run test check bench kvpress vllm oldest hostile soak resolve audit clean
+.PHONY: setup run test check bench kvpress vllm oldest hostile soak resolve audit clean llamacpp
 
 setup: $(PACKAGES) $(DONE)/embedded
 
@@ -66,6 +67,15 @@ hostile: setup
 soak: setup
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.soak $(ARGS)
 	$(BIN)/python -m benchmarks.readme
+
+# Without npm the same figures, llama.cpp's left out.
+llamacpp: setup
+	@if command -v npm >/dev/null; then $(MAKE) --no-print-directory .llamacpp/.done; else echo "npm is not installed, so llama.cpp is left out." >&2; fi
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.cpu $(ARGS)
+
+.llamacpp/.done: Makefile
+	npm install --prefix .llamacpp --no-audit --no-fund --loglevel=error node-llama-cpp@3.21.1
+	@touch $@
 
 # pip judges markers by the Python it runs on; uv judges them for another one. jieba has no wheel.
 resolve: .venv-tools/.done

@@ -7,6 +7,7 @@ import ipaddress
 import os
 import sys
 
+import app.threads  # noqa: F401  (before torch)
 import dynamickv as dkv
 from app.page import MAX_EVENTS, build_app, launch_options
 from app.serving.logs import LEVELS, set_up

@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor
 
 from dynamickv.cache import BatchedCache, KVCache
+from dynamickv.decoder import steppable
 from dynamickv.decoding.cuda_graph import LEAST_STEPS, DecodeGraph, graphable
-from dynamickv.decoding.decode_step import RowSteps, steppable
+from dynamickv.decoding.decode_step import RowSteps
 from dynamickv.models import LoadedModel
+from dynamickv.packed import FastProducts
 from dynamickv.reading.observe import observed
 
 Feed = Callable[[Sequence[KVCache], Sequence[int], Sequence[int]], Tensor]
@@ -146,7 +149,8 @@ def _forward(
     (rows, vocabulary)."""
     device = llm.device
     first = torch.tensor(positions, device=device)[:, None]
-    with observed(llm.model):
+    fast = nullcontext() if llm.packed is None else FastProducts(llm.packed)
+    with observed(llm.model), fast:
         output = llm.model(
             torch.tensor(token_ids, device=device),
             # The pruned cache is shorter than the text it stands for: its length is not the

@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from dynamickv.decoding.decode_step import HeadNorms, PlainOps, Rotation, Slots
+from dynamickv.decoder import HeadNorms, Rotation
+from dynamickv.decoding.decode_step import PlainOps, Slots
 
 KEYS = 64
 """Keys an attention program reads at a time."""

@@ -10,6 +10,7 @@ import torch
 
 from dynamickv.models.geometry import Geometry
 from dynamickv.models.rope import forget_longer_sequences
+from dynamickv.packed import PackedWeights
 from dynamickv.reading.observe import backend_of, set_observed
 
 if TYPE_CHECKING:
@@ -29,10 +30,17 @@ class LoadedModel:
     geometry: Geometry
     stop_ids: frozenset[int] = field(default_factory=frozenset)
     """Tokens that end an answer."""
+    packed: PackedWeights | None = field(default=None, repr=False, compare=False)
+    """What precision "fast" multiplies with."""
 
     @classmethod
     def wrap(
-        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, revision: str
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str,
+        revision: str,
+        packed: PackedWeights | None = None,
     ) -> LoadedModel:
         """Describe a transformers model and let its attention be observed."""
         geometry = Geometry.of(model.config)
@@ -50,6 +58,7 @@ class LoadedModel:
             tokenizer=tokenizer,
             geometry=geometry,
             stop_ids=frozenset(int(token) for token in stops if token is not None),
+            packed=packed,
         )
 
     @property
@@ -68,6 +77,11 @@ class LoadedModel:
         return f"{computed} with {self.quantization} weights" if self.quantization else computed
 
     @property
+    def precision(self) -> str:
+        """ "fast" where products round as bfloat16 ones do, "exact" where they are the model's."""
+        return "exact" if self.packed is None else "fast"
+
+    @property
     def quantization(self) -> str | None:
         """How the weights are packed: "4bit", "8bit", another method's name, or None."""
         config = getattr(self.model.config, "quantization_config", None)
@@ -82,8 +96,9 @@ class LoadedModel:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weights."""
-        return int(self.model.get_memory_footprint())  # type: ignore[no-untyped-call]
+        """Bytes of the weights, packed copies included."""
+        copies = 0 if self.packed is None else self.packed.nbytes
+        return copies + int(self.model.get_memory_footprint())  # type: ignore[no-untyped-call]
 
     @property
     def attention(self) -> str:

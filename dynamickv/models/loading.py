@@ -26,6 +26,7 @@ from dynamickv.models.conversion import converted, quiet, source_hash
 from dynamickv.models.faults import UnusableModelError, first_line, unreadable
 from dynamickv.models.geometry import require_compressible
 from dynamickv.models.loaded import QUANTIZATIONS, LoadedModel
+from dynamickv.models.precision import packed_for, require_precision
 from dynamickv.models.sources import resolve
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def load_model(
     device_map: str | dict[str, Any] | None = None,
     quantization: str | None = None,
     revision: str | None = None,
+    precision: str = "auto",
 ) -> LoadedModel:
     """Load a model by short name, hub id, folder or .gguf file.
 
@@ -72,12 +74,17 @@ def load_model(
             checkpoint as it is, packed or not. A 4bit model on the CPU must not be saved:
             bitsandbytes 0.50 writes its weights wrongly once they were used.
         revision: commit, branch or tag of a model on the hub. Short names are pinned to theirs.
+        precision: "exact" computes in `dtype`, bit for bit as the plain model. "fast" lets products
+            round as bfloat16 ones do, with float32 sums, on a CPU that has instructions for them
+            (avx512_bf16, AMX), and is exact elsewhere. "auto" is "fast" for weights that lost more
+            than that already (GGUF of less than 16 bits), else "exact".
 
     Raises:
         ValueError: an unknown name or option, or a model that cannot be read, in one sentence.
         FileNotFoundError: a file or folder that does not exist.
     """
     name = os.fspath(name)
+    require_precision(precision)
     if device_map is not None and device != "auto":
         raise ValueError(f"give device ({device!r}) or device_map, not both")
     place = _choose_device(device)
@@ -114,7 +121,8 @@ def load_model(
     origin = origin or getattr(model.config, "_commit_hash", None) or pinned or "local"
     if to_place:
         model.to(place)  # type: ignore[arg-type]
-    llm = LoadedModel.wrap(model, tokenizer, name, origin)
+    fast = packed_for(precision, model, gguf)
+    llm = LoadedModel.wrap(model, tokenizer, name, origin, fast)
     if llm.quantization is not None:
         _require_packed_products(llm)
     return llm

@@ -1,7 +1,7 @@
 """prompt -> Prefill: one plain forward pass, with each layer's keys, values and last queries kept.
 
 The logits are those of the plain model, bit for bit: observing copies a few queries and changes no
-computation.
+computation. A model of precision "fast" is read from its packed weights instead, see `fast`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 
 from dynamickv.cache import KVCache
 from dynamickv.layers.kv import KVLayer
+from dynamickv.reading.fast import FastReading
 from dynamickv.reading.observe import observed
 from dynamickv.reading.prompt import encode_prompt, encode_text
 from dynamickv.records import Attended, EncodedPrompt, LayerObservation, Prefill
@@ -118,8 +119,8 @@ def prefill_prompt(
 
     def record(layer: KVLayer, attended: Attended) -> None:
         nonlocal mass_seconds
-        received = None
-        if mass:
+        received = None if fast is None else fast.take_received()
+        if mass and received is None:
             llm.synchronize()
             started = time.perf_counter()
             received = attention_mass(
@@ -140,10 +141,14 @@ def prefill_prompt(
 
     cache = KVCache.of(llm.model.config, record)
     token_ids = torch.from_numpy(np.array([prompt.token_ids])).to(llm.device)
+    fast = None if llm.packed is None else FastReading(llm, llm.packed, mass)
     start = time.perf_counter()
     with observed(llm.model):
-        output = llm.model(token_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    logits = output.logits[0, -1]
+        if fast is not None:
+            logits = fast(token_ids, cache)
+        else:
+            output = llm.model(token_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            logits = output.logits[0, -1]
     llm.synchronize()
     if sorted(read) != places:
         raise ValueError(

@@ -10,8 +10,9 @@ import torch
 
 import dynamickv as dkv
 from dynamickv.cache import KVCache, prune
+from dynamickv.decoding.cpu_ops import PackedOps
 from dynamickv.decoding.decode import extend, feeder
-from dynamickv.decoding.decode_step import PackedOps, RowSteps
+from dynamickv.decoding.decode_step import RowSteps
 from tests.engine.tiny import COMPRESSING, DOCUMENT, FAMILIES, QUESTION, tiny_llm
 
 

@@ -24,7 +24,7 @@ ASKED = "Who sells the tickets for the ferry?"
 
 @pytest.fixture(scope="module")
 def embedded() -> dkv.LoadedModel:
-    return dkv.load_model(device="cpu")
+    return dkv.load_model(device="cpu", precision="exact")
 
 
 @pytest.fixture(scope="module")

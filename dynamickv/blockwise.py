@@ -1,0 +1,91 @@
+"""Causal attention over a whole prompt in bfloat16 products, with sums and softmax in float32.
+
+Where the CPU has matrix tiles (AMX), torch's own kernel does that; elsewhere it gains nothing from
+bfloat16, and blocks of queries do. Blocks also give the attention that every position receives.
+Knows tensors only.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ELEMENTS = 2**20
+"""Attention weights computed at a time, which should stay in the cache."""
+ROWS = (32, 256)
+"""Least and most queries in a block."""
+
+
+def has_tiles() -> bool:
+    """Whether the CPU has instructions for matrix tiles."""
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
+def causal_attention(
+    queries: Tensor, keys: Tensor, values: Tensor, scaling: float, *, mass: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of a prompt's tokens to those before them and to themselves.
+
+    Args:
+        queries: (num_query_heads, n, head_dim) float32.
+        keys: (num_kv_heads, n, head_dim) float32; query head h reads KV head h // group.
+        values: as keys.
+        scaling: factor on the query-key products.
+        mass: also sum up what every position receives; in blocks on every CPU.
+
+    Returns:
+        (n, num_query_heads, head_dim) bfloat16, and (num_query_heads, n) float32 or None.
+    """
+    # The same vector taken from all keys moves all logits of a query alike, which softmax does not
+    # see; what is left is smaller, and so is what rounding does to it (SageAttention,
+    # arXiv:2410.02367).
+    narrow = (keys - keys.mean(dim=1, keepdim=True)).to(torch.bfloat16)
+    wide_values = values.to(torch.bfloat16)
+    if has_tiles() and not mass:
+        context = F.scaled_dot_product_attention(
+            queries.to(torch.bfloat16)[None],
+            narrow[None],
+            wide_values[None],
+            is_causal=True,
+            scale=scaling,
+            enable_gqa=True,
+        )
+        return context[0].transpose(0, 1), None
+    return _in_blocks((queries * scaling).to(torch.bfloat16), narrow, wide_values, mass)
+
+
+def _in_blocks(
+    queries: Tensor, keys: Tensor, values: Tensor, mass: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Blocks of queries, and of the keys only what they see."""
+    num_query_heads, length, head_dim = queries.shape
+    num_kv_heads = keys.shape[0]
+    group = num_query_heads // num_kv_heads
+    block = min(max(ELEMENTS // (group * length), ROWS[0]), ROWS[1])
+    context = queries.new_empty(length, num_kv_heads, group, head_dim)
+    received = torch.zeros(num_kv_heads, group, length) if mass else None
+    future = torch.ones(block, block, dtype=torch.bool).triu_(1)
+    ones = queries.new_ones(1, block)
+    # Written over for every block: fresh memory costs as much time as the softmax.
+    room = queries.new_empty(group * min(block, length) * length)
+    for head in range(num_kv_heads):
+        own = queries[head * group : (head + 1) * group]
+        columns = keys[head].t()
+        for start in range(0, length, block):
+            end = min(start + block, length)
+            rows = end - start
+            logits = room[: group * rows * end].view(group * rows, end)
+            asked = own[:, start:end].reshape(group * rows, head_dim)
+            torch.mm(asked, columns[:, :end], out=logits)
+            ahead = logits.view(group, rows, end)[..., start:]
+            ahead.masked_fill_(future[:rows, :rows], float("-inf"))
+            shares = torch.softmax(logits, dim=-1)
+            if received is not None:
+                by_query = shares.view(group, rows, end)
+                # As a product: many times faster than a sum over rows, and summed in float32.
+                received[head, :, :end] += torch.matmul(ones[:, :rows], by_query)[:, 0]
+            attended = torch.mm(shares, values[head, :end]).view(group, rows, head_dim)
+            context[start:end, head] = attended.transpose(0, 1)
+    shape = (num_query_heads, length)
+    return context.flatten(1, 2), None if received is None else received.view(shape)

@@ -1,0 +1,179 @@
+"""The operations of a decoder's step on a CPU: one row for each of several caches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dynamickv.decoder import HeadNorms, Ops, Rotation
+from dynamickv.layers.kv import KVLayer
+from dynamickv.packed import PackedWeights
+
+LONG = 1024
+"""Positions from which on sharing one head's among the threads pays."""
+
+
+class CpuOps(Ops[Sequence[KVLayer]]):
+    """Torch operations in float32 on a row for each of several caches, and on a row of padding
+    behind a single one, which no cache sees."""
+
+    least_rows = 2
+
+    def linear(self, x: Tensor, linear: nn.Linear) -> Tensor:
+        """One projection."""
+        # A step is bound by reading weights. As the left factor of a product with few columns, but
+        # two at least, MKL reads float32 weights with all cores; for F.linear's product with few
+        # rows it uses one. The next product is several times slower unless its input's rows are
+        # contiguous.
+        out = torch.mm(linear.weight, x.t()).t().contiguous()
+        return out if linear.bias is None else out + linear.bias
+
+    def place(
+        self,
+        qkv: Tensor,
+        rotation: Rotation,
+        norms: HeadNorms | None,
+        store: Sequence[KVLayer],
+        query_heads: int,
+    ) -> Tensor:
+        """Append each row to its own cache."""
+        query, key, value = self.split(qkv, rotation, norms, query_heads)
+        keys, values = key.unsqueeze(2), value.unsqueeze(2)
+        for row, layer in enumerate(store):
+            layer.update(keys[row : row + 1], values[row : row + 1])
+        return query
+
+    def attend(self, query: Tensor, store: Sequence[KVLayer], scaling: float) -> Tensor:
+        """Each row attends to its own cache."""
+        rows, _, dim = query.shape
+        output = query.new_zeros(rows, query.shape[1] * dim)
+        for row, layer in enumerate(store):
+            keys, values = layer.held()
+            # The queries of one head's group as rows: no head is repeated.
+            grouped = query[row].view(1, keys.shape[1], -1, dim)
+            attended = F.scaled_dot_product_attention(grouped, keys, values, scale=scaling)
+            output[row] = attended.reshape(-1)
+        return output
+
+
+class PackedOps(CpuOps):
+    """CpuOps that read the weights from a copy in oneDNN's own order, of which a product with a few
+    rows takes about half the time of MKL's. The copy is as large as the weights, and made as they
+    are needed."""
+
+    def __init__(self) -> None:
+        self._packed: dict[tuple[nn.Linear, ...], tuple[Tensor, Tensor | None]] = {}
+
+    @staticmethod
+    def available() -> bool:
+        """Whether torch brings oneDNN's products, which its compiler uses and does not document."""
+        known = hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        return known and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+
+    def linear(self, x: Tensor, linear: nn.Linear) -> Tensor:
+        """One projection."""
+        return self._product(x, linear)
+
+    def project(self, x: Tensor, *linears: nn.Linear, residual: Tensor | None = None) -> Tensor:
+        """Projections of one input in one product."""
+        joined = self._product(x, *linears)
+        return joined if residual is None else residual + joined
+
+    def gate(self, x: Tensor, gate: nn.Linear, up: nn.Linear) -> Tensor:
+        """Both in one product."""
+        gated, raised = self._product(x, gate, up).chunk(2, dim=-1)
+        return F.silu(gated) * raised
+
+    def _product(self, x: Tensor, *linears: nn.Linear) -> Tensor:
+        if linears not in self._packed:
+            weights: list[Tensor] = [linear.weight for linear in linears]
+            packed = torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights))
+            biases: list[Tensor] = [
+                weight.new_zeros(len(weight)) if linear.bias is None else linear.bias
+                for linear, weight in zip(linears, weights, strict=True)
+            ]
+            biased = any(linear.bias is not None for linear in linears)
+            self._packed[linears] = packed, torch.cat(biases) if biased else None
+        weight, bias = self._packed[linears]
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return out
+
+
+class FastOps(CpuOps):
+    """CpuOps with products from packed weights, of one row and more. What runs through the layers
+    stays float32."""
+
+    least_rows = 1
+
+    def __init__(self, packed: PackedWeights) -> None:
+        self._weights = packed
+
+    def linear(self, x: Tensor, linear: nn.Linear) -> Tensor:
+        """One projection."""
+        return self._weights.product(x, linear).float()
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """In one operation."""
+        return F.rms_norm(x, weight.shape, weight, eps)
+
+    def project(self, x: Tensor, *linears: nn.Linear, residual: Tensor | None = None) -> Tensor:
+        """Projections of one input in one product."""
+        joined = self._weights.product(x, *linears)
+        return joined.float() if residual is None else residual + joined
+
+    def gate(self, x: Tensor, gate: nn.Linear, up: nn.Linear) -> Tensor:
+        """Both in one product."""
+        return self._weights.gated(x, gate, up)
+
+    def attend(self, query: Tensor, store: Sequence[KVLayer], scaling: float) -> Tensor:
+        """Each row attends to its own cache, long ones in parts that all threads share."""
+        rows, _, dim = query.shape
+        output = query.new_empty(rows, query.shape[1] * dim)
+        for row, layer in enumerate(store):
+            keys, values = layer.held()
+            grouped = query[row].view(keys.shape[1], -1, dim)
+            output[row] = attend_in_parts(grouped, keys[0], values[0], scaling).reshape(-1)
+        return output
+
+
+def attend_in_parts(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+    """Attention to all keys; where they are long and their heads cannot be shared evenly among the
+    threads, in parts whose results are joined by the weight of each.
+
+    Args:
+        query: (heads, group, head_dim).
+        keys: (heads, n, head_dim).
+        values: as keys.
+
+    Returns:
+        (heads, group, head_dim).
+    """
+    heads, length, _ = keys.shape
+    threads = torch.get_num_threads()
+    if length < LONG or heads % threads == 0:
+        out = F.scaled_dot_product_attention(query[None], keys[None], values[None], scale=scaling)
+        return out[0]
+    size = length // threads
+    whole = size * threads
+    halves = [torch.unflatten(held[:, :whole], 1, (threads, size)) for held in (keys, values)]
+    outputs, weights = _attend_apart(query, halves[0], halves[1], scaling)
+    if whole < length:
+        rest = _attend_apart(query, keys[:, None, whole:], values[:, None, whole:], scaling)
+        outputs = torch.cat([outputs, rest[0]], dim=1)
+        weights = torch.cat([weights, rest[1]], dim=1)
+    return (outputs * weights.softmax(dim=1).unsqueeze(-1)).sum(dim=1)
+
+
+def _attend_apart(
+    query: Tensor, keys: Tensor, values: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Attention to each of (heads, parts, n, head_dim) alone: (heads, parts, group, head_dim), and
+    the logarithms of what each part's weights sum to, (heads, parts, group)."""
+    asked = query[:, None].expand(-1, keys.shape[1], -1, -1)
+    result: tuple[Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        asked, keys, values, 0.0, False, scale=scaling
+    )
+    return result

@@ -1,0 +1,58 @@
+"""Attention in bfloat16 blocks is attention; what it adds up on the way is what H2O asks for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dynamickv import blockwise
+from dynamickv.blockwise import causal_attention
+from dynamickv.scoring import attention_mass
+
+
+def states(
+    length: int, head_dim: int = 16, offset: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries of six heads, keys and values of two; all keys moved by one long vector."""
+    made = torch.Generator().manual_seed(length)
+    queries = torch.randn(6, length, head_dim, generator=made)
+    keys = torch.randn(2, length, head_dim, generator=made)
+    values = torch.randn(2, length, head_dim, generator=made)
+    return queries, keys + offset * torch.randn(head_dim, generator=made), values
+
+
+@pytest.mark.parametrize("tiles", [False, True])
+@pytest.mark.parametrize("length", [2, 31, 32, 33, 300])
+def test_it_is_causal_attention(length: int, tiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blockwise, "has_tiles", lambda: tiles)
+    monkeypatch.setattr(blockwise, "ELEMENTS", 3 * 32 * length)
+    queries, keys, values = states(length)
+    context, received = causal_attention(queries, keys, values, 0.25)
+    expected = F.scaled_dot_product_attention(
+        queries[None], keys[None], values[None], is_causal=True, scale=0.25, enable_gqa=True
+    )[0]
+    assert received is None
+    torch.testing.assert_close(context.float().transpose(0, 1), expected, atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("length", [2, 40, 300])
+def test_its_blocks_add_up_to_the_attention_received(length: int) -> None:
+    queries, keys, values = states(length)
+    _, received = causal_attention(queries, keys, values, 0.25, mass=True)
+    assert received is not None
+    expected = attention_mass(queries, keys, 0.25)
+    torch.testing.assert_close(received, expected, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("tiles", [False, True])
+def test_what_all_keys_share_costs_no_precision(
+    tiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blockwise, "has_tiles", lambda: tiles)
+    queries, keys, values = states(200, offset=100.0)
+    context, _ = causal_attention(queries, keys, values, 0.25)
+    expected = F.scaled_dot_product_attention(
+        queries[None], keys[None], values[None], is_causal=True, scale=0.25, enable_gqa=True
+    )[0]
+    torch.testing.assert_close(context.float().transpose(0, 1), expected, atol=0.03, rtol=0)
