@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynamickv.decoder import HeadNorms, Ops, Rotation
+from dynamickv.fast.decoder import HeadNorms, Ops, Rotation
+from dynamickv.fast.packed import PackedWeights
 from dynamickv.layers.kv import KVLayer
-from dynamickv.packed import PackedWeights
 
 LONG = 1024
 """Positions from which on sharing one head's among the threads pays."""

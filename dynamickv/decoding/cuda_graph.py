@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from dynamickv.cache import KVCache
-from dynamickv.decoder import steppable
 from dynamickv.decoding.decode_step import DecodeStep, PlainOps
+from dynamickv.fast.decoder import steppable
 from dynamickv.models import LoadedModel
 
 log = logging.getLogger(__name__)

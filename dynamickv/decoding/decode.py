@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from dynamickv.cache import BatchedCache, KVCache
-from dynamickv.decoder import steppable
 from dynamickv.decoding.cuda_graph import LEAST_STEPS, DecodeGraph, graphable
 from dynamickv.decoding.decode_step import RowSteps
+from dynamickv.fast.decoder import steppable
+from dynamickv.fast.packed import FastProducts
 from dynamickv.models import LoadedModel
-from dynamickv.packed import FastProducts
 from dynamickv.reading.observe import observed
 
 Feed = Callable[[Sequence[KVCache], Sequence[int], Sequence[int]], Tensor]

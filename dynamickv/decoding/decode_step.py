@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynamickv.cache import KVCache
-from dynamickv.decoder import HeadNorms, Ops, Rotation, linears_of, next_logits
 from dynamickv.decoding.cpu_ops import CpuOps, FastOps, PackedOps
+from dynamickv.fast.decoder import HeadNorms, Ops, Rotation, linears_of, next_logits
 from dynamickv.memory import free_host_memory
 from dynamickv.models import LoadedModel
 

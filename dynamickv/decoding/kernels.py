@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from dynamickv.decoder import HeadNorms, Rotation
 from dynamickv.decoding.decode_step import PlainOps, Slots
+from dynamickv.fast.decoder import HeadNorms, Rotation
 
 KEYS = 64
 """Keys an attention program reads at a time."""

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from dynamickv.fast.packed import PackedWeights
 from dynamickv.models.geometry import Geometry
 from dynamickv.models.rope import forget_longer_sequences
-from dynamickv.packed import PackedWeights
 from dynamickv.reading.observe import backend_of, set_observed
 
 if TYPE_CHECKING:

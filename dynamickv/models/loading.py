@@ -76,8 +76,7 @@ def load_model(
         revision: commit, branch or tag of a model on the hub. Short names are pinned to theirs.
         precision: "exact" computes in `dtype`, bit for bit as the plain model. "fast" lets products
             round as bfloat16 ones do, with float32 sums, on a CPU that has instructions for them
-            (avx512_bf16, AMX), and is exact elsewhere. "auto" is "fast" for weights that lost more
-            than that already (GGUF of less than 16 bits), else "exact".
+            (avx512_bf16, AMX), and is exact elsewhere. "auto" is "exact".
 
     Raises:
         ValueError: an unknown name or option, or a model that cannot be read, in one sentence.
@@ -121,7 +120,7 @@ def load_model(
     origin = origin or getattr(model.config, "_commit_hash", None) or pinned or "local"
     if to_place:
         model.to(place)  # type: ignore[arg-type]
-    fast = packed_for(precision, model, gguf)
+    fast = packed_for(precision, model)
     llm = LoadedModel.wrap(model, tokenizer, name, origin, fast)
     if llm.quantization is not None:
         _require_packed_products(llm)

@@ -16,7 +16,7 @@ import torch
 
 from dynamickv.cache import KVCache
 from dynamickv.layers.kv import KVLayer
-from dynamickv.reading.fast import FastReading
+from dynamickv.reading.fast_pass import FastReading
 from dynamickv.reading.observe import observed
 from dynamickv.reading.prompt import encode_prompt, encode_text
 from dynamickv.records import Attended, EncodedPrompt, LayerObservation, Prefill

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dynamickv import blockwise
-from dynamickv.blockwise import causal_attention
+from dynamickv.fast import blockwise
+from dynamickv.fast.blockwise import causal_attention
 from dynamickv.scoring import attention_mass
 
 

@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType as Format
 from gguf import quants
 from torch import nn
 
-from dynamickv.packed import FastProducts, PackedWeights, four_bits, has_fast_products
+from dynamickv.fast.packed import FastProducts, PackedWeights, four_bits, has_fast_products
 
 needs_fast = pytest.mark.skipif(not has_fast_products(), reason="needs bfloat16 instructions")
 

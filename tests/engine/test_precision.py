@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +12,9 @@ import dynamickv as dkv
 from dynamickv.cache import KVCache, prune
 from dynamickv.decoding.cpu_ops import attend_in_parts
 from dynamickv.decoding.decode import feeder
+from dynamickv.fast.packed import PackedWeights
 from dynamickv.models import precision
 from dynamickv.models.precision import packed_for
-from dynamickv.packed import PackedWeights
 from dynamickv.scoring import attention_mass
 from tests.engine.test_packed import needs_fast, quantized
 from tests.engine.tiny import DOCUMENT, FAMILIES, QUESTION, tiny_llm, tiny_model
@@ -116,30 +115,12 @@ def test_an_unknown_precision_is_named_with_the_known_ones() -> None:
         dkv.load_model("no such model", precision="quick")
 
 
-def sized(folder: Path, bits: float) -> Path:
-    """A file of so many bits for each of the tiny model's weights."""
-    file = folder / "model.gguf"
-    file.write_bytes(bytes(int(tiny_model().num_parameters() * bits / 8)))
-    return file
-
-
-@pytest.mark.parametrize(
-    ("asked", "bits", "is_fast"),
-    [
-        ("auto", None, False),
-        ("auto", 4.5, True),
-        ("auto", 8.6, True),
-        ("auto", 16.1, False),
-        ("exact", 4.5, False),
-        ("fast", None, True),
-    ],
-)
-def test_auto_is_fast_for_what_was_quantized(
-    asked: str, bits: float | None, is_fast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("asked", "is_fast"), [("auto", False), ("exact", False), ("fast", True)])
+def test_only_fast_packs_weights(
+    asked: str, is_fast: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(precision, "has_fast_products", lambda: True)
-    gguf = None if bits is None else sized(tmp_path, bits)
-    assert (packed_for(asked, tiny_model(), gguf) is not None) == is_fast
+    assert (packed_for(asked, tiny_model()) is not None) == is_fast
 
 
 @pytest.mark.parametrize("lacking", ["instructions", "memory", "float32"])
@@ -148,7 +129,7 @@ def test_where_fast_cannot_be_it_is_exact(lacking: str, monkeypatch: pytest.Monk
     if lacking == "memory":
         monkeypatch.setattr(precision, "free_host_memory", lambda: 1000)
     model = tiny_model().to(torch.bfloat16 if lacking == "float32" else torch.float32)
-    assert packed_for("fast", model, None) is None
+    assert packed_for("fast", model) is None
 
 
 def test_a_models_precision_is_on_record() -> None:

@@ -12,10 +12,10 @@ import torch
 
 import dynamickv as dkv
 from dynamickv.cache import KVCache, prune
-from dynamickv.decoder import steppable
 from dynamickv.decoding.cuda_graph import DecodeGraph, graphable
 from dynamickv.decoding.decode import choose, decode, extend
 from dynamickv.decoding.decode_step import DecodeStep, PlainOps
+from dynamickv.fast.decoder import steppable
 from tests.engine.tiny import (
     DOCUMENT,
     FAMILIES,

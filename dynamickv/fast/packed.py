@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from dynamickv.blockwise import causal_attention
+from dynamickv.fast.blockwise import causal_attention
 
 GROUP = 32
 """Neighbouring weights that share a scale and a zero: GGUF's blocks, and the least torch takes."""

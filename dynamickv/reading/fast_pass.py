@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dynamickv.blockwise import causal_attention
 from dynamickv.cache import KVCache
-from dynamickv.decoder import HeadNorms, Ops, Rotation, linears_of, next_logits, steppable
+from dynamickv.fast.blockwise import causal_attention
+from dynamickv.fast.decoder import HeadNorms, Ops, Rotation, linears_of, next_logits, steppable
+from dynamickv.fast.packed import FastProducts, PackedWeights
 from dynamickv.layers.kv import KVLayer
-from dynamickv.packed import FastProducts, PackedWeights
 from dynamickv.records import Attended
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""The decoder written out, and what precision "fast" computes it with."""
