@@ -190,7 +190,9 @@ def require_compressible(config: Any) -> None:
             f"{name} has {', '.join(names)} in all layers, so nothing is left to compress; "
             "choose a model with layers that attend to the whole prompt"
         )
-    if getattr(config, "num_attention_heads", 0) is None:
+    # Sizes that differ by layer cannot be asked of the whole.
+    parts = [part for part in getattr(config, "per_layer_config", None) or [] if part is not None]
+    if getattr(parts[0] if parts else config, "num_attention_heads", None) is None:
         raise ValueError(f"{name} has no attention heads; choose a causal language model")
     if getattr(config, "use_bidirectional_attention", None) in (True, "all"):
         raise ValueError(

@@ -13,7 +13,7 @@ from benchmarks.coverage.tiny import NAMES, tiny_model
 from dynamickv.cache import prune
 from dynamickv.decoding.cuda_graph import graphable
 from dynamickv.decoding.decode import feeder
-from dynamickv.decoding.decode_step import steppable
+from dynamickv.fast.decoder import steppable
 from dynamickv.reading.prefill import prefill_prompt
 from dynamickv.records import EncodedPrompt
 from tests.engine.tiny import tiny_tokenizer
