@@ -182,5 +182,5 @@ def _filled(
 ) -> KVLayer:
     layer.hold(gather(keys, kept, room), gather(values, kept, room), seen)
     layer.show(kept.shape[1])
-    layer.chosen = kept.shape[1]
+    layer.choose(kept)
     return layer

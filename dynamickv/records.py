@@ -93,7 +93,9 @@ class Attended:
     scaling: float
     softcap: float | None = None
     sinks: Tensor | None = None
-    """(num_query_heads,)."""
+    """(num_query_heads,), or of every query, (rows, num_query_heads, new tokens, 1)."""
+    bias: Tensor | None = None
+    """Added to the logits, (rows, num_query_heads, new tokens, positions)."""
 
     def row(
         self,
@@ -130,9 +132,34 @@ class Attended:
             scaling=self.scaling,
             mass=mass,
             softcap=self.softcap,
-            sinks=self.sinks,
+            sinks=self._sinks(row, end, queries.shape[1]),
+            bias=self._bias(row, end, first, queries.shape[1]),
             stored_heads=None if stored_heads == keys.shape[0] else stored_heads,
         )
+
+    def sinks_of(self, row: int) -> Tensor | None:
+        """The sinks of one row's queries."""
+        return self.sinks if self.sinks is None or self.sinks.dim() == 1 else self.sinks[row]
+
+    def _sinks(self, row: int, end: int, tail: int) -> Tensor | None:
+        """The sinks of a row's last `tail` queries before `end`."""
+        if self.sinks is None or self.sinks.dim() == 1:
+            return self.sinks
+        behind = self.keys.shape[2] - end
+        return self.sinks[row, :, : self.sinks.shape[2] - behind][:, -tail:].clone()
+
+    def _bias(self, row: int, end: int, first: int, tail: int) -> Tensor | None:
+        """The bias of a row's last `tail` queries before `end`."""
+        if self.bias is None:
+            return None
+        behind = self.keys.shape[2] - end
+        asked = self.bias[row, :, : self.bias.shape[2] - behind, first:end]
+        if asked.shape[1] < tail:
+            raise ValueError(
+                "this model adds a bias by distance to its attention logits, and a prompt read in "
+                "chunks does not keep it; leave out prefill_chunk_size"
+            )
+        return asked[:, -tail:].clone()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,7 +179,10 @@ class LayerObservation:
     softcap: float | None = None
     """Bound that the layer puts on its logits: softcap * tanh(logits / softcap)."""
     sinks: Tensor | None = None
-    """Learned logits that take part in the softmax and lead nowhere, (num_query_heads,)."""
+    """Learned logits that take part in the softmax and lead nowhere, (num_query_heads,), or one for
+    each of `queries`, (num_query_heads, tail, 1)."""
+    bias: Tensor | None = None
+    """Added to the logits of `queries`, (num_query_heads, tail, prompt_length)."""
     stored_heads: int | None = None
     """Heads that the cache stores, where keys are made anew from it: 1 for a latent."""
 
@@ -181,7 +211,13 @@ class LayerObservation:
         end = self.queries.shape[1] - last
         queries = self.queries[:, end - (first - last) : end]
         keys = self.keys[:, : self.prompt_length - last]
-        return window_attention(queries, keys, self.scaling, self.softcap, self.sinks)
+        bias = self.bias
+        if bias is not None:
+            bias = bias[:, end - (first - last) : end, : keys.shape[1]]
+        sinks = self.sinks
+        if sinks is not None and sinks.dim() > 1:
+            sinks = sinks[:, end - (first - last) : end]
+        return window_attention(queries, keys, self.scaling, self.softcap, sinks, bias)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

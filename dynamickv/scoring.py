@@ -26,6 +26,7 @@ def window_attention(
     scaling: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Attention mass that the last `window` queries pay to each position before them.
 
@@ -34,7 +35,9 @@ def window_attention(
         keys: (num_kv_heads, prompt_length, head_dim); query head h reads KV head h // group.
         scaling: factor on the query-key products.
         softcap: bound on the logits, softcap * tanh(logits / softcap).
-        sinks: (num_query_heads,), learned logits that take their share of every softmax.
+        sinks: (num_query_heads,), learned logits that take their share of every softmax, or one
+            per query, (num_query_heads, window, 1).
+        bias: added to the logits, (num_query_heads, window, prompt_length).
 
     Returns:
         (num_query_heads, prompt_length - window) float32: summed over the window's queries. The
@@ -54,6 +57,8 @@ def window_attention(
     )
     if softcap is not None:
         logits.div_(softcap).tanh_().mul_(softcap)
+    if bias is not None:
+        logits += bias
     future = torch.ones(window, window, dtype=torch.bool, device=keys.device).triu_(1)
     logits[..., prompt_length - window :].masked_fill_(future, torch.finfo(torch.float32).min)
     shares = softmax_with_sinks(logits, sinks)
@@ -65,12 +70,12 @@ def softmax_with_sinks(logits: Tensor, sinks: Tensor | None) -> Tensor:
 
     Args:
         logits: (num_query_heads, queries, positions), float32.
-        sinks: (num_query_heads,), or None.
+        sinks: (num_query_heads,), or one per query, (num_query_heads, queries, 1), or None.
     """
     if sinks is None:
         # In place: fresh memory costs a CPU as much time as the softmax.
         return torch.softmax(logits, dim=-1, out=logits)
-    learned = sinks.float().view(-1, 1, 1)
+    learned = sinks.float() if sinks.dim() > 1 else sinks.float().view(-1, 1, 1)
     total = torch.logaddexp(logits.logsumexp(dim=-1, keepdim=True), learned)
     return logits.sub_(total).exp_()
 
@@ -91,6 +96,7 @@ def attention_mass(
     scaling: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Attention that every position receives from all queries, exactly.
 
@@ -100,6 +106,7 @@ def attention_mass(
         queries: (num_query_heads, last positions, head_dim); for the whole prompt's mass, all.
         keys: (num_kv_heads, prompt_length, head_dim).
         softcap, sinks: as in `window_attention`.
+        bias: added to the logits, (num_query_heads, last positions, prompt_length).
 
     Returns:
         (num_query_heads, prompt_length) float32, summed over queries, not normalised.
@@ -110,7 +117,6 @@ def attention_mass(
     num_kv_heads, length, _ = keys.shape
     group = num_query_heads // num_kv_heads
     grouped = queries.reshape(num_kv_heads, group, asked, head_dim)
-    by_head = None if sinks is None else sinks.view(num_kv_heads, group)
     mass = torch.zeros(num_kv_heads, group, length, dtype=torch.float32, device=keys.device)
     block = max(16, _BLOCK_ELEMENTS[keys.device.type == "cpu"] // (group * length))
     # Written over for every block: fresh memory costs a CPU as much time as the softmax.
@@ -126,11 +132,22 @@ def attention_mass(
             if softcap is not None:
                 shares.div_(softcap).tanh_().mul_(softcap)
             by_query = shares.view(group, rows, end)
+            if bias is not None:
+                heads = slice(head * group, (head + 1) * group)
+                by_query += bias[heads, start : start + rows, :end]
             future = torch.ones(rows, rows, dtype=torch.bool, device=keys.device)
             by_query[..., end - rows :].masked_fill_(future.triu_(1), float("-inf"))
-            softmax_with_sinks(by_query, None if by_head is None else by_head[head])
+            softmax_with_sinks(by_query, _sinks_of(sinks, head * group, group, start, rows))
             mass[head, :, :end] += by_query.sum(dim=1)
     return mass.view(num_query_heads, length)
+
+
+def _sinks_of(sinks: Tensor | None, head: int, group: int, query: int, count: int) -> Tensor | None:
+    """Those of `group` heads and, where each query has its own, of `count` queries."""
+    if sinks is None:
+        return None
+    own = sinks[head : head + group]
+    return own if own.dim() == 1 else own[:, query : query + count]
 
 
 def reduce_group(scores: Tensor, num_kv_heads: int, reduction: str) -> Tensor:

@@ -139,8 +139,12 @@ class KVLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                 return
             places = torch.searchsorted(self._positions, positions.contiguous())
         self._buffers = (gather(keys[0], places, 0), gather(values[0], places, 0))
-        self._positions = positions
+        self.choose(positions)
         self.show(positions.shape[1])
+
+    def choose(self, positions: Tensor) -> None:
+        """Remember that these positions, (heads, kept), are what is held."""
+        self._positions = positions
         self.chosen = positions.shape[1]
 
     def held(self) -> tuple[Tensor, Tensor]:
@@ -180,8 +184,17 @@ class KVLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(keys, offset) a mask for this layer would cover."""
-        return self.length + query_length, 0
+        """(keys, offset) a mask for this layer would cover: all positions seen, kept or not, as
+        models that reckon with distances need; the attention function makes its own."""
+        return self.seen + query_length, 0
+
+    def held_positions(self) -> Tensor | None:
+        """True positions of what is held, (heads, length); None where nothing was dropped."""
+        if self._positions is None:
+            return None
+        kept = self._positions
+        later = torch.arange(self.seen - self.removable, self.seen, device=kept.device)
+        return torch.cat([kept, later.expand(kept.shape[0], -1)], dim=1)
 
     def get_max_length(self) -> int:
         """No limit of its own."""

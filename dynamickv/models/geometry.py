@@ -19,9 +19,6 @@ head with the keys of another, the other repeats its heads for every expert."""
 UNSERVED: dict[str, str] = {
     "dory": "lets the last token alone ask in some layers",
     "doge": "masks positions by their values at every step",
-    "inkling_text": "adds a learned bias by distance to its attention logits",
-    "inkling2_text": "adds a learned bias by distance to its attention logits",
-    "inkling2_loop_text": "adds a learned bias by distance to its attention logits",
     "minimax": "keeps a cache class of its own",
     "mllama_text_model": "attends to images in some layers",
 }

@@ -146,7 +146,8 @@ def _observed_attention(
             keys=key,
             scaling=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
             softcap=kwargs.get("softcap"),
-            sinks=kwargs.get("s_aux"),
+            sinks=kwargs.get("s_aux", kwargs.get("sinks")),
+            bias=kwargs.get("position_bias"),
         )
         layer.after_attention(layer, attended)
     return output
@@ -175,9 +176,26 @@ def _continue(
     """The backend's attention of new tokens over what a cache holds."""
     module, kwargs = given
     mask = _continuation_mask(backend, layer, query, key)
+    if kwargs.get("position_bias") is not None:
+        kwargs = kwargs | {"position_bias": _bias_of_held(kwargs["position_bias"], layer, query)}
     with _kernels(query):
         module = _stand_in(backend, module, query, key)
         return attention(module, query, key, value, mask, **kwargs)
+
+
+def _bias_of_held(bias: Tensor, layer: KVLayer, query: Tensor) -> Tensor:
+    """Of a learned bias over all positions, (1, query heads, new, positions), what is for those
+    that a layer holds."""
+    if isinstance(layer, RowsLayer) or bias.shape[0] != 1:
+        raise ValueError(
+            "this model adds a bias by distance to its attention logits, which is served for one "
+            "prompt at a time; generate the prompts one by one"
+        )
+    positions = layer.held_positions()
+    if positions is None:
+        return bias
+    heads = positions.repeat_interleave(bias.shape[1] // positions.shape[0], dim=0)
+    return bias.gather(3, heads[None, :, None].expand(-1, -1, query.shape[2], -1))
 
 
 def _kernels(query: Tensor) -> AbstractContextManager[None]:

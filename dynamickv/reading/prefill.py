@@ -128,7 +128,8 @@ def prefill_prompt(
                 attended.keys[0],
                 attended.scaling,
                 attended.softcap,
-                attended.sinks,
+                attended.sinks_of(0),
+                None if attended.bias is None else attended.bias[0],
             )
             llm.synchronize()
             mass_seconds += time.perf_counter() - started

@@ -87,7 +87,12 @@ class PromptRow:
     ) -> Tensor:
         """Attention received so far from all queries of the prompt."""
         keys = attended.keys[row, :, first:last]
-        mass = attention_mass(queries, keys, attended.scaling, attended.softcap, attended.sinks)
+        bias = None
+        if attended.bias is not None:
+            bias = attended.bias[row, :, : queries.shape[1], first:last]
+        mass = attention_mass(
+            queries, keys, attended.scaling, attended.softcap, attended.sinks_of(row), bias
+        )
         earlier = self._masses.pop(layer, None)
         if earlier is not None:
             mass[:, : earlier.shape[1]] += earlier
