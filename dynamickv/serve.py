@@ -57,16 +57,20 @@ class CompressedCache(KVCache):
         """Places of the layers to compress, as they were read."""
         self._waiting: list[int] = []
         """Layers that an update changed and that are not cut yet."""
+        self._reading = False
+        """Whether the model is in the middle of a pass, as it is after one that broke off."""
         self._ended = False
 
     def retention(self, row: int = 0) -> Retention:
         """What was kept of a row's prompt, counted from its first token after padding.
 
         Raises:
-            ValueError: before a prompt has gone through all layers.
+            ValueError: before a prompt has gone through all layers, or a row that is not there.
         """
         if not self._rows or not self._rows[0].done:
             raise ValueError("no prompt has gone through this cache yet; call generate first")
+        if not 0 <= row < len(self._rows):
+            raise ValueError(f"row must be from 0 to {len(self._rows) - 1}, got {row!r}")
         kept = self._rows[row].retention()
         by_place = sorted(zip(self._order, kept.indices, strict=True), key=lambda pair: pair[0])
         return replace(kept, indices=tuple(positions for _, positions in by_place))
@@ -76,6 +80,7 @@ class CompressedCache(KVCache):
         self.layers = fresh_layers(self._config, self._after_attention)
         self._rows, self.prompt_end, self._seen = [], 0, 0
         self._fed, self._call, self._order, self._waiting = [], None, [], []
+        self._reading = False
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -83,11 +88,17 @@ class CompressedCache(KVCache):
         """Append to a layer.
 
         Raises:
-            ValueError: outside of the `compress` block, where nothing observes the model.
+            ValueError: outside of the `compress` block, where nothing observes the model, or by
+                another model.
         """
         if self._ended:
             raise ValueError(
                 "the compress block of this cache has ended; generate, and ask on, inside it"
+            )
+        if not self._reading:
+            raise ValueError(
+                "this cache serves the model that was given to compress, and another one feeds it; "
+                "give compress the very model that you call"
             )
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         return keys, values
@@ -102,6 +113,9 @@ class CompressedCache(KVCache):
     def end(self) -> None:
         """Serve no more."""
         self._ended = True
+        for layer in self.whole_layers():
+            # Else cache and layers hold each other until the garbage collector comes by.
+            layer.after_attention = None
 
     # ---- one pass ----
 
@@ -120,6 +134,11 @@ class CompressedCache(KVCache):
         Raises:
             ValueError: what this cache cannot serve, before any work.
         """
+        if self._reading:
+            raise ValueError(
+                "the last pass through this cache broke off, so its layers hold unlike numbers of "
+                "tokens; call cache.reset() before the prompt is read again"
+            )
         if call is not None and call.cache is not self:
             call = None
         fresh = call is not None and call.options is not self._call
@@ -128,8 +147,9 @@ class CompressedCache(KVCache):
             self._call = call.options
         if self._seen == 0:
             self._start(call, token_ids, rows, width, _padding(mask))
-        elif fresh or width > 1:
+        elif fresh or width > 1 or rows != len(self._rows):
             self._check_rows(rows, width, mask, positions)
+        self._reading = True
         self._seen += width
         self._fed = [*self._fed, token_ids] if token_ids is not None else []
 
@@ -140,6 +160,7 @@ class CompressedCache(KVCache):
             ValueError: the prompt went through and a layer that should be compressed was not
                 observed.
         """
+        self._reading = False
         if self._seen >= self.prompt_end and self._rows and not self._rows[0].done:
             raise ValueError(
                 f"of {len(self._geometry.compressed_layers)} layers to compress "
@@ -326,16 +347,19 @@ def compress(model: PreTrainedModel, method: CompressionMethod) -> Iterator[Comp
             "set model.generation_config.cache_implementation = None"
         )
 
-    prompt_logits: list[Tensor] = []
+    prompt_logits: Tensor | None = None
 
     def before(
         module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        nonlocal prompt_logits
         call = generate_call()
         given = next((named[name] for name in CACHE_NAMES if named.get(name) is not None), None)
         if given is None and call is not None and call.cache is cache:
             # Longrope models drop an empty cache when a prompt is longer than the switch.
             if cache.get_seq_length() > 0:
+                if getattr(call.options, "guidance_scale", None) not in (None, 1):
+                    return None  # what guidance is measured from, which has a cache of its own
                 raise ValueError(
                     "this model drops its cache here and would read all tokens again; "
                     "lower max_new_tokens, or read a prompt that is longer already"
@@ -343,6 +367,7 @@ def compress(model: PreTrainedModel, method: CompressionMethod) -> Iterator[Comp
             given = named[CACHE_NAMES[0]] = cache
         if given is not cache:
             return None
+        prompt_logits = None
         if named.get("use_cache") is False:
             raise ValueError(
                 "use_cache=False feeds all tokens again at every step, and a compressed cache "
@@ -361,7 +386,7 @@ def compress(model: PreTrainedModel, method: CompressionMethod) -> Iterator[Comp
                     read[name] = named[name][..., :last]
             if isinstance(named.get("position_ids"), Tensor):
                 named["position_ids"] = named["position_ids"][..., prompt:]
-            prompt_logits.append(module(**read).logits[:, -1:])
+            prompt_logits = module(**read).logits[:, -1:]
             ids = named["input_ids"]
         rows, width = (ids if ids is not None else embeds).shape[:2]  # type: ignore[union-attr]
         mask, positions = named.get("attention_mask"), named.get("position_ids")
@@ -371,11 +396,13 @@ def compress(model: PreTrainedModel, method: CompressionMethod) -> Iterator[Comp
     def after(
         module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any
     ) -> Any:
+        nonlocal prompt_logits
         if not any(named.get(name) is cache for name in CACHE_NAMES):
             return None
         cache.end_pass()
-        if prompt_logits and cache.get_seq_length() > cache.prompt_end:
-            output.logits = torch.cat([prompt_logits.pop(), output.logits], dim=1)
+        if prompt_logits is not None:
+            output.logits = torch.cat([prompt_logits, output.logits], dim=1)
+            prompt_logits = None
         return output
 
     handles = [

@@ -31,6 +31,13 @@ class RowsLayer(KVLayer):  # type: ignore[no-untyped-call]
         """Slots before each row's first position, (rows,); None where all rows are equally long."""
         return self._unused
 
+    def _tagged(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, with the slots that are unused in these very keys: layers that share them may
+        read them after this one was cut."""
+        tagged, values = super()._tagged(keys, values)
+        tagged.kv_unused = self._unused  # type: ignore[attr-defined]
+        return tagged, values
+
     def keep_rows(self, positions: Sequence[Tensor]) -> None:
         """Drop every position but these, one (heads, kept) ascending for each row."""
         keys, values = self.held()
@@ -85,8 +92,8 @@ def in_rows(layer: Any, padding: Tensor) -> Any:
 
 def _gathered(states: Tensor, places: Sequence[Tensor], longest: int) -> Tensor:
     """Each row's `places`, (heads, kept), ending together in (rows, heads, longest, dim)."""
-    rows, _, _, dim = states.shape
-    stored = max(place.shape[0] for place in places)
+    rows, heads, _, dim = states.shape
+    stored = max(heads, *(place.shape[0] for place in places))
     buffer = states.new_zeros(rows, stored, longest, dim)
     for row, place in enumerate(places):
         buffer[row, :, longest - place.shape[1] :] = gather(states[row], place, 0)[0]

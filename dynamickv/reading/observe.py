@@ -213,7 +213,9 @@ def _continuation_mask(backend: str, layer: KVLayer, query: Tensor, key: Tensor)
     """New tokens see everything the layer holds, and each other causally; a row of several sees
     nothing where it holds less than the others."""
     new, held = query.shape[2], key.shape[2]
-    unused = layer.unused if isinstance(layer, RowsLayer) else None
+    unused = None
+    if isinstance(layer, RowsLayer):
+        unused = getattr(key, "kv_unused", layer.unused)
     if backend not in MASKED_BACKENDS or (new == 1 and unused is None):
         if unused is not None:
             raise ValueError(

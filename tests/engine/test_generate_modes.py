@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -229,3 +231,103 @@ def test_half_precision_rows_answer_alike(dtype: torch.dtype) -> None:
     together, cache = compressed(model, dkv.SnapKV(capacity=24), inputs, max_new_tokens=2)
     assert len(together) == 2
     assert cache.layers[0].keys.dtype == dtype
+
+
+class BrokenOffError(Exception):
+    """What a test lets a layer raise."""
+
+
+def break_off_at(model: PreTrainedModel, passes: int) -> Any:
+    """Let the fourth layer raise in that pass; a handle that takes it back."""
+    done = 0
+
+    def hook(*_: Any) -> None:
+        nonlocal done
+        done += 1
+        if done == passes:
+            raise BrokenOffError
+
+    return model.model.layers[3].register_forward_pre_hook(hook)
+
+
+@pytest.mark.parametrize("passes", [1, 5], ids=["prompt", "answer"])
+def test_a_pass_that_broke_off_is_not_gone_on_from(passes: int) -> None:
+    model, (row, more) = tiny_model(), prompts(70, 9)
+    expected, _ = compressed(model, dkv.SnapKV(capacity=24), plain(row))
+    with dkv.compress(model, dkv.SnapKV(capacity=24)) as cache:
+        handle = break_off_at(model, passes)
+        with pytest.raises(BrokenOffError):
+            answers(model, plain(row), past_key_values=cache)
+        handle.remove()
+        fed = torch.cat([row, torch.tensor(expected)[:, : passes - 1], more], dim=1)
+        with pytest.raises(ValueError, match=r"broke off, .*call cache\.reset\(\)"):
+            answers(model, plain(fed), past_key_values=cache)
+        cache.reset()
+        assert answers(model, plain(row), past_key_values=cache) == expected
+
+
+def test_drafts_that_broke_off_leave_no_logits_behind() -> None:
+    model, (piece, row) = tiny_model(), prompts(20, 30)
+    with dkv.compress(model, dkv.SnapKV(capacity=24)) as cache:
+        # The prompt is read in a pass of its own; the drafts after it come second.
+        handle = break_off_at(model, 2)
+        with pytest.raises(BrokenOffError):
+            answers(
+                model,
+                plain(torch.cat([piece] * 4, dim=1)),
+                past_key_values=cache,
+                prompt_lookup_num_tokens=3,
+            )
+        handle.remove()
+        cache.reset()
+        for tokens in (row, row[:, :1]):
+            assert model(tokens, past_key_values=cache).logits.shape[:2] == tokens.shape
+
+
+@pytest.mark.parametrize("feeder", ["another model", "the model's inner part"])
+def test_a_cache_fed_by_another_model_than_compress_was_given_is_refused(feeder: str) -> None:
+    model, (row,) = tiny_model(), prompts(70)
+    other = tiny_model(seed=1) if feeder == "another model" else model.model
+    with (
+        dkv.compress(model, dkv.SnapKV(capacity=24)) as cache,
+        pytest.raises(ValueError, match="give compress the very model that you call"),
+    ):
+        other(row, past_key_values=cache)
+
+
+@pytest.mark.parametrize("capacity", [24, 200])
+def test_guidance_is_measured_from_a_cache_of_its_own(capacity: int) -> None:
+    model, (row,) = tiny_model(), prompts(70)
+    method = dkv.SnapKV(capacity=capacity)
+    guided, cache = compressed(model, method, plain(row), guidance_scale=1.5)
+    assert cache.layers[0].length == min(capacity, 70) + 7
+    if capacity > 70:
+        assert guided == answers(model, plain(row), guidance_scale=1.5)
+
+
+def test_a_single_token_for_more_rows_than_are_held_is_refused() -> None:
+    model, (row,) = tiny_model(), prompts(70)
+    with dkv.compress(model, dkv.SnapKV(capacity=24)) as cache:
+        model(row, past_key_values=cache)
+        with pytest.raises(ValueError, match="3 sequences and this cache holds 1"):
+            model(torch.tensor([[3], [4], [5]]), past_key_values=cache)
+
+
+@pytest.mark.parametrize("row", [-1, 1])
+def test_what_was_kept_of_a_row_that_is_not_there_is_refused(row: int) -> None:
+    _, cache = compressed(tiny_model(), dkv.SnapKV(capacity=24), plain(prompts(70)[0]))
+    with pytest.raises(ValueError, match=f"row must be from 0 to 0, got {row}"):
+        cache.retention(row)
+
+
+def test_a_cache_is_freed_with_its_last_name() -> None:
+    model, inputs = tiny_model(), plain(prompts(70)[0])
+    gc.collect()
+    gc.disable()
+    try:
+        _, cache = compressed(model, dkv.DynamicKV(capacity=24), inputs)
+        held = weakref.ref(cache.layers[0])
+        del cache
+        assert held() is None
+    finally:
+        gc.enable()
