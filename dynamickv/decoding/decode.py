@@ -19,7 +19,7 @@ from dynamickv.decoding.decode_step import RowSteps
 from dynamickv.fast.decoder import steppable
 from dynamickv.fast.packed import FastProducts
 from dynamickv.models import LoadedModel
-from dynamickv.reading.observe import observed
+from dynamickv.reading.observe import cache_argument, observed
 
 Feed = Callable[[Sequence[KVCache], Sequence[int], Sequence[int]], Tensor]
 """(caches, one token for each, their true positions) -> next-token logits, (caches, vocabulary)."""
@@ -156,7 +156,7 @@ def _forward(
             # The pruned cache is shorter than the text it stands for: its length is not the
             # next position.
             position_ids=first + torch.arange(len(token_ids[0]), device=device),
-            past_key_values=cache,
+            **cache_argument(llm.model, cache),
             use_cache=True,
             logits_to_keep=1,
         )

@@ -15,7 +15,7 @@ from dynamickv.cache import prune
 from dynamickv.decoding.decode import extend
 from dynamickv.methods import CompressionMethod, FullKV
 from dynamickv.models import LoadedModel
-from dynamickv.reading.observe import observed
+from dynamickv.reading.observe import cache_argument, observed
 from dynamickv.record.agreement import yardstick_of
 from dynamickv.record.trace import Divergence, Run
 from dynamickv.records import EncodedPrompt, Prefill, Retention
@@ -50,7 +50,7 @@ def forced_logits(
         output = llm.model(
             torch.tensor([fed], device=llm.device),
             position_ids=positions[None],
-            past_key_values=cache,
+            **cache_argument(llm.model, cache),
             use_cache=True,
         )
     logits: Tensor = output.logits[0].float().log_softmax(-1)

@@ -16,6 +16,7 @@ from dynamickv.fast.blockwise import causal_attention
 from dynamickv.fast.decoder import HeadNorms, Ops, Rotation, linears_of, next_logits, steppable
 from dynamickv.fast.packed import FastProducts, PackedWeights
 from dynamickv.layers.kv import KVLayer
+from dynamickv.reading.observe import cache_argument
 from dynamickv.records import Attended
 
 if TYPE_CHECKING:
@@ -118,7 +119,10 @@ class FastReading:
         if isinstance(self._by, FastProducts):
             with self._by:
                 output = self._llm.model(
-                    token_ids, past_key_values=cache, use_cache=True, logits_to_keep=1
+                    token_ids,
+                    use_cache=True,
+                    logits_to_keep=1,
+                    **cache_argument(self._llm.model, cache),
                 )
             logits: Tensor = output.logits[0, -1]
             return logits

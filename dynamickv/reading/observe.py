@@ -10,6 +10,7 @@ exchanged, see LOADED.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -63,6 +64,13 @@ def uses_registry(model: PreTrainedModel) -> bool:
         hasattr(part, "ALL_ATTENTION_FUNCTIONS") and hasattr(part, "eager_attention_forward")
         for part in code
     )
+
+
+def cache_argument(model: PreTrainedModel, cache: Any) -> dict[str, Any]:
+    """The cache under the name by which the model's forward pass takes it: "cache" since
+    transformers 5.24, "past_key_values" before."""
+    names = inspect.signature(type(model).forward).parameters
+    return {"cache" if "cache" in names else "past_key_values": cache}
 
 
 @contextmanager

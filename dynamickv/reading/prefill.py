@@ -17,7 +17,7 @@ import torch
 from dynamickv.cache import KVCache
 from dynamickv.layers.kv import KVLayer
 from dynamickv.reading.fast_pass import FastReading
-from dynamickv.reading.observe import observed
+from dynamickv.reading.observe import cache_argument, observed
 from dynamickv.reading.prompt import encode_prompt, encode_text
 from dynamickv.records import Attended, EncodedPrompt, LayerObservation, Prefill
 from dynamickv.scoring import attention_mass
@@ -148,7 +148,9 @@ def prefill_prompt(
         if fast is not None:
             logits = fast(token_ids, cache)
         else:
-            output = llm.model(token_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            output = llm.model(
+                token_ids, use_cache=True, logits_to_keep=1, **cache_argument(llm.model, cache)
+            )
             logits = output.logits[0, -1]
     llm.synchronize()
     if sorted(read) != places:
