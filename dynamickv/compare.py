@@ -18,6 +18,7 @@ from dynamickv.decoding.together import Together
 from dynamickv.memory import ANSWERING, CHOOSING, READING, memory_watched
 from dynamickv.methods import METHODS, CompressionMethod
 from dynamickv.models import LoadedModel
+from dynamickv.models.geometry import require_choosable
 from dynamickv.reading.prefill import prefill as run_prefill
 from dynamickv.reading.prefill_stream import prefill_stream
 from dynamickv.reading.prompt import encode_prompt, require_text
@@ -105,6 +106,8 @@ def compare_stream(
         OutOfMemory: what to lower, in one sentence; nothing is left behind.
     """
     _validate(document, question, methods, prefill, max_new_tokens)
+    for method in methods:
+        require_choosable(llm.geometry, method.parameters)
     stop = should_stop or (lambda: False)
     if prefill is None:
         with memory_watched(READING):

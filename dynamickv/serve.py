@@ -149,6 +149,11 @@ class CompressedCache(KVCache):
             self._start(call, token_ids, rows, width, _padding(mask))
         elif fresh or width > 1 or rows != len(self._rows):
             self._check_rows(rows, width, mask, positions)
+        if self._seen and width > 1 and self._geometry.stepwise:
+            raise ValueError(
+                f"this model's state starts anew when {width} tokens follow on a filled cache; "
+                "leave out prefill_chunk_size, or feed them one at a time"
+            )
         self._reading = True
         self._seen += width
         self._fed = [*self._fed, token_ids] if token_ids is not None else []

@@ -110,7 +110,11 @@ def extend(llm: LoadedModel, cache: KVCache, token_ids: Sequence[int], position:
     Layers may hold different numbers of positions: each attends to what it holds and, causally, to
     the new tokens.
     """
-    return _forward(llm, cache, [list(token_ids)], [position])[0]
+    count = 1 if llm.geometry.stepwise else len(token_ids)
+    for start in range(0, len(token_ids), count):
+        part = list(token_ids[start : start + count])
+        logits = _forward(llm, cache, [part], [position + start])[0]
+    return logits
 
 
 def has_mkl() -> bool:

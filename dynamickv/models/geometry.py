@@ -16,6 +16,9 @@ from dynamickv.record.kinds import KINDS
 JOINT = ("diffllama", "jetmoe")
 """Model types whose attention does not read KV head by KV head: the one pairs the values of one
 head with the keys of another, the other repeats its heads for every expert."""
+STEPWISE = ("jamba", "zamba")
+"""Model types whose state starts anew when several tokens follow on a filled cache (transformers
+5.24): they must come one at a time."""
 UNSERVED: dict[str, str] = {
     "dory": "lets the last token alone ask in some layers",
     "doge": "masks positions by their values at every step",
@@ -58,6 +61,8 @@ class Geometry:
     joint: bool = False
     """Whether all heads of a layer share one choice: where the cache stores one latent for them
     (MLA), and where heads are mixed behind it."""
+    stepwise: bool = False
+    """Whether tokens that follow the first pass must be fed one at a time."""
     switch: int | None = None
     """Prompt length beyond which the model turns all keys by other frequencies (longrope): an
     answer must not cross it."""
@@ -117,6 +122,7 @@ class Geometry:
             max_positions=int(config.max_position_embeddings * stretch(config)),
             layers=layers,
             joint=_latent(config) or config.model_type in JOINT,
+            stepwise=config.model_type in STEPWISE,
             switch=_switch(config),
         )
 
@@ -210,4 +216,9 @@ def require_choosable(geometry: Geometry, parameters: Mapping[str, Any]) -> None
         raise ValueError(
             "granularity='query_head' needs keys of its own for every query head, and in this "
             "model all heads of a layer share one choice; use granularity='kv_head'"
+        )
+    if "hybrid" in geometry.kinds and parameters.get("head_budgets") == "adaptive":
+        raise ValueError(
+            "head_budgets='adaptive' splits a layer's heads, and in this model layers hold a state "
+            "besides, which cannot be split; use head_budgets='uniform'"
         )

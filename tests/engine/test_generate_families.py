@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import dynamickv as dkv
+from benchmarks.coverage.check import letters
 from benchmarks.coverage.tiny import tiny_model, tiny_prompt
 from tests.engine.test_generate_modes import ANSWER, left_padded, plain
 
@@ -34,3 +35,43 @@ def test_rows_of_unlike_length_answer_as_each_alone(name: str) -> None:
     for number, row in enumerate(rows):
         alone = logits(name, dkv.SnapKV(capacity=24), plain(row))
         torch.testing.assert_close(together[:, number], alone[:, 0], rtol=1e-3, atol=1e-4)
+
+
+def test_a_state_that_starts_anew_is_fed_one_token_at_a_time_or_refused() -> None:
+    model, row = tiny_model("jamba"), tiny_prompt(61)
+    with (
+        dkv.compress(model, dkv.SnapKV(capacity=24)) as cache,
+        pytest.raises(ValueError, match="leave out prefill_chunk_size"),
+    ):
+        model.generate(**plain(row), past_key_values=cache, prefill_chunk_size=17, **ANSWER)
+
+
+def test_a_question_after_the_document_reaches_a_state_that_starts_anew() -> None:
+    llm = dkv.LoadedModel.wrap(tiny_model("jamba"), letters(), "jamba", "tiny")
+    document, question = "The harbour was built in 1911 and painted green.", "When?"
+    runs = [
+        dkv.compare(
+            llm, document, question, methods=[dkv.FullKV()], max_new_tokens=8, question_aware=aware
+        ).runs[0]
+        for aware in (True, False)
+    ]
+    assert runs[0].token_ids == runs[1].token_ids
+    torch.testing.assert_close(torch.tensor(runs[0].logprobs), torch.tensor(runs[1].logprobs))
+
+
+REFUSED = {
+    "falcon_h1": {"head_budgets": "adaptive"},
+    "zamba2": {"head_budgets": "adaptive"},
+    "deepseek_v3": {"granularity": "query_head"},
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_choice_that_a_cache_cannot_hold_is_refused_everywhere(name: str) -> None:
+    method = dkv.SnapKV(capacity=24, **REFUSED[name])
+    (parameter,) = REFUSED[name]
+    llm = dkv.LoadedModel.wrap(tiny_model(name), letters(), name, "tiny")
+    with pytest.raises(ValueError, match=f"^{parameter}="), dkv.compress(llm.model, method):
+        pass
+    with pytest.raises(ValueError, match=f"^{parameter}="):
+        dkv.compare(llm, "The harbour was built in 1911.", "When?", methods=[method])
