@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.coverage import page
-from benchmarks.coverage.families import APART
+from benchmarks.coverage.families import APART, WRAPPERS
 from benchmarks.coverage.pool import work
 from benchmarks.report import RESULTS, machine
 from dynamickv.version import engine_version
@@ -64,7 +64,7 @@ def entries() -> list[str]:
     """The decoders of text in transformers' mapping."""
     from benchmarks.coverage.tiny import NAMES
 
-    return [name for name in NAMES if name not in APART]
+    return [name for name in NAMES if name not in APART and name not in WRAPPERS]
 
 
 def resumed(path: Path, anew: bool, workers: int) -> dict[str, dict[str, Any]]:
@@ -77,7 +77,7 @@ def resumed(path: Path, anew: bool, workers: int) -> dict[str, dict[str, Any]]:
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(built) + "\n", "utf-8")
-    missing = [name for name in entries() if name not in answers]
+    missing = [name for name in (*entries(), *WRAPPERS) if name not in answers]
 
     def keep(name: str, answer: dict[str, Any]) -> None:
         answers[name] = answer = settled(name, answer)

@@ -5,7 +5,6 @@ from __future__ import annotations
 _ENCODER = "an encoder, which the mapping holds for use as a decoder"
 _SEQ2SEQ = "the decoder of an encoder-decoder"
 _SPEECH_OR_IMAGE = "not a text model"
-_WRAPPER = "images beside text; its text decoder is the entry"
 
 APART: dict[str, str] = {
     **dict.fromkeys(
@@ -49,20 +48,25 @@ APART: dict[str, str] = {
         _SEQ2SEQ,
     ),
     **dict.fromkeys(["git", "moshi", "musicgen", "musicgen_melody"], _SPEECH_OR_IMAGE),
-    "fuyu": f"{_WRAPPER} persimmon",
-    "gemma3": f"{_WRAPPER} gemma3_text",
-    "gemma3n": f"{_WRAPPER} gemma3n_text",
-    "gemma4": f"{_WRAPPER} gemma4_text",
-    "gemma4_unified": f"{_WRAPPER} gemma4_unified_text",
-    "got_ocr2": f"{_WRAPPER} qwen2",
-    "moss_transcribe_diarize": f"{_WRAPPER} qwen3",
-    "dots3_note": f"{_WRAPPER} dots3_note_text",
     **dict.fromkeys(
         ("gemma4_assistant", "gemma4_unified_assistant"),
         "a draft head, which reads another model's keys and values",
     ),
 }
 """By model type, why the entry is no decoder of text of its own."""
+
+WRAPPERS: dict[str, str] = {
+    "dots3_note": "dots3_note_text",
+    "fuyu": "persimmon",
+    "gemma3": "gemma3_text",
+    "gemma3n": "gemma3n_text",
+    "gemma4": "gemma4_text",
+    "gemma4_unified": "gemma4_unified_text",
+    "got_ocr2": "qwen2",
+    "moss_transcribe_diarize": "qwen3",
+}
+"""Models that read images or speech beside text, with the decoder inside, which is an entry of its
+own: examined with text alone, and counted apart."""
 
 POPULAR: tuple[str, ...] = tuple(
     [

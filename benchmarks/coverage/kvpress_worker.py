@@ -48,13 +48,10 @@ def _shares(name: str, ids: Tensor) -> dict[int, float]:
     from kvpress import SnapKVPress
 
     press = SnapKVPress(compression_ratio=RATIO, window_size=WINDOW, kernel_size=KERNEL)
-    pressed, whole = DynamicCache(), DynamicCache()
     model = tiny_model(name)
-    with torch.no_grad(), press(model):
-        model(ids, past_key_values=pressed)
-    model = tiny_model(name)
-    with torch.no_grad():
-        model(ids, past_key_values=whole)
+    with press(model):
+        pressed = _prefilled(model, ids)
+    whole = _prefilled(tiny_model(name), ids)
     shorter = [
         place
         for place, layer in enumerate(pressed.layers)
@@ -69,12 +66,29 @@ def _shares(name: str, ids: Tensor) -> dict[int, float]:
     with torch.no_grad():
         model(ids, past_key_values=cache)
     if not reference.weights:
-        raise ValueError("the model does not attend through transformers' registry")
+        # Attention of its own code: what it returns is all that can be known.
+        eager = tiny_model(name, attention="eager")
+        with torch.no_grad():
+            returned = eager(ids, output_attentions=True).attentions
+        reference.weights.update(
+            {place: rows[0, :, -WINDOW:] for place, rows in enumerate(returned)}
+        )
     whole_layers = [p for p in shorter if not getattr(cache.layers[p], "is_sliding", False)]
     return {
         place: _share(reference.weights[place], pressed.layers[place], whole.layers[place])
         for place in whole_layers or shorter
     }
+
+
+@torch.no_grad()
+def _prefilled(model: Any, ids: Tensor) -> Any:
+    """The cache after the prompt: the one that kvpress's pipeline makes, else the model's own."""
+    try:
+        cache = DynamicCache()
+        model(ids, past_key_values=cache)
+    except Exception:
+        cache = model(ids, use_cache=True).past_key_values
+    return cache
 
 
 def _share(rows: Tensor, pressed: Any, whole: Any) -> float:

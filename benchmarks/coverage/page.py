@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.coverage.families import APART, POPULAR
+from benchmarks.coverage.families import APART, POPULAR, WRAPPERS
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 FOLLOWS = 0.97
@@ -43,6 +43,8 @@ For kvpress: whether its SnapKVPress makes the cache shorter, and the same 97 %.
 
 def summary(here: Mapping[str, Mapping[str, Any]]) -> str:
     """Counts, and every entry that is not exact with its reason."""
+    wrappers = {name: here[name] for name in WRAPPERS if name in here}
+    here = {name: answer for name, answer in here.items() if name not in WRAPPERS}
     lines = [
         f"{len(here)} decoders: {_counted(here)}",
         f"{len(POPULAR)} well known: {_counted({n: here[n] for n in POPULAR if n in here})}",
@@ -56,6 +58,8 @@ def summary(here: Mapping[str, Mapping[str, Any]]) -> str:
         elif named:
             lines += ["", f"{verdict}: {len(named)}"]
             lines += [f"  {name}: {here[name]['reason']}" for name in named]
+    lines += ["", f"{len(wrappers)} of more than text: {_counted(wrappers)}"]
+    lines += [f"  {name}: {a['reason']}" for name, a in wrappers.items() if a["reason"]]
     return "\n".join(lines)
 
 
@@ -72,7 +76,9 @@ def write(record: Mapping[str, Any], path: Path = PAGE) -> None:
 
 def text(record: Mapping[str, Any]) -> str:
     """The page in Markdown."""
-    here, theirs = record["here"], record.get("kvpress", {})
+    wrappers = {name: record["here"].get(name) for name in WRAPPERS}
+    here = {name: answer for name, answer in record["here"].items() if name not in WRAPPERS}
+    theirs = record.get("kvpress", {})
     machine, peer = record["machine"], record.get("peer", {})
     introduction = INTRODUCTION.format(
         date=machine["date"],
@@ -120,6 +126,16 @@ def text(record: Mapping[str, Any]) -> str:
             "\n## Every architecture\n",
             _table(["architecture", "layers", "here", "kvpress"], rows),
             "\n## Counted apart\n",
+            "Models of more than text, given text alone:\n",
+            _table(
+                ["architecture", "its decoder", "here"],
+                [
+                    [f"`{name}`", f"`{WRAPPERS[name]}`", _ours(answer)]
+                    for name, answer in wrappers.items()
+                    if answer is not None
+                ],
+            ),
+            "\nNot examined:\n",
             *(f"- {reason}: {', '.join(names)}" for reason, names in apart.items()),
             "",
         ]

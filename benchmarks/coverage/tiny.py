@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 VOCABULARY = 384
@@ -26,6 +26,7 @@ SIZES: dict[str, Any] = {
     for names, size in (
         ("vocab_size unpadded_vocab_size output_vocab_size vocab_size_per_layer_input", VOCABULARY),
         ("hidden_size d_model n_embd dim embedding_size cross_attention_hidden_size", 64),
+        ("adapter_in_dim adapter_out_dim adapter_input_size adapter_output_size", 64),
         ("num_attention_heads n_head n_heads num_heads decoder_attention_heads", 4),
         ("encoder_attention_heads attention_heads swa_num_attention_heads", 4),
         ("num_attention_groups num_key_value_heads num_kv_heads swa_num_key_value_heads", 2),
@@ -140,7 +141,6 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "zamba": {"attention_hidden_size": 128, "attention_head_dim": 32},
     "zamba2": {"attention_hidden_size": 128, "attention_head_dim": 32},
     "zaya": {"num_experts_per_tok": 1},
-    "gemma3n": {"text_config": {"intermediate_size": 96, "activation_sparsity_pattern": None}},
     "gemma3n_text": {"intermediate_size": 96, "activation_sparsity_pattern": None},
     "dory": {
         "num_hidden_layers": 8,
@@ -162,8 +162,14 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
             for kind in ("sliding_attention", "full_attention")
         }
     },
+    "blt": {"encoder_hash_byte_group_vocab": 512},
     "mpt": {"attn_config": {}},
-    "reformer": {"is_decoder": True, "axial_pos_embds_dim": [32, 32], "axial_pos_shape": [16, 32]},
+    "reformer": {
+        "is_decoder": True,
+        "num_buckets": 8,
+        "axial_pos_embds_dim": [32, 32],
+        "axial_pos_shape": [16, 32],
+    },
     "qwen4_exp_text": {
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,
@@ -172,7 +178,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "indexer_compress_ratio": 4,
     },
 }
-EXCEPTIONS["qwen4_exp"] = {"text_config": EXCEPTIONS["qwen4_exp_text"]}
+for _name in ("qwen4_exp", "gemma4", "gemma4_unified", "gemma3n"):
+    EXCEPTIONS[_name] = {"text_config": EXCEPTIONS[f"{_name}_text"]}
 """Fields by model type; they win over the rules. A dict's fields go to the sub-config of that
 name."""
 
@@ -214,9 +221,10 @@ def tiny_prompt(length: int = 60, seed: int = 1) -> torch.Tensor:
     return torch.randint(8, VOCABULARY, (1, length), generator=generator)
 
 
-def _shrunk(config_class: Any, exceptions: dict[str, Any]) -> Any:
-    """A config of this class in small."""
-    fields = _defaults(config_class, exceptions)
+def _shrunk(config_class: Any, exceptions: dict[str, Any], default: Any = None) -> Any:
+    """A config of this class in small; `default` is one as it comes."""
+    config = default or _default(config_class, exceptions)
+    fields = _fields(config)
     changes: dict[str, Any] = {}
     depth = _depth(fields, exceptions)
     for name, value in fields.items():
@@ -234,27 +242,32 @@ def _shrunk(config_class: Any, exceptions: dict[str, Any]) -> Any:
         changes["num_key_value_heads"] = changes.get("num_attention_heads", 4)
     if fields.get("head_dim") and fields.get("head_dim") == fields.get("qk_rope_head_dim"):
         changes["head_dim"] = changes["qk_rope_head_dim"]
-    for name, sub_class in config_class.sub_configs.items():
-        known = hasattr(sub_class, "sub_configs") and sub_class is not AutoConfig
-        if fields.get(name) is not None and known:
-            changes[name] = _shrunk(sub_class, exceptions.get(name, {})).to_dict()
+    for name in config_class.sub_configs:
+        part = getattr(config, name, None)
+        if part is not None:
+            inner = _shrunk(type(part), exceptions.get(name, {}), part)
+            changes[name] = inner.to_dict()
     given = {k: v for k, v in exceptions.items() if k not in config_class.sub_configs}
     return config_class(**{**changes, **given})
 
 
-def _defaults(config_class: Any, exceptions: dict[str, Any]) -> dict[str, Any]:
-    """The fields of the config as it comes."""
-    given = {k: v for k, v in exceptions.items() if k not in config_class.sub_configs}
+def _default(config_class: Any, exceptions: dict[str, Any]) -> Any:
+    """The config as it comes, with what it cannot do without."""
     try:
-        config = config_class()
+        return config_class()
     except Exception:
-        config = config_class(**given)
+        given = {k: v for k, v in exceptions.items() if k not in config_class.sub_configs}
+        return config_class(**given)
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    """What the config is given by: neither computed fields nor second names."""
     fields = dict(config.to_dict())
     for name in ("layer_types", "layers_block_type", "mlp_layer_types"):
         if getattr(config, name, None):
             fields.setdefault(name, list(getattr(config, name)))
-        stored = config_class.attribute_map.get(name, name)
-        if stored != name or isinstance(getattr(config_class, stored, None), property):
+        stored = config.attribute_map.get(name, name)
+        if stored != name or isinstance(getattr(type(config), stored, None), property):
             fields.pop(name, None)
     return fields
 

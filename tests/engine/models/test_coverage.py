@@ -24,7 +24,7 @@ from benchmarks.coverage.check import (
     generate,
     reference_run,
 )
-from benchmarks.coverage.families import APART, POPULAR
+from benchmarks.coverage.families import APART, POPULAR, WRAPPERS
 from benchmarks.coverage.pool import work
 from benchmarks.coverage.tiny import NAMES, tiny_model, tiny_prompt
 
@@ -138,11 +138,12 @@ def test_a_crash_or_a_hang_costs_one_name() -> None:
 
 
 def test_every_entry_of_the_mapping_is_examined_or_counted_apart() -> None:
-    assert set(entries()).isdisjoint(APART)
+    assert set(APART).isdisjoint(WRAPPERS)
     assert len(set(POPULAR)) == len(POPULAR) == 62
-    if set(APART) <= set(NAMES):  # older versions lack some
-        assert set(entries()) | set(APART) == set(NAMES)
+    if {*APART, *WRAPPERS} <= set(NAMES):  # older versions lack some
+        assert {*entries(), *APART, *WRAPPERS} == set(NAMES)
         assert set(POPULAR) <= set(entries())
+        assert set(WRAPPERS.values()) <= set(entries())
 
 
 def test_the_page_is_what_the_record_says() -> None:
