@@ -24,8 +24,8 @@ VERDICTS = {
 """What can come of an entry, best first, and what the page calls it."""
 INTRODUCTION = """\
 Written by `python -m benchmarks.coverage` on {date}: transformers {transformers}, torch {torch},
-dynamickv {dynamickv}; beside it kvpress {kvpress} with transformers {theirs}, in its own
-environment.
+dynamickv {dynamickv}; beside it kvpress {kvpress} with transformers {theirs}, in an environment of
+its own.
 
 Every decoder that transformers' causal-LM mapping names is built in small, with random weights,
 and run. "Compressed exactly" means all of this:
@@ -37,7 +37,8 @@ and run. "Compressed exactly" means all of this:
   every layer and head, over three prompts;
 - `compare` answers as `generate` does, whole and compressed.
 
-For kvpress: whether its SnapKVPress makes the cache shorter, and the same 97 %.
+For kvpress: whether its SnapKVPress shrinks the cache, and whether what it keeps follows the
+model's own attention by the same 97 %, judged by its own rule for choosing.
 """
 
 
@@ -162,7 +163,7 @@ def _theirs(answer: Mapping[str, Any] | None) -> str:
     if answer["verdict"] == "error":
         return f"error: {_cell(answer['reason'].split(':')[0])}"
     if follows_attention(answer):
-        return "exact"
+        return "shrinks, follows"
     return f"shrinks, keeps {min(answer['overlap'].values()):.0%} of what is asked for"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -51,6 +52,12 @@ REFUSED = {
     "no attention": "mamba",
     "attention that is not registered": "bloom",
 }
+
+
+def recorded() -> dict[str, Any]:
+    """The last full run."""
+    record: dict[str, Any] = json.loads(RECORD.read_text("utf-8"))
+    return record
 
 
 def known(name: str) -> str:
@@ -137,20 +144,26 @@ def test_a_crash_or_a_hang_costs_one_name() -> None:
     ]
 
 
-def test_every_entry_of_the_mapping_is_examined_or_counted_apart() -> None:
+def test_the_tables_name_entries_of_the_mapping() -> None:
     assert set(APART).isdisjoint(WRAPPERS)
+    assert {*POPULAR, *WRAPPERS.values()}.isdisjoint({*APART, *WRAPPERS})
     assert len(set(POPULAR)) == len(POPULAR) == 62
-    if {*APART, *WRAPPERS} <= set(NAMES):  # older versions lack some
-        assert {*entries(), *APART, *WRAPPERS} == set(NAMES)
-        assert set(POPULAR) <= set(entries())
-        assert set(WRAPPERS.values()) <= set(entries())
+    if version("transformers") == recorded()["machine"]["transformers"]:  # others lack some
+        assert {*APART, *WRAPPERS, *WRAPPERS.values(), *POPULAR} <= set(NAMES)
+
+
+def test_every_entry_is_in_the_record() -> None:
+    record = recorded()
+    if version("transformers") != record["machine"]["transformers"]:
+        pytest.skip("the record is of another transformers")
+    assert set(record["here"]) == {*entries(), *WRAPPERS}
 
 
 def test_the_page_is_what_the_record_says() -> None:
-    record = json.loads(RECORD.read_text("utf-8"))
+    record = recorded()
     assert page.PAGE.read_text("utf-8") == page.text(record)
     verdicts = {answer["verdict"] for answer in record["here"].values()}
-    assert verdicts <= {"exact", "refused", "own"}
+    assert verdicts.isdisjoint({"wrong", "error", "crash"})
 
 
 def test_tiny_models_are_tiny_and_the_same_every_time() -> None:
