@@ -165,10 +165,18 @@ def _switch(config: Any) -> int | None:
 def require_compressible(config: Any) -> None:
     """Raise ValueError unless the model is a decoder whose layers are all of known kinds, some of
     them attending to the whole prompt."""
+    # transformers is imported where it is used: that takes seconds.
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING
+
     name = (getattr(config, "architectures", None) or [config.model_type])[0]
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{name} is an encoder-decoder; choose a decoder-only language model")
     config = config.get_text_config(decoder=True)
+    if getattr(config, "is_decoder", True) is False and type(config) in MODEL_FOR_MASKED_LM_MAPPING:
+        raise ValueError(
+            f"{name} is an encoder, whose tokens see later ones (is_decoder=False); "
+            "choose a causal language model"
+        )
     if config.model_type in UNSERVED:
         raise ValueError(
             f"{name} {UNSERVED[config.model_type]}, which compressed caches do not know; "

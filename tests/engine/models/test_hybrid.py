@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PretrainedConfig
+from transformers import BertConfig, GPTNeoXConfig, PretrainedConfig
 
 import dynamickv as dkv
 from dynamickv.cache import prune
@@ -195,3 +195,11 @@ def test_layers_that_cannot_be_compressed_are_refused(options: Any, reason: str)
     with pytest.raises(ValueError, match=reason) as refusal:
         require_compressible(config)
     assert "; choose " in str(refusal.value)
+
+
+def test_an_encoder_is_refused_unless_it_is_told_to_decode() -> None:
+    small = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
+    with pytest.raises(ValueError, match="is an encoder, whose tokens see later ones"):
+        require_compressible(BertConfig(**small))
+    require_compressible(BertConfig(is_decoder=True, **small))
+    require_compressible(GPTNeoXConfig(**small))
