@@ -31,30 +31,39 @@ SECTIONS = {
     "soak-real": ("One server for hours, SmolLM2", "make soak"),
     "spread": ("Several processes and GPUs", "python -m benchmarks.spread"),
     "gpu": ("One GPU", "python -m benchmarks.gpu"),
+    "gpu-h200-now": (
+        "One GPU, the headlines again",
+        "python -m benchmarks.gpu --sections overhead,decode128k,serve",
+    ),
 }
 """Results files in the page's order: heading, and the command that measures again."""
 HEADLINE_ROWS = (
     (
         "reading 32K tokens and choosing what to keep / plain reading, Llama-3-8B's size",
-        ("gpu", "Llama-3-8B: (prefill + observe + score + prune) / plain prefill"),
+        ("gpu-h200-now", "Llama-3-8B: (prefill + observe + score + prune) / plain prefill"),
     ),
     (
-        "time per answer token, `generate` / DynamicKV(512), 128K tokens, Llama-3-8B's size",
-        ("gpu", "Llama-3-8B, 131072 tokens: generate / DynamicKV"),
+        "one answer token at 128K tokens, DynamicKV(512), Llama-3-8B's size",
+        ("gpu-h200-now", "Llama-3-8B, 131072 tokens: DynamicKV, graph"),
+    ),
+    (
+        "the same with FullKV",
+        ("gpu-h200-now", "Llama-3-8B, 131072 tokens: FullKV, graph"),
+    ),
+    (
+        "the same with transformers' `generate`, its faster attention",
+        (
+            "gpu-h200-now",
+            "Llama-3-8B, 131072 tokens: transformers' generate with DynamicCache, cuDNN "
+            "attention off",
+        ),
     ),
     (
         "peak of keys and values while serving / full cache, 128K tokens, Llama-3-8B's size",
-        ("gpu", "serve mode, 131072 tokens: peak KV bytes / full cache"),
-    ),
-    (
-        "time per answer token, `generate` / DynamicKV(128), 8K tokens, SmolLM2-135M",
-        ("engine", "decode, generate / DynamicKV(128), 8K"),
-    ),
-    (
-        "six methods answering / FullKV alone, 4K tokens, SmolLM2-135M",
-        ("evaluate", "six methods / FullKV, 4K tokens, 64 new, capacity 128"),
+        ("gpu-h200-now", "serve mode, 131072 tokens: peak KV bytes / full cache"),
     ),
 )
+COUNTED = "counted in bytes, the same every time"
 """README's figures: what each is, the results file and the measure in it."""
 NO_ROUNDS = "These results hold no minimum and maximum of their rounds."
 
@@ -78,7 +87,7 @@ def headline_section() -> str:
     for what, (name, measure) in HEADLINE_ROWS:
         record = results(name)
         (row,) = (row for row in record["rows"] if row["measure"] == measure)
-        cells.append([what, amount(row), spread(row) or "not kept", where_and_when(record)])
+        cells.append([what, amount(row), spread(row) or COUNTED, where_and_when(record)])
     return "\n\n".join([HEADLINES[0], markdown(cells), needles_found(), HEADLINES[1]])
 
 

@@ -87,6 +87,8 @@ class EvictingMethod(CompressionMethod):
     def __post_init__(self) -> None:
         require_integer("capacity", self.capacity, 1, "token")
         require_choice("granularity", self.granularity, ("kv_head", "query_head"))
+        if self.granularity == "query_head" and not self.capabilities.query_heads:
+            raise ValueError(f"{self.name} makes one choice per KV head; use granularity='kv_head'")
         for name in ("pinned", "evicted"):
             object.__setattr__(self, name, read_spans(name, getattr(self, name)))
         require_apart(self.pinned, self.evicted)

@@ -230,3 +230,12 @@ def test_a_row_is_found_by_name_and_an_unknown_name_lists_the_choices() -> None:
     assert all(dkv.capabilities(name) is dkv.METHODS[name].capabilities for name in dkv.METHODS)
     with pytest.raises(ValueError, match="there is no method 'Best'; choose from FullKV"):
         dkv.capabilities("Best")
+
+
+def test_a_method_without_query_heads_refuses_a_choice_for_each() -> None:
+    class OneChoice(dkv.SnapKV):
+        capabilities = dataclasses.replace(dkv.SnapKV.capabilities, query_heads=False)
+
+    assert OneChoice(capacity=16).granularity == "kv_head"
+    with pytest.raises(ValueError, match="makes one choice per KV head; use granularity='kv_head'"):
+        OneChoice(capacity=16, granularity="query_head")
