@@ -322,9 +322,9 @@ class Prefill:
     layers: tuple[LayerObservation, ...]
     """Of the layers that attend to the whole prompt, in the order in which the model read them;
     only these are compressed."""
-    keys: tuple[Tensor, ...]
+    keys: tuple[Tensor, ...] = ()
     """What the cache stores of the same layers, (num_kv_heads, prompt_length, head_dim): the keys
-    that their attention read, or what it makes them of."""
+    that their attention read, unless it makes them of something else."""
     values: tuple[Tensor, ...]
     """The same of values, (num_kv_heads, prompt_length, value_dim)."""
     places: tuple[int, ...] = ()
@@ -349,6 +349,8 @@ class Prefill:
             )
             for layer in self.layers
         )
+        if not self.keys:
+            object.__setattr__(self, "keys", tuple(layer.keys for layer in self.layers))
         if not self.places:
             every = range(len(self.layers) + len(self.others))
             free = tuple(place for place in every if place not in self.others)
