@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedModel
 
 import dynamickv as dkv
 from tests.engine.tiny import COMPRESSING, SMALL_INSTANCES, method_name, tiny_model
@@ -331,3 +331,35 @@ def test_a_cache_is_freed_with_its_last_name() -> None:
         assert held() is None
     finally:
         gc.enable()
+
+
+def longrope() -> PreTrainedModel:
+    """A Phi-3 that turns its keys by other frequencies beyond 64 tokens."""
+    torch.manual_seed(0)
+    config = Phi3Config(
+        vocab_size=64, hidden_size=48, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=256,
+        original_max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        rope_parameters={
+            "rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0,
+            "original_max_position_embeddings": 64, "partial_rotary_factor": 1.0,
+            "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
+        },
+    )  # fmt: skip
+    return Phi3ForCausalLM(config).eval()
+
+
+def test_a_prompt_beyond_longropes_switch_is_compressed() -> None:
+    model, (row,) = longrope(), prompts(100)
+    _, cache = compressed(model, dkv.SnapKV(capacity=24), plain(row), max_new_tokens=4)
+    assert {layer.length for layer in cache.layers} == {24 + 3}
+    whole, _ = compressed(model, dkv.SnapKV(capacity=200), plain(row))
+    assert whole == answers(model, plain(row))
+
+
+def test_an_answer_that_would_cross_longropes_switch_is_refused() -> None:
+    model, (row,) = longrope(), prompts(60)
+    with pytest.raises(ValueError, match="would cross 64 tokens"):
+        compressed(model, dkv.SnapKV(capacity=24), plain(row))
+    short, _ = compressed(model, dkv.SnapKV(capacity=200), plain(row), max_new_tokens=4)
+    assert short == answers(model, plain(row), max_new_tokens=4)
