@@ -3,7 +3,8 @@
 A pruned cache's buffers have a fixed, preallocated size, so one token's whole way through the model
 is the same sequence of launches on the same memory every time; only numbers on the device change
 (the token, its position, the slot it fills in each layer). The sequence is captured once and
-replayed per token, which frees it from the host. Layers may differ in length: each is fixed.
+replayed per token, which frees it from the host. Layers may differ in length: each is fixed. A
+model that lies on several devices is one graph on each, and a short message from one to the next.
 
 For the models that `decode_step` takes (Llama, Mistral, Qwen2 and Qwen3 with full attention), with
 Triton kernels where they run and plain torch operations elsewhere. Every other model decodes
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from dynamickv.cache import KVCache
 from dynamickv.decoding.decode_step import DecodeStep, PlainOps
-from dynamickv.fast.decoder import steppable
+from dynamickv.fast.decoder import stages, written_out
 from dynamickv.models import LoadedModel
 
 log = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ LEAST_STEPS = 16
 
 
 class DecodeGraph:
-    """A captured `DecodeStep` and the cache it grows."""
+    """A captured `DecodeStep` on every device, and the cache that they grow."""
 
     @torch.inference_mode()
     def __init__(
@@ -50,41 +51,68 @@ class DecodeGraph:
             ops: what the step is made of; by default the fastest that run here.
         """
         self._cache = cache
-        self._device = llm.device
-        with torch.cuda.device(self._device):
-            ops = ops or fastest_ops(self._device)
-            self._step = DecodeStep(llm, cache, position, room, ops)
-            # Compilation, handles and workspaces come before the capture, on a stream of its own.
-            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                self._step()
-                self._step.rewind()
-            torch.cuda.current_stream().wait_stream(stream)
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-                self._logits = self._step()
+        self._stages = [
+            CapturedStage(
+                DecodeStep(llm, cache, position, room, ops or fastest_ops(stage.device), stage)
+            )
+            for stage in stages(llm)
+        ]
 
     @property
     def logits(self) -> Tensor:
         """Next-token logits of the last step, (vocabulary,); the next one overwrites them."""
-        return self._logits
+        return self._stages[-1].output
+
+    @torch.inference_mode()
+    def replay(self) -> None:
+        """Enqueue a step; the host waits for nothing."""
+        message = None
+        for stage in self._stages:
+            if message is not None:
+                # Between devices this waits for both of their streams.
+                stage.step.message.copy_(message, non_blocking=True)
+            stage.replay()
+            message = stage.output
 
     @torch.inference_mode()
     def advance(self, token_id: int) -> tuple[int, float]:
         """Feed a token; the most likely next one and its natural-log probability."""
-        with torch.cuda.device(self._device):
-            self._step.token.fill_(token_id)
-            self._graph.replay()
+        self._stages[0].step.token.fill_(token_id)
+        self.replay()
         for layer in self._cache.whole_layers():
             layer.grow_in_place()
-        next_id, logprob = self._step.chosen.tolist()
+        next_id, logprob = self._stages[-1].step.chosen.tolist()
         return int(next_id), logprob
 
 
+class CapturedStage:
+    """One device's graph."""
+
+    def __init__(self, step: DecodeStep) -> None:
+        self.step = step
+        with torch.cuda.device(step.stage.device):
+            # Compilation, handles and workspaces come before the capture, on a stream of its own.
+            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                step()
+                step.rewind()
+            torch.cuda.current_stream().wait_stream(stream)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                self.output = step()
+                """What the stage sends on, or the logits; the next step overwrites it."""
+
+    def replay(self) -> None:
+        """Enqueue the stage's work."""
+        with torch.cuda.device(self.step.stage.device):
+            self._graph.replay()
+
+
 def graphable(llm: LoadedModel) -> bool:
-    """Whether this model's decode step can be captured."""
-    return llm.device.type == "cuda" and steppable(llm)
+    """Whether this model's decode step can be captured: written out, on one or several GPUs."""
+    places = stages(llm) if written_out(llm) else []
+    return bool(places) and all(stage.device.type == "cuda" for stage in places)
 
 
 @lru_cache

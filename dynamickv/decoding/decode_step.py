@@ -14,7 +14,16 @@ from torch import Tensor, nn
 
 from dynamickv.cache import KVCache
 from dynamickv.decoding.cpu_ops import CpuOps, FastOps, PackedOps
-from dynamickv.fast.decoder import HeadNorms, Ops, Rotation, linears_of, next_logits
+from dynamickv.fast.decoder import (
+    HeadNorms,
+    Ops,
+    Rotation,
+    Stage,
+    linears_of,
+    next_logits,
+    normed,
+    through,
+)
 from dynamickv.memory import free_host_memory
 from dynamickv.models import LoadedModel
 
@@ -120,27 +129,50 @@ class RowSteps:
 
 
 class DecodeStep:
-    """One greedy token: token id in, next token id and its log-probability out.
+    """One greedy token through one stage of a decoder: into the first one goes a token id, out of
+    the last come the next token id and its log-probability, and between them goes a `message`.
 
     For capture: all that changes from step to step lives on the device: `token`, `position`,
-    `slots`. Calling it enqueues the same work every time.
+    `slots`, `message`. Calling it enqueues the same work every time.
     """
 
     def __init__(
-        self, llm: LoadedModel, cache: KVCache, position: int, room: int, ops: PlainOps
+        self,
+        llm: LoadedModel,
+        cache: KVCache,
+        position: int,
+        room: int,
+        ops: PlainOps,
+        stage: Stage | None = None,
     ) -> None:
+        """Reserve room.
+
+        Args:
+            cache: `plain`.
+            position: true position of the next token, whatever the cache dropped.
+            room: steps to make room for.
+            stage: which part; by default the whole of a model on one device.
+        """
         self._llm, self._ops = llm, ops
-        device = llm.device
-        layers = cache.whole_layers()
-        self._first_slots = torch.tensor([layer.length for layer in layers], device=device)
+        decoder: Any = llm.model.model
+        self.stage = stage or Stage(llm.device, range(len(decoder.layers)), True, True, True)
+        device = self.stage.device
+        layers = [cache.whole_layers()[index] for index in self.stage.layers]
+        lengths = [layer.length for layer in layers]
+        self._first_slots = torch.tensor(lengths, dtype=torch.long, device=device)
         self._first_position = position
         self.slots = self._first_slots.clone()
         """Where the next key and value of each layer go, (layers,)."""
         self.position = torch.empty(1, 1, dtype=torch.long, device=device)
         self.token = torch.zeros(1, dtype=torch.long, device=device)
+        weight = decoder.embed_tokens.weight
+        self._sizes = [weight.shape[1], llm.geometry.head_dim, llm.geometry.head_dim]
+        self.message = torch.zeros(sum(self._sizes), dtype=weight.dtype, device=device)
+        """What the stage before sends: the token's hidden state, and the cosines and sines of its
+        position."""
         self.chosen = torch.empty(2, dtype=torch.float64, device=device)
-        """(token id, log-probability) after a step."""
-        self._layers = [
+        """(token id, log-probability) after a step of the last stage."""
+        self._stores = [
             Slots(keys[0], values[0], self.slots[index : index + 1])
             for index, (keys, values) in enumerate(layer.reserve(room) for layer in layers)
         ]
@@ -152,16 +184,27 @@ class DecodeStep:
         self.position.fill_(self._first_position)
 
     def __call__(self) -> Tensor:
-        """Feed `token`, write `chosen`, move `position` and `slots` on; the logits."""
+        """Feed `token` or `message`, move `position` and `slots` on; the message for the next
+        stage, or the logits, with `chosen` written."""
         decoder: Any = self._llm.model.model
-        x = decoder.embed_tokens(self.token)[0]
-        cos, sin = decoder.rotary_emb(x, self.position)
-        rotation = cos.view(-1), sin.view(-1)
-        logits = next_logits(self._llm, self._ops, x, rotation, self._layers)
+        if self.stage.embeds:
+            x = decoder.embed_tokens(self.token)[0]
+            cos, sin = decoder.rotary_emb(x, self.position)
+            rotation = cos.view(-1), sin.view(-1)
+        else:
+            x, *rest = torch.split(self.message, self._sizes)
+            rotation = rest[0], rest[1]
+        layers = [decoder.layers[index] for index in self.stage.layers]
+        x = through(self._llm, self._ops, x, rotation, layers, self._stores)
+        self.position += 1
+        self.slots += 1
+        if self.stage.norms:
+            x = normed(self._llm, self._ops, x)
+        if not self.stage.speaks:
+            return torch.cat([x, *rotation])
+        logits = self._ops.project(x, self._llm.model.lm_head)
         token_id = logits.argmax()
         wide = logits.float()
         self.chosen[0] = token_id
         self.chosen[1] = wide.index_select(0, token_id.view(1))[0] - wide.logsumexp(dim=-1)
-        self.position += 1
-        self.slots += 1
         return logits

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
@@ -110,8 +111,21 @@ def next_logits(
 ) -> Tensor:
     """From embedded tokens, (..., size), through every layer to logits, (..., vocabulary)."""
     model: Any = llm.model
+    x = through(llm, ops, x, rotation, model.model.layers, stores)
+    return ops.project(normed(llm, ops, ops.spoken(x)), model.lm_head)
+
+
+def through(
+    llm: LoadedModel,
+    ops: Ops[Store],
+    x: Tensor,
+    rotation: Rotation,
+    layers: Sequence[Any],
+    stores: Sequence[Store],
+) -> Tensor:
+    """Hidden states, (..., size), through consecutive layers."""
     query_heads = llm.geometry.num_query_heads
-    for layer, store in zip(model.model.layers, stores, strict=True):
+    for layer, store in zip(layers, stores, strict=True):
         attention, mlp = layer.self_attn, layer.mlp
         normal = _norm(ops, x, layer.input_layernorm)
         qkv = ops.project(normal, attention.q_proj, attention.k_proj, attention.v_proj)
@@ -120,7 +134,13 @@ def next_logits(
         x = ops.project(context, attention.o_proj, residual=x)
         normal = _norm(ops, x, layer.post_attention_layernorm)
         x = ops.project(ops.gate(normal, mlp.gate_proj, mlp.up_proj), mlp.down_proj, residual=x)
-    return ops.project(_norm(ops, ops.spoken(x), model.model.norm), model.lm_head)
+    return x
+
+
+def normed(llm: LoadedModel, ops: Ops[Store], x: Tensor) -> Tensor:
+    """What the projection to logits reads of the last layer's hidden states, (..., size)."""
+    model: Any = llm.model
+    return _norm(ops, x, model.model.norm)
 
 
 def linears_of(llm: LoadedModel) -> Iterator[tuple[nn.Linear, ...]]:
@@ -146,10 +166,58 @@ def _head_norms(attention: Any) -> HeadNorms | None:
     return attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.variance_epsilon
 
 
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Consecutive parts of a decoder that lie on one device."""
+
+    device: torch.device
+    layers: range
+    embeds: bool
+    """Whether tokens are embedded and their positions turned into rotations here."""
+    norms: bool
+    """Whether the last layer's output is normalised here."""
+    speaks: bool
+    """Whether logits come from here."""
+
+
+def stages(llm: LoadedModel) -> list[Stage]:
+    """Where a decoder of the Llama kind lies, in the order of its parts: one stage for each device,
+    more where devices take turns; empty where a part is split, or its weights are elsewhere while
+    they are not used."""
+    model: Any = llm.model
+    decoder = model.model
+    parts = [
+        [decoder.embed_tokens, decoder.rotary_emb],
+        *([layer] for layer in decoder.layers),
+        [decoder.norm],
+        [model.lm_head],
+    ]
+    places: list[torch.device] = []
+    for part in parts:
+        devices = {t.device for module in part for t in (*module.parameters(), *module.buffers())}
+        if len(devices) != 1 or next(iter(devices)).type == "meta":
+            return []
+        places.append(devices.pop())
+    norm = len(decoder.layers) + 1
+    found: list[Stage] = []
+    start = 0
+    for end in range(1, len(parts) + 1):
+        if end < len(parts) and places[end] == places[start]:
+            continue
+        layers = range(max(start - 1, 0), min(end - 1, len(decoder.layers)))
+        found.append(Stage(places[start], layers, start == 0, start <= norm < end, end > norm + 1))
+        start = end
+    return found
+
+
 def steppable(llm: LoadedModel) -> bool:
-    """Whether `DecodeStep` computes what this model does: a class in FAMILIES, full attention in
-    every layer, rotary embeddings in ROPE_TYPES, a SiLU MLP without biases, unpacked weights on the
-    device they work on."""
+    """Whether a decoder is `written_out`, all of it on the device it works on."""
+    return written_out(llm) and all(p.device == llm.device for p in llm.model.parameters())
+
+
+def written_out(llm: LoadedModel) -> bool:
+    """Whether `through` computes what this model does: a class in FAMILIES, full attention in every
+    layer, rotary embeddings in ROPE_TYPES, a SiLU MLP without biases, unpacked weights."""
     model: Any = llm.model
     if type(model).__name__ not in FAMILIES:
         return False
@@ -162,8 +230,7 @@ def steppable(llm: LoadedModel) -> bool:
         return False
     linears = [module for module in model.modules() if "Linear" in type(module).__name__]
     return (
-        all(parameter.device == llm.device for parameter in model.parameters())
-        and all(type(linear) is nn.Linear for linear in linears)
+        all(type(linear) is nn.Linear for linear in linears)
         and all(layer.mlp.gate_proj.bias is None for layer in model.model.layers)
         and all(layer.mlp.down_proj.bias is None for layer in model.model.layers)
     )

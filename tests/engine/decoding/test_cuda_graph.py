@@ -4,6 +4,7 @@ with any operations; the graph itself needs CUDA."""
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 from typing import Any
 
@@ -15,7 +16,7 @@ from dynamickv.cache import KVCache, prune
 from dynamickv.decoding.cuda_graph import DecodeGraph, graphable
 from dynamickv.decoding.decode import choose, decode, extend
 from dynamickv.decoding.decode_step import DecodeStep, PlainOps
-from dynamickv.fast.decoder import steppable
+from dynamickv.fast.decoder import Stage, stages, steppable
 from tests.engine.tiny import (
     DOCUMENT,
     FAMILIES,
@@ -81,6 +82,50 @@ def test_step_decodes_every_family_like_the_model(family: str) -> None:
     llm, method = tiny_llm(family), dkv.DynamicKV(capacity=24)
     assert steppable(llm)
     assert_same(stepped(llm, method, PlainOps()), plain(llm, method))
+
+
+def parted(layers: int) -> list[Stage]:
+    """A decoder of that many layers as it would lie on devices that take turns."""
+    cpu, half = torch.device("cpu"), layers // 2
+    return [
+        Stage(cpu, range(0, half), embeds=True, norms=False, speaks=False),
+        Stage(cpu, range(half, layers), embeds=False, norms=True, speaks=False),
+        Stage(cpu, range(layers, layers), embeds=False, norms=False, speaks=True),
+    ]
+
+
+@families
+def test_stages_pass_on_what_one_step_computes(family: str) -> None:
+    llm, method = tiny_llm(family), dkv.DynamicKV(capacity=24)
+    cache, prefill = pruned(llm, method)
+    with torch.inference_mode():
+        steps = [
+            DecodeStep(llm, cache, prefill.length, STEPS, PlainOps(), stage)
+            for stage in parted(llm.geometry.num_layers)
+        ]
+        answer = [choose(prefill.logits)]
+        for _ in range(STEPS):
+            steps[0].token.fill_(answer[-1][0])
+            for step, after in itertools.pairwise(steps):
+                after.message.copy_(step())
+            steps[-1]()
+            token_id, logprob = steps[-1].chosen.tolist()
+            answer.append((int(token_id), logprob))
+    assert answer == stepped(llm, method, PlainOps())
+
+
+def test_a_model_on_one_device_is_one_stage() -> None:
+    llm = tiny_llm()
+    layers = range(llm.geometry.num_layers)
+    assert stages(llm) == [Stage(torch.device("cpu"), layers, True, True, True)]
+
+
+def test_weights_that_are_away_while_unused_are_no_stage() -> None:
+    llm = tiny_llm()
+    model: Any = llm.model
+    model.model.layers[1].to("meta")
+    assert stages(llm) == []
+    assert not graphable(llm)
 
 
 def test_rewinding_gives_the_same_tokens_again() -> None:
