@@ -51,7 +51,6 @@ def command(name: str, options: argparse.Namespace, output: Path) -> list[str]:
         "needle": [
             *("--lengths", "300,400" if small else "1024,2048,3072,4096"),
             *("--capacity", "32" if small else "128"),
-            *("--methods", "SnapKV,DynamicKV"),
             *("--depths", "5", "--max-new-tokens", "4" if small else "15"),
             *("--samples", "1" if small else "20"),
         ],
