@@ -1,4 +1,4 @@
-"""python -m benchmarks.spread [--parts processes,models] [--model FILE] [--processes N] [--small]
+"""python -m benchmarks.spread [--parts processes,model,large] [--model FILE] [--processes N] [--small]
 
 The evaluation on several GPUs: whether processes that share the work find what one finds, also when
 one of them is killed, and how much sooner. A model spread over the GPUs: whether it answers as on
@@ -257,7 +257,9 @@ def beyond_one(options: argparse.Namespace) -> list[Row]:
             plain[method.name] = plain_seconds(llm, prefill, retention, [1] * STEPS)
             rows.append(step_row(f"{of}: {method.name}, plain path", plain[method.name]))
             own = plain_answer(llm, prefill, retention, 4, [1] * 4)[1]
+            free()
             captured = graph_answer(llm, prefill, retention, [1] * 4)
+            free()
             away = max(
                 float((a.float() - b.float()).abs().max())
                 for a, b in zip(own, captured, strict=True)
@@ -295,17 +297,16 @@ def main() -> None:
     parser.add_argument("--model", default=dkv.models.DEFAULT_MODEL)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--small", action="store_true", help="a few short trials")
-    parser.add_argument("--parts", default="processes,models")
+    parser.add_argument("--parts", default="processes,model,large")
     options = parser.parse_args()
     where = machine()
     name = "spread" if torch.cuda.is_available() else "spread-dry"
     rows: list[Row] = []
     parts = options.parts.split(",")
-    if "models" in parts and torch.cuda.device_count() > 1:
-        rows += spread_model(options)
-        publish(name, where, rows)
-        rows += beyond_one(options)
-        publish(name, where, rows)
+    for part, measure in (("model", spread_model), ("large", beyond_one)):
+        if part in parts and torch.cuda.device_count() > 1:
+            rows += measure(options)
+            publish(name, where, rows)
     if "processes" in parts:
         with tempfile.TemporaryDirectory() as folder:
             rows += evaluations(options, Path(folder))
