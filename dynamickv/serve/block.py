@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dynamickv.methods import CompressionMethod
 from dynamickv.models.rope import longer_sequences_forgotten
 from dynamickv.reading.generate_call import generate_call
-from dynamickv.reading.observe import observed
+from dynamickv.reading.observe import cache_argument, observed
 from dynamickv.serve.cache import CompressedCache
 
 if TYPE_CHECKING:
@@ -71,7 +71,8 @@ def compress(model: PreTrainedModel, method: CompressionMethod) -> Iterator[Comp
                     "this model drops its cache here and would read all tokens again; "
                     "lower max_new_tokens, or read a prompt that is longer already"
                 )
-            given = named[CACHE_NAMES[0]] = cache
+            given = cache
+            named = {**named, **cache_argument(model, cache)}
         if given is not cache:
             return None
         prompt_logits = None
