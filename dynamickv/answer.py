@@ -17,6 +17,7 @@ from dynamickv.decoding.decode import Step, TextStream, decode, extend
 from dynamickv.decoding.together import Member, Together
 from dynamickv.methods import CompressionMethod, ScoredMethod
 from dynamickv.models import LoadedModel
+from dynamickv.models.geometry import require_choosable
 from dynamickv.reading.prefill import TAIL
 from dynamickv.record.events import Compressed, Token
 from dynamickv.record.trace import Retained, Run, Scores
@@ -165,8 +166,10 @@ def preview(method: CompressionMethod, prefill: Prefill, length: int | None = No
         length: tokens of the whole prompt, where a question follows what was read.
 
     Raises:
-        ValueError: the prefill did not record what the method reads.
+        ValueError: the prefill did not record what the method reads, or the model's cache cannot
+            hold such a choice.
     """
+    require_choosable(prefill, method.parameters)
     if method.needs_mass and prefill.layers[0].mass is None:
         raise ValueError(
             f"{method.name} needs the attention of all tokens, and none was recorded; "

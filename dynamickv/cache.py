@@ -17,15 +17,9 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from dynamickv.layers.kv import (
-    AfterAttention,
-    BatchedLayer,
-    HeadwiseLayer,
-    KVLayer,
-    gather,
-    stored_heads,
-)
+from dynamickv.layers.kv import AfterAttention, KVLayer, gather
 from dynamickv.layers.other import HybridLayer, copied, layer_bytes, own_layer
+from dynamickv.layers.parts import BatchedLayer, HeadwiseLayer, stored_heads
 from dynamickv.records import OtherLayer, Prefill, Retention
 
 NAMED = {"chunked_attention": "chunked", "conv": "conv", "moe": "moe", "mlp": "mlp"}

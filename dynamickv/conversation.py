@@ -7,6 +7,7 @@ from dynamickv.cache import prune
 from dynamickv.decoding.decode import TextStream, decode, extend
 from dynamickv.methods import CompressionMethod
 from dynamickv.models import LoadedModel
+from dynamickv.models.geometry import require_choosable
 from dynamickv.reading.prompt import follow_up_ids, require_text
 from dynamickv.records import Prefill
 
@@ -15,11 +16,15 @@ class Conversation:
     """One prompt compressed once by one method, then any number of follow-up questions.
 
     What the method kept of the prompt stays; answers and follow-up questions are kept whole.
+
+    Raises:
+        ValueError: a prefill without a question, or a choice that the model's cache cannot hold.
     """
 
     def __init__(self, llm: LoadedModel, prefill: Prefill, method: CompressionMethod) -> None:
         if not prefill.question_aware:
             raise ValueError("a conversation starts with a question; prefill one with the document")
+        require_choosable(llm.geometry, method.parameters)
         self._llm = llm
         self.retention = select(method, prefill)
         self._cache = prune(prefill, self.retention, room=0)

@@ -333,6 +333,8 @@ class Prefill:
     """The other layers, by their place in the model."""
     states: Mapping[int, Any] = field(default_factory=dict)
     """Cache layers whose linear-attention state goes with compressed keys and values, by place."""
+    joint: bool = False
+    """Whether all heads of a layer share one choice."""
     logits: Tensor
     """Next-token logits after the prompt, (vocabulary,)."""
     seconds: float
@@ -366,6 +368,11 @@ class Prefill:
     def length(self) -> int:
         """Tokens that were read: the prompt, or the part of it up to the end of the document."""
         return self.layers[0].prompt_length
+
+    @property
+    def stateful(self) -> bool:
+        """Whether layers that are compressed hold a state besides."""
+        return bool(self.states)
 
     @property
     def compressed_layers(self) -> list[int]:

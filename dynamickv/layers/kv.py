@@ -6,7 +6,7 @@ which is the next token's position however much was dropped. Decides nothing abo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 from weakref import ReferenceType, ref
@@ -189,12 +189,13 @@ class KVLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return self.seen + query_length, 0
 
     def held_positions(self) -> Tensor | None:
-        """True positions of what is held, (heads, length); None where nothing was dropped."""
+        """Where what is held stood as it was fed, (rows, heads, length); None where nothing was
+        dropped."""
         if self._positions is None:
             return None
         kept = self._positions
         later = torch.arange(self.seen - self.removable, self.seen, device=kept.device)
-        return torch.cat([kept, later.expand(kept.shape[0], -1)], dim=1)
+        return torch.cat([kept, later.expand(kept.shape[0], -1)], dim=1)[None]
 
     def get_max_length(self) -> int:
         """No limit of its own."""
@@ -244,92 +245,6 @@ class KVLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.keys = self.values = self._buffers = self._positions = None
         self.seen = self.chosen = 0
         self.is_initialized = False
-
-
-class HeadwiseLayer(KVLayer):  # type: ignore[no-untyped-call]
-    """A layer whose heads hold different positions: one `KVLayer` of one head for each."""
-
-    def __init__(
-        self, index: int, heads: Sequence[KVLayer], after_attention: AfterAttention | None = None
-    ) -> None:
-        super().__init__(index, after_attention)
-        self.heads = heads
-        self.seen = heads[0].seen
-        self.is_initialized = True
-
-    @classmethod
-    def split(cls, layer: KVLayer, num_heads: int) -> HeadwiseLayer:
-        """A whole layer's heads on their own; more than it stores are repeated."""
-        keys, values = layer.held()
-        heads = []
-        for place in stored_heads(num_heads, keys.shape[1]):
-            head = KVLayer(layer.index)
-            head.hold(keys[:, place : place + 1], values[:, place : place + 1], layer.seen)
-            heads.append(head)
-        return cls(layer.index, heads, layer.after_attention)
-
-    @property
-    def length(self) -> int:
-        """Positions the fullest head holds."""
-        return max(head.length for head in self.heads)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the keys and values held."""
-        return sum(head.nbytes for head in self.heads)
-
-    @property
-    def reserved_bytes(self) -> int:
-        """Bytes allocated, room for growth included."""
-        return sum(head.reserved_bytes for head in self.heads)
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Append to every head, where the attention function then finds them."""
-        places = stored_heads(len(self.heads), key_states.shape[1])
-        for place, head in zip(places, self.heads, strict=True):
-            head.update(key_states[:, place : place + 1], value_states[:, place : place + 1])
-        self.seen += key_states.shape[2]
-        return self._tagged(key_states, value_states)
-
-    def keep(self, positions: Heads) -> None:
-        """Drop every position but these, one (kept,) per head."""
-        for head, kept in zip(self.heads, positions, strict=True):
-            head.keep(kept.unsqueeze(0))
-        self.chosen = max(head.chosen for head in self.heads)
-
-    @property
-    def removable(self) -> int:
-        """Last positions that `crop` may remove."""
-        return min(head.removable for head in self.heads)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Remove that many of the last positions of every head."""
-        for head in self.heads:
-            head.crop(tokens_to_remove)
-        self.seen -= abs(tokens_to_remove)
-
-
-def stored_heads(num_heads: int, stored: int) -> list[int]:
-    """The stored head that each of `num_heads` heads reads."""
-    return [head * stored // num_heads for head in range(num_heads)]
-
-
-class BatchedLayer(KVLayer):  # type: ignore[no-untyped-call]
-    """The same layer of several caches of one sequence each, of any lengths."""
-
-    def __init__(self, rows: Sequence[KVLayer]) -> None:
-        super().__init__(rows[0].index)
-        self.rows = rows
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Append each row to its own cache, where the attention function then finds it."""
-        for row, key, value in zip(self.rows, key_states, value_states, strict=True):
-            row.update(key[None], value[None])
-        return self._tagged(key_states, value_states)
 
 
 def gather(states: Tensor, kept: Tensor, room: int) -> Tensor:

@@ -56,6 +56,19 @@ class RowsLayer(KVLayer):  # type: ignore[no-untyped-call]
         self.show(longest)
         self.chosen = longest
 
+    def held_positions(self) -> Tensor | None:
+        """As `KVLayer` does, padding counted; unused slots read 0."""
+        if self._rows is None:
+            return None
+        keys, _ = self.held()
+        rows, heads, length, _ = keys.shape
+        positions = torch.zeros(rows, heads, length, dtype=torch.long, device=keys.device)
+        for row, kept in enumerate(self._rows):
+            first = self.chosen - kept.shape[1]
+            positions[row, :, first : self.chosen] = kept + self.padding[row]
+        positions[:, :, self.chosen :] = torch.arange(self.seen - self.removable, self.seen)
+        return positions
+
     def reset(self) -> None:
         """Forget everything and free the memory."""
         super().reset()

@@ -1,4 +1,4 @@
-"""The registry: every method by name. A new method is one file and one line here."""
+"""The registry: every method by name. A new method is one file, its import and its line here."""
 
 from __future__ import annotations
 

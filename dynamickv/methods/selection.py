@@ -28,6 +28,9 @@ HEAD_FLOOR = 0.2
 class Selection(ABC):
     """One prompt's walk through the layers."""
 
+    history: Sequence[tuple[int, ...]] = ()
+    """Budgets of the layers seen so far, after each update."""
+
     @abstractmethod
     def observe(self, observation: LayerObservation) -> range:
         """Take in the next layer; the layers whose holdings changed."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from dynamickv.cache import kinds_of
 from dynamickv.models.rope import stretch
@@ -24,6 +24,7 @@ UNSERVED: dict[str, str] = {
     "doge": "masks positions by their values at every step",
     "minimax": "keeps a cache class of its own",
     "mllama_text_model": "attends to images in some layers",
+    "git": "computes its text's attention in code of its own",
 }
 """Model types whose attention depends on more than a head's queries and keys, or whose caches
 are not made of layers."""
@@ -81,6 +82,11 @@ class Geometry:
     def kinds(self) -> tuple[str, ...]:
         """Every layer's kind."""
         return tuple(layer.kind for layer in self.layers)
+
+    @property
+    def stateful(self) -> bool:
+        """Whether layers that are compressed hold a state besides."""
+        return "hybrid" in self.kinds
 
     @property
     def windows(self) -> Mapping[int, int]:
@@ -217,15 +223,27 @@ def require_compressible(config: Any) -> None:
         )
 
 
-def require_choosable(geometry: Geometry, parameters: Mapping[str, Any]) -> None:
+class Choosable(Protocol):
+    """A model's geometry or a prefill: what says which choices its cache can hold."""
+
+    @property
+    def joint(self) -> bool:
+        """As `Geometry.joint`."""
+
+    @property
+    def stateful(self) -> bool:
+        """As `Geometry.stateful`."""
+
+
+def require_choosable(model: Choosable, parameters: Mapping[str, Any]) -> None:
     """Raise ValueError where a method's parameters ask for a choice that a model's cache cannot
     hold."""
-    if geometry.joint and parameters.get("granularity") == "query_head":
+    if model.joint and parameters.get("granularity") == "query_head":
         raise ValueError(
             "granularity='query_head' needs keys of its own for every query head, and in this "
             "model all heads of a layer share one choice; use granularity='kv_head'"
         )
-    if "hybrid" in geometry.kinds and parameters.get("head_budgets") == "adaptive":
+    if model.stateful and parameters.get("head_budgets") == "adaptive":
         raise ValueError(
             "head_budgets='adaptive' splits a layer's heads, and in this model layers hold a state "
             "besides, which cannot be split; use head_budgets='uniform'"

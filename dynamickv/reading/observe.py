@@ -22,7 +22,8 @@ import transformers  # its parts load when named, which takes seconds: the page 
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dynamickv.layers.kv import BatchedLayer, HeadwiseLayer, KVLayer, attended_layer
+from dynamickv.layers.kv import KVLayer, attended_layer
+from dynamickv.layers.parts import BatchedLayer, HeadwiseLayer
 from dynamickv.layers.rows import RowsLayer
 from dynamickv.records import Attended
 
@@ -164,8 +165,11 @@ def _observed_attention(
 def _of_head(
     module: Any, kwargs: dict[str, Any], head: int, heads: int
 ) -> tuple[Any, dict[str, Any]]:
-    """Module and arguments for one stored head alone: of learned sinks, only its query heads'."""
-    sinks = kwargs.get("s_aux")
+    """Module and arguments for one stored head alone: of learned sinks and biases, only its query
+    heads'."""
+    sinks, bias = kwargs.get("s_aux"), kwargs.get("position_bias")
+    if bias is not None:
+        kwargs = kwargs | {"position_bias": bias.chunk(heads, dim=1)[head]}
     if sinks is None:
         return module, kwargs
     own = sinks.chunk(heads)[head]
@@ -192,18 +196,13 @@ def _continue(
 
 
 def _bias_of_held(bias: Tensor, layer: KVLayer, query: Tensor) -> Tensor:
-    """Of a learned bias over all positions, (1, query heads, new, positions), what is for those
+    """Of a learned bias over all positions, (rows, query heads, new, positions), what is for those
     that a layer holds."""
-    if isinstance(layer, RowsLayer) or bias.shape[0] != 1:
-        raise ValueError(
-            "this model adds a bias by distance to its attention logits, which is served for one "
-            "prompt at a time; generate the prompts one by one"
-        )
     positions = layer.held_positions()
     if positions is None:
         return bias
-    heads = positions.repeat_interleave(bias.shape[1] // positions.shape[0], dim=0)
-    return bias.gather(3, heads[None, :, None].expand(-1, -1, query.shape[2], -1))
+    heads = positions.repeat_interleave(bias.shape[1] // positions.shape[1], dim=1)
+    return bias.gather(3, heads[:, :, None].expand(-1, -1, query.shape[2], -1))
 
 
 def _kernels(query: Tensor) -> AbstractContextManager[None]:

@@ -167,6 +167,7 @@ def prefill_prompt(
         places=tuple(read),
         others=cache.others(llm.geometry.kinds),
         states=cache.states(),
+        joint=llm.geometry.joint,
         logits=logits,
         seconds=time.perf_counter() - start - mass_seconds,
         mass_seconds=mass_seconds,

@@ -22,8 +22,10 @@ class PromptRow:
     def __init__(self, method: CompressionMethod, num_layers: int) -> None:
         self._method, self._num_layers = method, num_layers
         self._selection: Selection | None = None
-        self._whole: list[Tensor] = []
-        """What layers hold of a prompt that fits."""
+        """Scores so far, until all layers were observed."""
+        self._chosen: dict[int, Heads] = {}
+        """What layers hold, as it was chosen last."""
+        self._retention: Retention | None = None
         self._length = 0
         self.observed = 0
         """Layers that have been observed."""
@@ -35,13 +37,14 @@ class PromptRow:
         """Whether the prompt has gone through all layers."""
         return self.observed == self._num_layers
 
-    def read_on(self, layer: int, attended: Attended, row: int) -> None:
-        """Remember of a chunk of the prompt what the choice needs later."""
+    def read_on(self, layer: int, attended: Attended, row: int, length: int) -> None:
+        """Remember of a chunk of the prompt, which has `length` tokens, what the choice needs
+        later."""
         queries = attended.queries[row]
         earlier = self._tails.get(layer)
         joined = queries if earlier is None else torch.cat([earlier, queries], dim=1)
         self._tails[layer] = joined[:, -self._method.tail :].clone()
-        if self._method.needs_mass:
+        if self._method.needs_mass and not self._method.fits(length):
             self._masses[layer] = self._mass(layer, attended, row, queries, 0, None)
 
     def observe(
@@ -70,7 +73,7 @@ class PromptRow:
         )
         self.observed += 1
         if self._method.fits(self._length):
-            self._whole.append(self._method.whole(observation))
+            self._chosen[self.observed - 1] = self._method.whole(observation)
             return range(self.observed - 1, self.observed)
         if self._selection is None:
             self._selection = self._method.start(self._num_layers)
@@ -87,12 +90,15 @@ class PromptRow:
     ) -> Tensor:
         """Attention received so far from all queries of the prompt."""
         keys = attended.keys[row, :, first:last]
-        bias = None
+        behind = 0 if last is None else attended.keys.shape[2] - last
+        end = attended.queries.shape[2] - behind
+        asked = slice(end - queries.shape[1], end)
+        sinks, bias = attended.sinks_of(row), None
+        if sinks is not None and sinks.dim() > 1:
+            sinks = sinks[:, asked]
         if attended.bias is not None:
-            bias = attended.bias[row, :, : queries.shape[1], first:last]
-        mass = attention_mass(
-            queries, keys, attended.scaling, attended.softcap, attended.sinks_of(row), bias
-        )
+            bias = attended.bias[row, :, asked, first:last]
+        mass = attention_mass(queries, keys, attended.scaling, attended.softcap, sinks, bias)
         earlier = self._masses.pop(layer, None)
         if earlier is not None:
             mass[:, : earlier.shape[1]] += earlier
@@ -100,16 +106,30 @@ class PromptRow:
 
     def positions_of(self, layers: Sequence[int]) -> list[Heads]:
         """What layers are to hold now, counted from the prompt's first token."""
-        if self._selection is None:
-            return [self._whole[layer] for layer in layers]
-        held = self._selection.positions_of(layers)
+        if self._selection is not None:
+            held = self._selection.positions_of(layers)
+            self._chosen.update(zip(layers, held, strict=True))
+        held = [self._chosen[layer] for layer in layers]
         # One stored head alone needs no cache of its own.
         return [
             kept[0][None] if isinstance(kept, tuple) and len(kept) == 1 else kept for kept in held
         ]
 
+    def settle(self) -> None:
+        """Once all layers hold what they are to hold: forget the scores."""
+        self._retention = Retention(
+            indices=tuple(self._chosen[layer] for layer in range(self._num_layers)),
+            prompt_length=self._length,
+            budget_history=() if self._selection is None else tuple(self._selection.history),
+        )
+        self._selection, self._chosen = None, {}
+
     def retention(self) -> Retention:
-        """What all layers hold in the end."""
-        if self._selection is not None:
-            return self._selection.retention()
-        return Retention(indices=tuple(self._whole), prompt_length=self._length)
+        """What all layers hold in the end.
+
+        Raises:
+            RuntimeError: before `settle`.
+        """
+        if self._retention is None:
+            raise RuntimeError("the prompt is not through all layers yet; read it to its end")
+        return self._retention

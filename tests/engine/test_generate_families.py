@@ -10,6 +10,8 @@ import torch
 import dynamickv as dkv
 from benchmarks.coverage.check import letters
 from benchmarks.coverage.tiny import tiny_model, tiny_prompt
+from tests.engine.models.test_coverage import EXACT as KINDS
+from tests.engine.models.test_coverage import known
 from tests.engine.test_generate_modes import ANSWER, left_padded, plain
 
 
@@ -28,12 +30,29 @@ def logits(name: str, method: Any, inputs: dict[str, torch.Tensor]) -> torch.Ten
     return torch.stack(output.logits)
 
 
-@pytest.mark.parametrize("name", ["gemma4_text", "gemma3n_text", "diffllama", "falcon_h1"])
-def test_rows_of_unlike_length_answer_as_each_alone(name: str) -> None:
+IN_ROWS = [
+    *KINDS.values(),
+    "diffllama",
+    "gemma4_unified",
+    "inkling_text",
+    "inkling2_text",
+    "kimi_linear",
+    "zamba2",
+]
+"""One model of every kind of layer, and what else differs by row."""
+READING = {"SnapKV": dkv.SnapKV(capacity=24), "H2O": dkv.H2O(capacity=24)}
+"""One method that reads the last queries, one that reads all."""
+
+
+@pytest.mark.parametrize("method", READING.values(), ids=READING)
+@pytest.mark.parametrize("name", IN_ROWS)
+def test_rows_of_unlike_length_answer_as_each_alone(
+    name: str, method: dkv.CompressionMethod
+) -> None:
     rows = [tiny_prompt(length, seed=length) for length in (61, 20, 3)]
-    together = logits(name, dkv.SnapKV(capacity=24), left_padded(rows))
+    together = logits(known(name), method, left_padded(rows))
     for number, row in enumerate(rows):
-        alone = logits(name, dkv.SnapKV(capacity=24), plain(row))
+        alone = logits(name, method, plain(row))
         torch.testing.assert_close(together[:, number], alone[:, 0], rtol=1e-3, atol=1e-4)
 
 
@@ -75,3 +94,16 @@ def test_a_choice_that_a_cache_cannot_hold_is_refused_everywhere(name: str) -> N
         pass
     with pytest.raises(ValueError, match=f"^{parameter}="):
         dkv.compare(llm, "The harbour was built in 1911.", "When?", methods=[method])
+    prefill = dkv.prefill(llm, "The harbour was built in 1911.", "When?")
+    with pytest.raises(ValueError, match=f"^{parameter}="):
+        dkv.preview(method, prefill)
+    with pytest.raises(ValueError, match=f"^{parameter}="):
+        dkv.Conversation(llm, prefill, method)
+
+
+def test_text_attention_outside_of_the_registry_is_refused_before_any_work() -> None:
+    with (
+        pytest.raises(ValueError, match=r"in code of its own, .*; choose another model"),
+        dkv.compress(tiny_model("git"), dkv.SnapKV(capacity=24)),
+    ):
+        pytest.fail("the block was entered")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -331,6 +332,115 @@ def test_a_cache_is_freed_with_its_last_name() -> None:
         assert held() is None
     finally:
         gc.enable()
+
+
+def test_scores_are_freed_with_the_prompts_end() -> None:
+    scored = []
+
+    class Watched(dkv.SnapKV):
+        def score(self, layer: dkv.LayerObservation) -> torch.Tensor:
+            scores = super().score(layer)
+            scored.append(weakref.ref(scores))
+            return scores
+
+    model, (row,) = tiny_model(), prompts(70)
+    with dkv.compress(model, Watched(capacity=24)) as cache:
+        model(row, past_key_values=cache)
+        gc.collect()
+        assert len(scored) == len(cache.layers)
+        assert not any(scores() is not None for scores in scored)
+
+
+def test_of_a_prompt_that_fits_no_attention_is_summed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "dynamickv.reading.prompt_row.attention_mass", lambda *_: pytest.fail("summed")
+    )
+    row = plain(prompts(70)[0])
+    compressed(tiny_model(), dkv.H2O(capacity=70), row, prefill_chunk_size=32)
+
+
+def embedded(model: PreTrainedModel, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {
+        "inputs_embeds": model.get_input_embeddings()(ids),
+        "attention_mask": torch.ones_like(ids),
+    }
+
+
+@pytest.mark.parametrize("first", ["ids", "embeds"])
+@pytest.mark.parametrize("then", ["ids", "embeds", "another prompt's embeds", "the new embeds"])
+@torch.inference_mode()
+def test_a_follow_up_that_cannot_be_compared_with_the_cache_is_refused(
+    first: str, then: str
+) -> None:
+    model, (prompt, more, other) = tiny_model(), prompts(70, 9, 100)
+    with dkv.compress(model, dkv.SnapKV(capacity=24)) as cache:
+        answer = answers(model, plain(prompt), past_key_values=cache)
+        whole = torch.cat([prompt, torch.tensor(answer), more], dim=1)
+        follow_up = answers(model, plain(whole), past_key_values=cache)
+        cache.reset()
+        if first == "ids":
+            answers(model, plain(prompt), past_key_values=cache)
+        else:
+            given = model.generate(**embedded(model, prompt), past_key_values=cache, **ANSWER)
+            assert given.tolist() == answer
+        if first == then == "ids":
+            assert answers(model, plain(whole), past_key_values=cache) == follow_up
+            return
+        inputs = {
+            "ids": plain(whole),
+            "embeds": embedded(model, whole),
+            "another prompt's embeds": embedded(model, other),
+            "the new embeds": embedded(model, more),
+        }[then]
+        with pytest.raises(ValueError, match=r"^[^;]+; call cache\.reset\(\)[^;]+$"):
+            model.generate(**inputs, past_key_values=cache, **ANSWER)
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "dynamic scaling"])
+def test_blocks_on_one_model_may_end_in_any_order(scaled: bool) -> None:
+    dynamic = {
+        "max_position_embeddings": 64,
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 8.0},
+    }
+    model, rows = tiny_model(**dynamic if scaled else {}), prompts(*LENGTHS)
+    method, inputs = dkv.DynamicKV(capacity=24), left_padded(rows)
+    expected, _ = compressed(model, method, inputs)
+    rotary = model.model.rotary_emb
+    before = (model.config._attn_implementation, rotary.inv_freq.tolist())
+    first, second = dkv.compress(model, method), dkv.compress(model, method)
+    earlier, later = first.__enter__(), second.__enter__()
+    assert answers(model, inputs, past_key_values=earlier) == expected
+    first.__exit__(None, None, None)
+    assert answers(model, inputs, past_key_values=later) == expected
+    with dkv.compress(model, method) as third:
+        second.__exit__(None, None, None)
+        assert answers(model, inputs, past_key_values=third) == expected
+    assert (model.config._attn_implementation, rotary.inv_freq.tolist()) == before
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
+
+
+def test_threads_share_a_model_each_with_a_block_of_its_own() -> None:
+    model, rows = tiny_model(), prompts(*LENGTHS)
+    method = dkv.DynamicKV(capacity=24)
+    expected = [compressed(model, method, plain(row))[0] for row in rows]
+    with ThreadPoolExecutor(3) as pool:
+        for _ in range(3):
+            together = pool.map(lambda row: compressed(model, method, plain(row))[0], rows)
+            assert list(together) == expected
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("name", ["static", "offloaded"])
+def test_another_cache_asked_for_beside_is_refused_before_any_work(name: str) -> None:
+    """By transformers itself, which comes first."""
+    model, inputs = tiny_model(), plain(prompts(70)[0])
+    with (
+        dkv.compress(model, dkv.SnapKV(capacity=24)) as cache,
+        pytest.raises(ValueError, match="only one of the two"),
+    ):
+        answers(model, inputs, past_key_values=cache, cache_implementation=name)
+    assert cache.peak_bytes == 0
 
 
 def longrope() -> PreTrainedModel:

@@ -1,0 +1,74 @@
+"""Weights that lie elsewhere than where they work change nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+import dynamickv as dkv
+from tests.engine.test_generate_modes import LENGTHS, compressed, left_padded, plain, prompts
+from tests.engine.tiny import (
+    DOCUMENT,
+    QUESTION,
+    SMALL_INSTANCES,
+    method_name,
+    tiny_llm,
+    tiny_model,
+    tiny_tokenizer,
+)
+
+OTHERS = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
+
+
+def offloaded(place: str, folder: Path) -> PreTrainedModel:
+    """The tiny model with its weights in that place."""
+    model: Any = tiny_model()
+    if place == "cpu":
+        accelerate.cpu_offload(model)
+    elif place == "disk":
+        accelerate.disk_offload(model, folder, execution_device="cpu")
+    else:
+        layers = range(model.config.num_hidden_layers)
+        places = {f"model.layers.{layer}": "disk" if layer % 2 else "cpu" for layer in layers}
+        places |= dict.fromkeys(OTHERS, "cpu")
+        accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=folder)
+    if place != "some layers on disk":
+        assert model.device.type == "meta"
+    return model
+
+
+PLACES = ["cpu", "disk", "some layers on disk"]
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("method", SMALL_INSTANCES, ids=method_name)
+def test_a_compressed_generate_answers_alike(place: str, method: Any, tmp_path: Path) -> None:
+    inputs = [plain(prompts(70)[0]), left_padded(prompts(*LENGTHS))]
+    model = offloaded(place, tmp_path)
+    for given in inputs:
+        expected, held = compressed(tiny_model(), method, given)
+        answer, cache = compressed(model, method, given)
+        assert answer == expected
+        assert cache.nbytes == held.nbytes
+        pairs = zip(cache.retention().indices, held.retention().indices, strict=True)
+        assert all(torch.equal(mine, own) for mine, own in pairs)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_comparison_records_the_same(place: str, tmp_path: Path) -> None:
+    model = offloaded(place, tmp_path)
+    away = dkv.LoadedModel.wrap(model, tiny_tokenizer(), "tiny", "test")
+    traces = [
+        dkv.compare(llm, DOCUMENT, QUESTION, methods=SMALL_INSTANCES, max_new_tokens=8)
+        for llm in (tiny_llm(), away)
+    ]
+    for expected, run in zip(*(trace.runs for trace in traces), strict=True):
+        assert run.token_ids == expected.token_ids
+        assert run.retained == expected.retained
+        assert run.kv_bytes == expected.kv_bytes
+        assert run.logprobs == pytest.approx(expected.logprobs, abs=1e-5)
