@@ -1,4 +1,4 @@
-"""python -m benchmarks.spread [--parts processes,model,large] [--model FILE] [--processes N] [--small]
+"""python -m benchmarks.spread [--parts model,large,processes] [--processes N] [--small]
 
 The evaluation on several GPUs: whether processes that share the work find what one finds, also when
 one of them is killed, and how much sooner. A model spread over the GPUs: whether it answers as on
