@@ -24,7 +24,7 @@ import torch
 
 import dynamickv as dkv
 from benchmarks.gpu.answers import graph_answer, graph_seconds, plain_answer, plain_seconds
-from benchmarks.gpu.models import TINY, prompt
+from benchmarks.gpu.models import prompt
 from benchmarks.gpu.timing import free
 from benchmarks.prompts import QUESTION, document_of
 from benchmarks.report import Row, machine, measured, publish, ratios, scaled
@@ -215,7 +215,7 @@ def model_of_70b(gpus: int, small: bool) -> dkv.LoadedModel:
         "num_attention_heads": 64, "num_key_value_heads": 8, "num_hidden_layers": LAYERS,
     }  # fmt: skip
     config = LlamaConfig(
-        **{**sizes, **(TINY if small else {})},
+        **{**sizes, **({"num_hidden_layers": 4} if small else {})},
         rope_theta=5e5,
         max_position_embeddings=2 * max(LENGTHS),
         bos_token_id=None,
@@ -246,7 +246,7 @@ def beyond_one(options: argparse.Namespace) -> list[Row]:
     name = f"Llama-3-70B geometry, {llm.geometry.num_layers} layers over {gpus} GPUs"
     note = "random bfloat16"
     rows = [Row(f"{name}: weights / memory of one GPU", size / card, "x", "", note)]
-    for length in (1024,) if options.small else LENGTHS:
+    for length in (1024,) if options.small else options.lengths:
         prefill = prefill_prompt(llm, prompt(llm, length))
         held = [torch.cuda.max_memory_allocated(gpu) / 2**30 for gpu in range(gpus)]
         of = f"{name}, {length} tokens"
@@ -261,7 +261,7 @@ def beyond_one(options: argparse.Namespace) -> list[Row]:
             captured = graph_answer(llm, prefill, retention, [1] * 4)
             free()
             away = max(
-                float((a.float() - b.float()).abs().max())
+                float((a.to(b.device).float() - b.float()).abs().max())
                 for a, b in zip(own, captured, strict=True)
             )
             spread = float(own[-1].float().std())
@@ -298,6 +298,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--small", action="store_true", help="a few short trials")
     parser.add_argument("--parts", default="processes,model,large")
+    parser.add_argument("--lengths", type=int, nargs="*", default=LENGTHS, help="of `large`")
     options = parser.parse_args()
     where = machine()
     name = "spread" if torch.cuda.is_available() else "spread-dry"

@@ -51,11 +51,16 @@ class DecodeGraph:
             ops: what the step is made of; by default the fastest that run here.
         """
         self._cache = cache
+        places = stages(llm)
+        # On several devices the allocator asks for what other streams have done meanwhile, which
+        # any stricter mode refuses.
+        mode = "thread_local" if len(places) == 1 else "relaxed"
         self._stages = [
             CapturedStage(
-                DecodeStep(llm, cache, position, room, ops or fastest_ops(stage.device), stage)
+                DecodeStep(llm, cache, position, room, ops or fastest_ops(stage.device), stage),
+                mode,
             )
-            for stage in stages(llm)
+            for stage in places
         ]
 
     @property
@@ -88,7 +93,12 @@ class DecodeGraph:
 class CapturedStage:
     """One device's graph."""
 
-    def __init__(self, step: DecodeStep) -> None:
+    def __init__(self, step: DecodeStep, mode: str) -> None:
+        """Capture it.
+
+        Args:
+            mode: which calls of others end a capture, as `torch.cuda.graph` takes it.
+        """
         self.step = step
         with torch.cuda.device(step.stage.device):
             # Compilation, handles and workspaces come before the capture, on a stream of its own.
@@ -99,7 +109,7 @@ class CapturedStage:
                 step.rewind()
             torch.cuda.current_stream().wait_stream(stream)
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self._graph, capture_error_mode=mode):
                 self.output = step()
                 """What the stage sends on, or the logits; the next step overwrites it."""
 
