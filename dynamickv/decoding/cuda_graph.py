@@ -14,6 +14,7 @@ without a graph.
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from functools import lru_cache
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from dynamickv.cache import KVCache
 from dynamickv.decoding.decode_step import DecodeStep, PlainOps
-from dynamickv.fast.decoder import stages, written_out
+from dynamickv.fast.decoder import stages, steppable
 from dynamickv.models import LoadedModel
 
 log = logging.getLogger(__name__)
@@ -51,16 +52,11 @@ class DecodeGraph:
             ops: what the step is made of; by default the fastest that run here.
         """
         self._cache = cache
-        places = stages(llm)
-        # On several devices the allocator asks for what other streams have done meanwhile, which
-        # any stricter mode refuses.
-        mode = "thread_local" if len(places) == 1 else "relaxed"
         self._stages = [
             CapturedStage(
-                DecodeStep(llm, cache, position, room, ops or fastest_ops(stage.device), stage),
-                mode,
+                DecodeStep(llm, cache, position, room, ops or fastest_ops(stage.device), stage)
             )
-            for stage in places
+            for stage in stages(llm)
         ]
 
     @property
@@ -93,12 +89,7 @@ class DecodeGraph:
 class CapturedStage:
     """One device's graph."""
 
-    def __init__(self, step: DecodeStep, mode: str) -> None:
-        """Capture it.
-
-        Args:
-            mode: which calls of others end a capture, as `torch.cuda.graph` takes it.
-        """
+    def __init__(self, step: DecodeStep) -> None:
         self.step = step
         with torch.cuda.device(step.stage.device):
             # Compilation, handles and workspaces come before the capture, on a stream of its own.
@@ -109,7 +100,9 @@ class CapturedStage:
                 step.rewind()
             torch.cuda.current_stream().wait_stream(stream)
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, capture_error_mode=mode):
+            # torch would capture on a stream of the device on which this process captured first,
+            # and launch the whole stage there.
+            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
                 self.output = step()
                 """What the stage sends on, or the logits; the next step overwrites it."""
 
@@ -120,9 +113,9 @@ class CapturedStage:
 
 
 def graphable(llm: LoadedModel) -> bool:
-    """Whether this model's decode step can be captured: written out, on one or several GPUs."""
-    places = stages(llm) if written_out(llm) else []
-    return bool(places) and all(stage.device.type == "cuda" for stage in places)
+    """Whether this model's decode step is captured: written out, on one GPU. Over several GPUs
+    `benchmarks.spread` captures it to measure it, and answers come from the model's own pass."""
+    return llm.device.type == "cuda" and steppable(llm)
 
 
 @lru_cache
@@ -133,7 +126,8 @@ def fastest_ops(device: torch.device) -> PlainOps:
 
         ops = TritonOps()
         probe = torch.ones(64, device=device)
-        ops.norm(probe, probe, 1e-6)
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            ops.norm(probe, probe, 1e-6)
     except Exception as error:  # no Triton, no C compiler, an old card: it raises many kinds
         log.info("Decoding without Triton kernels (%s).", error)
         return PlainOps()
