@@ -194,7 +194,7 @@ def tiny_model(name: str, attention: str | None = None, seed: int = 0) -> Any:
 
     Args:
         attention: backend, by default transformers' own choice; eager where logits are bounded,
-            for transformers before 5.22 chooses sdpa, which leaves the bound out.
+            for transformers before 5.21 chooses sdpa, which leaves the bound out.
     """
     torch.manual_seed(seed)
     config = tiny_config(name)

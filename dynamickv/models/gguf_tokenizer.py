@@ -13,6 +13,7 @@ import logging
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
@@ -123,14 +124,15 @@ def _mark_ends(tokenizer: PreTrainedTokenizerFast, model: Gguf) -> None:
 
     transformers 5.17 takes BOS for EOS, and leaves BOS out before 5.23.
     """
-    for name, token in _named(model).items():
-        setattr(tokenizer, name, token)
+    said: dict[str, Any] = dict(_named(model))
     kind = model.metadata.get("tokenizer.ggml.model")
     if kind in ("llama", "gemma4"):
+        bos = model.metadata.get("tokenizer.ggml.add_bos_token", True)
         # gemma4's chat template writes BOS itself, whatever the file says.
-        bos = kind == "llama" and model.metadata.get("tokenizer.ggml.add_bos_token", True)
-        eos = model.metadata.get("tokenizer.ggml.add_eos_token", False)
-        tokenizer.add_bos_token, tokenizer.add_eos_token = bool(bos), bool(eos)
+        said["add_bos_token"] = bool(bos and kind == "llama")
+        said["add_eos_token"] = bool(model.metadata.get("tokenizer.ggml.add_eos_token", False))
+    for name, value in said.items():
+        setattr(tokenizer, name, value)
 
 
 def _named(model: Gguf) -> dict[str, str | None]:

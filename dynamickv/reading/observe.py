@@ -101,7 +101,7 @@ def set_observed(model: PreTrainedModel) -> None:
             'attention="sdpa"'
         )
     bound = getattr(model.config.get_text_config(decoder=True), "attn_logit_softcapping", None)
-    if backend == "sdpa" and bound is not None:  # transformers before 5.22 computes without it
+    if backend == "sdpa" and bound is not None:  # transformers before 5.21 computes without it
         raise ValueError(
             f"attention 'sdpa' leaves out the bound of {bound:g} that {type(model).__name__} puts "
             'on its attention logits; load it with attention="eager"'

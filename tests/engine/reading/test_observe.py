@@ -213,11 +213,11 @@ def test_flex_attention_is_refused_with_a_remedy() -> None:
 
 
 def test_attention_that_leaves_a_bound_on_the_logits_out_is_refused_with_a_remedy() -> None:
-    """transformers 5.17 to 5.21 give Gemma 2 sdpa where nothing is asked for."""
+    """transformers 5.17 to 5.20 give Gemma 2 sdpa where nothing is asked for."""
     model = bounded_model()
     model.config._attn_implementation = "sdpa"
     with (
-        pytest.raises(ValueError, match='bound of 50 that Gemma2ForCausalLM .* attention="eager"'),
+        pytest.raises(ValueError, match=r'bound of 50 that Gemma2ForCausalLM .* attention="eager"'),
         observed(model),
     ):
         pass
