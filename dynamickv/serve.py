@@ -23,7 +23,7 @@ from dynamickv.models import Geometry
 from dynamickv.models.geometry import require_choosable
 from dynamickv.models.rope import longer_sequences_forgotten
 from dynamickv.reading.generate_call import GenerateCall, generate_call
-from dynamickv.reading.observe import observed
+from dynamickv.reading.observe import cache_argument, observed
 from dynamickv.reading.prompt_row import PromptRow
 from dynamickv.records import Attended, Retention
 
@@ -369,7 +369,8 @@ def compress(model: PreTrainedModel, method: CompressionMethod) -> Iterator[Comp
                     "this model drops its cache here and would read all tokens again; "
                     "lower max_new_tokens, or read a prompt that is longer already"
                 )
-            given = named[CACHE_NAMES[0]] = cache
+            given = cache
+            named |= cache_argument(model, cache)
         if given is not cache:
             return None
         prompt_logits = None
