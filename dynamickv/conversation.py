@@ -8,7 +8,8 @@ from dynamickv.decoding.decode import TextStream, decode, extend
 from dynamickv.methods import CompressionMethod
 from dynamickv.models import LoadedModel
 from dynamickv.models.geometry import require_choosable
-from dynamickv.reading.prompt import follow_up_ids, require_text
+from dynamickv.reading.prompt import require_text
+from dynamickv.reading.template import follow_up_ids
 from dynamickv.records import Prefill
 
 

@@ -193,11 +193,15 @@ def tiny_model(name: str, attention: str | None = None, seed: int = 0) -> Any:
     """A model of float32 random weights in evaluation mode; the same seed gives the same weights.
 
     Args:
-        attention: backend, by default transformers' own choice.
+        attention: backend, by default transformers' own choice; eager where logits are bounded,
+            for transformers before 5.21 chooses sdpa, which leaves the bound out.
     """
     torch.manual_seed(seed)
+    config = tiny_config(name)
+    if getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None):
+        attention = attention or "eager"
     named = {} if attention is None else {"attn_implementation": attention}
-    model = AutoModelForCausalLM.from_config(tiny_config(name), dtype=torch.float32, **named)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **named)
     for parameter_name, parameter in model.named_parameters():
         # What starts constant or small would not be missed when forgotten.
         constant = bool((parameter == parameter.flatten()[0]).all())

@@ -20,7 +20,7 @@ def tune(bench: Bench) -> None:
     """Device time of a step, per shape."""
     if bench.device.type != "cuda":
         return
-    from dynamickv.decoding.kernels import TritonOps
+    from dynamickv.decoding.triton_ops import TritonOps
 
     llm = bench.build("Llama-3-8B")
     prefill = prefill_prompt(llm, prompt(llm, 4096))

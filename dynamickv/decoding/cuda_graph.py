@@ -122,7 +122,7 @@ def graphable(llm: LoadedModel) -> bool:
 def fastest_ops(device: torch.device) -> PlainOps:
     """Triton kernels where they compile, plain operations elsewhere."""
     try:
-        from dynamickv.decoding.kernels import TritonOps
+        from dynamickv.decoding.triton_ops import TritonOps
 
         ops = TritonOps()
         probe = torch.ones(64, device=device)

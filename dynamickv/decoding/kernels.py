@@ -1,35 +1,22 @@
-"""One decode step's operations as Triton kernels, for vectors of a single token.
+"""The Triton kernels of one decode step, for vectors of a single token.
 
 A decode step reads every weight once and does little else, so each kernel does all it can on the
 way: a projection adds its residual, gate and up projections meet in registers, rotation writes
 straight into the cache. Intermediate results are rounded where the plain model rounds them, so
-that only the order of sums tells them apart. Knows tensors only.
+that only the order of sums tells them apart. triton_ops.py launches them.
 """
 
 # mypy: disable-error-code="import-not-found,import-untyped,no-untyped-def,untyped-decorator"
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor, nn
-
-from dynamickv.decoding.decode_step import PlainOps, Slots
-from dynamickv.fast.decoder import HeadNorms, Rotation
-
-KEYS = 64
-"""Keys an attention program reads at a time."""
-SPLITS = 64
-"""Most programs that share one head's keys."""
-LOG2E = 1.4426950408889634
 
 
 @triton.jit
-def _norm(x, weight, out, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+def norm_kernel(x, weight, out, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """RMS normalization of a vector of SIZE; one program."""
     at = tl.arange(0, BLOCK)
     inside = at < SIZE
     wide = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
@@ -58,7 +45,7 @@ def _dot_rows(x, start, valid, SIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl
 
 
 @triton.jit
-def _project(
+def project_kernel(
     x,
     out,
     residual,
@@ -77,6 +64,7 @@ def _project(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Up to three matrices, one below the other, times a vector; a program per ROWS rows."""
     first = tl.program_id(0) * ROWS
     weight, bias, offset = weight0, bias0, 0
     if first >= end0:
@@ -97,7 +85,10 @@ def _project(
 
 
 @triton.jit
-def _gate(x, out, gate, up, rows, SIZE: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr):
+def gate_kernel(
+    x, out, gate, up, rows, SIZE: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """SiLU of one matrix's product, times another's; a program per PAIRS rows of both."""
     # A gate's row and its up projection's, by turns.
     place = tl.arange(0, 2 * PAIRS)
     row = tl.program_id(0) * PAIRS + place // 2
@@ -112,7 +103,7 @@ def _gate(x, out, gate, up, rows, SIZE: tl.constexpr, PAIRS: tl.constexpr, BLOCK
 
 
 @triton.jit
-def _place(
+def place_kernel(
     qkv,
     cos,
     sin,
@@ -131,6 +122,7 @@ def _place(
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Normalize and rotate a query, or write a key or a value to its slot; a program per head."""
     head = tl.program_id(0)
     number = query.dtype.element_ty
     at = tl.arange(0, BLOCK)
@@ -171,7 +163,7 @@ def _place(
 
 
 @triton.jit
-def _attend(
+def attend_kernel(
     query,
     keys,
     values,
@@ -188,6 +180,8 @@ def _attend(
     BLOCK: tl.constexpr,
     KEYS: tl.constexpr,
 ):
+    """A share of one stored head's keys, for its GROUP queries: weighted values, the highest logit
+    and the weights' sum."""
     head = tl.program_id(0)
     split = tl.program_id(1)
     splits = tl.num_programs(1)
@@ -230,9 +224,10 @@ def _attend(
 
 
 @triton.jit
-def _join(
+def join_kernel(
     sums, tops, weights, out, splits, DIM: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr
 ):
+    """The shares of one query head become its output."""
     head = tl.program_id(0)
     split = tl.arange(0, SPLITS)
     at = tl.arange(0, BLOCK)
@@ -249,119 +244,3 @@ def _join(
     )
     total = tl.sum(parts * fade[:, None], axis=0) / weight
     tl.store(out + head * DIM + at, total.to(out.dtype.element_ty), mask=wide)
-
-
-@dataclass(frozen=True)
-class TritonOps(PlainOps):
-    """`PlainOps` in one or two launches each."""
-
-    rows: int = 2
-    """Rows of weights that one program multiplies, even."""
-    block: int = 2048
-    """Columns it reads at a time."""
-    warps: int = 4
-
-    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """One program for the whole vector."""
-        out = torch.empty_like(x)
-        size = x.shape[0]
-        block = triton.next_power_of_2(size)
-        _norm[(1,)](
-            x, weight, out, eps, SIZE=size, BLOCK=block, num_warps=min(block // 256, 16) or 1
-        )
-        return out
-
-    def project(self, x: Tensor, *linears: nn.Linear, residual: Tensor | None = None) -> Tensor:
-        """A program per few rows of whichever matrix."""
-        ends = [0]
-        for linear in linears:
-            ends.append(ends[-1] + linear.weight.shape[0])
-        ends = [*ends[1:], *[ends[-1]] * (3 - len(linears))]
-        padded = [*linears, *[linears[-1]] * (3 - len(linears))]
-        out = torch.empty(ends[-1], dtype=x.dtype, device=x.device)
-        _project[(triton.cdiv(ends[-1], self.rows),)](
-            x,
-            out,
-            x if residual is None else residual,
-            *(linear.weight for linear in padded),
-            *(x if linear.bias is None else linear.bias for linear in padded),
-            *ends,
-            HAS_BIAS=linears[0].bias is not None,
-            HAS_RESIDUAL=residual is not None,
-            ROWS=self.rows,
-            **self._columns(x),
-        )
-        return out
-
-    def gate(self, x: Tensor, gate: nn.Linear, up: nn.Linear) -> Tensor:
-        """A program per few rows of both matrices."""
-        rows, pairs = gate.weight.shape[0], self.rows // 2
-        out = torch.empty(rows, dtype=x.dtype, device=x.device)
-        _gate[(triton.cdiv(rows, pairs),)](
-            x, out, gate.weight, up.weight, rows, PAIRS=pairs, **self._columns(x)
-        )
-        return out
-
-    def _columns(self, x: Tensor) -> dict[str, Any]:
-        size = x.shape[0]
-        block = min(self.block, triton.next_power_of_2(size))
-        return {"SIZE": size, "BLOCK": block, "num_warps": self.warps}
-
-    def place(
-        self,
-        qkv: Tensor,
-        rotation: Rotation,
-        norms: HeadNorms | None,
-        store: Slots,
-        query_heads: int,
-    ) -> Tensor:
-        """A program per head."""
-        stored, _, dim = store.keys.shape
-        kv_heads = (qkv.shape[0] // dim - query_heads) // 2
-        query = torch.empty(query_heads, dim, dtype=qkv.dtype, device=qkv.device)
-        query_norm, key_norm, eps = norms or (qkv, qkv, 0.0)
-        _place[(query_heads + 2 * kv_heads,)](
-            qkv,
-            *rotation,
-            query_norm,
-            key_norm,
-            query,
-            *store,
-            store.keys.stride(0),
-            eps,
-            HAS_NORM=norms is not None,
-            QUERY_HEADS=query_heads,
-            KV_HEADS=kv_heads,
-            REPEAT=stored // kv_heads,
-            DIM=dim,
-            BLOCK=triton.next_power_of_2(dim),
-            num_warps=1,
-        )
-        return query
-
-    def attend(self, query: Tensor, store: Slots, scaling: float) -> Tensor:
-        """Programs that share a head's keys, then one that joins their sums."""
-        heads, room, dim = store.keys.shape
-        query_heads = query.shape[0]
-        group = query_heads // heads
-        chunk = triton.cdiv(triton.cdiv(room, SPLITS), KEYS) * KEYS
-        splits = triton.cdiv(room, chunk)
-        sums = query.new_empty(query_heads, splits, dim, dtype=torch.float32)
-        parts = (sums, *query.new_empty(2, query_heads, splits, dtype=torch.float32))
-        # A matrix product wants 16 rows and columns at least.
-        sizes = {"DIM": dim, "BLOCK": max(16, triton.next_power_of_2(dim)), "num_warps": 4}
-        _attend[(heads, splits)](
-            query,
-            *store,
-            *parts,
-            store.keys.stride(0),
-            scaling * LOG2E,
-            chunk,
-            GROUP=group,
-            ROWS=max(16, triton.next_power_of_2(group)),
-            KEYS=KEYS,
-            **sizes,
-        )
-        out = torch.empty(query_heads * dim, dtype=query.dtype, device=query.device)
-        _join[(query_heads,)](*parts, out, splits, SPLITS=triton.next_power_of_2(splits), **sizes)
-        return out

@@ -13,6 +13,7 @@ import logging
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
@@ -110,11 +111,39 @@ def load_tokenizer(model: Gguf) -> PreTrainedTokenizerBase:
         ready: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(
             folder, gguf_file="header.gguf"
         )
+    _mark_ends(ready, model)
     if kind == "llama" and not model.architecture.startswith("gemma"):
         _as_sentencepiece(
             ready.backend_tokenizer, model.metadata.get("tokenizer.ggml.add_space_prefix", True)
         )
     return ready
+
+
+def _mark_ends(tokenizer: PreTrainedTokenizerFast, model: Gguf) -> None:
+    """Name the markup that the file names, and put BOS and EOS around a text as llama.cpp does.
+
+    transformers 5.17 takes BOS for EOS, and leaves BOS out before 5.23.
+    """
+    said: dict[str, Any] = dict(_named(model))
+    kind = model.metadata.get("tokenizer.ggml.model")
+    if kind in ("llama", "gemma4"):
+        bos = model.metadata.get("tokenizer.ggml.add_bos_token", True)
+        # gemma4's chat template writes BOS itself, whatever the file says.
+        said["add_bos_token"] = bool(bos and kind == "llama")
+        said["add_eos_token"] = bool(model.metadata.get("tokenizer.ggml.add_eos_token", False))
+    for name, value in said.items():
+        setattr(tokenizer, name, value)
+
+
+def _named(model: Gguf) -> dict[str, str | None]:
+    """Markup by transformers' name for it, such as "bos_token"; None where the file has none."""
+    tokens = model.metadata["tokenizer.ggml.tokens"]
+    theirs = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    ids = {
+        f"{ours}_token": model.metadata.get(f"tokenizer.ggml.{name}_token_id")
+        for ours, name in theirs.items()
+    }
+    return {name: None if token is None else tokens[token] for name, token in ids.items()}
 
 
 def _as_sentencepiece(tokenizer: Tokenizer, prefix: bool) -> None:
@@ -161,26 +190,17 @@ def _byte_level(model: Gguf) -> PreTrainedTokenizerFast:
     kinds = dict(zip(tokens, settings.get("token_type", ()), strict=False))
     tokenizer.add_special_tokens(_added(kinds, CONTROL))
     tokenizer.add_tokens(_added(kinds, USER_DEFINED))
-    names = {
-        f"{ours}_token": tokens[settings[f"{theirs}_token_id"]]
-        for ours, theirs in (
-            ("bos", "bos"),
-            ("eos", "eos"),
-            ("unk", "unknown"),
-            ("pad", "padding"),
-        )
-        if settings.get(f"{theirs}_token_id") is not None
-    }
+    names = _named(model)
     tokenizer.post_processor = _around(
         tokenizer,
-        names.get("bos_token") if settings.get("add_bos_token", rule.bos) else None,
-        names.get("eos_token") if settings.get("add_eos_token", False) else None,
+        names["bos_token"] if settings.get("add_bos_token", rule.bos) else None,
+        names["eos_token"] if settings.get("add_eos_token", False) else None,
     )
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         chat_template=model.metadata.get("tokenizer.chat_template"),
         clean_up_tokenization_spaces=False,
-        **{"bos_token": None, "eos_token": None, **names},
+        **names,
     )
 
 

@@ -5,8 +5,6 @@ Loads safetensors and GGUF only: no pickle, no remote code.
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
 import json
 import logging
 import os
@@ -22,10 +20,16 @@ import torch
 from safetensors import SafetensorError
 
 from dynamickv.models.catalogue import DEFAULT_MODEL
+from dynamickv.models.choices import (
+    choose_attention,
+    choose_device,
+    choose_dtype,
+    choose_quantization,
+)
 from dynamickv.models.conversion import converted, quiet, source_hash
 from dynamickv.models.faults import UnusableModelError, first_line, unreadable
 from dynamickv.models.geometry import require_compressible
-from dynamickv.models.loaded import QUANTIZATIONS, LoadedModel
+from dynamickv.models.loaded import LoadedModel
 from dynamickv.models.precision import packed_for, require_precision
 from dynamickv.models.sources import resolve
 
@@ -45,7 +49,6 @@ TOKENIZER_FILES = (
     "tekken.json",
 )
 ADAPTER = "adapter_config.json"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load_model(
@@ -86,9 +89,9 @@ def load_model(
     require_precision(precision)
     if device_map is not None and device != "auto":
         raise ValueError(f"give device ({device!r}) or device_map, not both")
-    place = _choose_device(device)
-    number_format = _choose_dtype(dtype, place)
-    packing = _choose_quantization(quantization, number_format)
+    place = choose_device(device)
+    number_format = choose_dtype(dtype, place)
+    packing = choose_quantization(quantization, number_format)
     source, pinned, gguf = resolve(name, revision)
     origin = None
     if gguf is not None:
@@ -101,7 +104,7 @@ def load_model(
     require_compressible(config)
     with _explained(name):
         _require_tokenizer(source, pinned, name)
-    backend = _choose_attention(config) if attention == "auto" else attention
+    backend = choose_attention(config) if attention == "auto" else attention
     packed = getattr(config, "quantization_config", None) is not None
     if packed and packing is not None:
         raise ValueError(f"{name} is quantized already; load it without quantization")
@@ -263,64 +266,6 @@ def _explained(name: str) -> Iterator[None]:
         raise
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         raise ValueError(unreadable(name, error)) from error
-
-
-def _choose_device(device: str) -> torch.device:
-    if device != "auto":
-        try:
-            torch.zeros(1, device=device).item()
-        except (RuntimeError, AssertionError, NotImplementedError):
-            raise ValueError(
-                f"there is no device {device!r}; choose auto, cpu, cuda or mps"
-            ) from None
-        return torch.device(device)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def _choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    if dtype == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, got {dtype!r}")
-    return DTYPES[dtype]
-
-
-def _choose_attention(config: Any) -> str:
-    """The backend for a model: sdpa computes neither bounded logits nor learned sinks."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    bounded = getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None)
-    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    able = getattr(kind, "_supports_sdpa", True)
-    return "eager" if bounded is not None or not able else "sdpa"
-
-
-def _choose_quantization(quantization: str | None, dtype: torch.dtype) -> Any:
-    """transformers' BitsAndBytesConfig, or None."""
-    if quantization is None:
-        return None
-    if quantization not in QUANTIZATIONS:
-        raise ValueError(
-            f"quantization must be {', '.join(QUANTIZATIONS)} or None, got {quantization!r}"
-        )
-    try:
-        importlib.import_module("bitsandbytes")
-    except Exception as error:  # a build that does not fit torch or the card raises many kinds
-        missing = isinstance(error, ModuleNotFoundError) and error.name == "bitsandbytes"
-        fault = "is not installed" if missing else f"cannot be used ({first_line(error)})"
-        raise ValueError(
-            f"{quantization} weights need bitsandbytes, which {fault}; "
-            "pip install bitsandbytes, or load without quantization"
-        ) from error
-    from transformers import BitsAndBytesConfig
-
-    if quantization == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
-    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-    )
 
 
 @torch.no_grad()

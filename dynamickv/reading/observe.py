@@ -92,13 +92,20 @@ def set_observed(model: PreTrainedModel) -> None:
     """Select the observing form of the model's backend.
 
     Raises:
-        ValueError: if the model does not compute attention through transformers' registry.
+        ValueError: if the model does not compute attention through transformers' registry, or its
+            backend leaves out what the model's attention needs.
     """
     backend = backend_of(model)
     if "flex" in backend or "paged" in backend:
         raise ValueError(
             f"attention {backend!r} cannot be observed; load {type(model).__name__} with "
             'attention="sdpa"'
+        )
+    bound = getattr(model.config.get_text_config(decoder=True), "attn_logit_softcapping", None)
+    if backend == "sdpa" and bound is not None:  # transformers before 5.21 computes without it
+        raise ValueError(
+            f"attention 'sdpa' leaves out the bound of {bound:g} that {type(model).__name__} puts "
+            'on its attention logits; load it with attention="eager"'
         )
     if not uses_registry(model):
         raise ValueError(

@@ -10,14 +10,10 @@ import logging
 from dataclasses import replace
 from typing import Any
 
+from dynamickv.reading.template import message_parts, template_parts
 from dynamickv.records import EncodedPrompt
 
 log = logging.getLogger(__name__)
-
-SEPARATOR = "\n\n"
-_DOCUMENT, _ANSWER, _QUESTION = (
-    f"\ue000{part}\ue000" for part in ("document", "answer", "question")
-)
 
 
 def encode_prompt(
@@ -49,7 +45,7 @@ def encode_prompt(
     require_text("document", document)
     require_text("question", question)
     document, question = _valid_text(document), _valid_text(question)
-    parts = _template_parts(tokenizer, chat_template)
+    parts = template_parts(tokenizer, chat_template)
     encoded = _encode(tokenizer, parts, document, question, chat_template)
     if encoded.length + answer_tokens <= limit:
         return encoded
@@ -98,7 +94,7 @@ def encode_text(
             raise ValueError(f"a prompt needs at least 2 tokens to keep both ends, got {limit}")
         halves = whole.token_ids[: limit // 2], whole.token_ids[-(limit // 2) :]
         shorter = "".join(tokenizer.decode(half, skip_special_tokens=True) for half in halves)
-    before, after = _message_parts(tokenizer) if chat_template else ("", "")
+    before, after = message_parts(tokenizer) if chat_template else ("", "")
     encoded = _encode(tokenizer, (before, "", after), shorter, "", bool(before or after))
     cut = max(whole.length - limit, 0) if limit is not None else 0
     # The question lies somewhere in the text; an empty one at its end says that it was read.
@@ -107,44 +103,6 @@ def encode_text(
         question_span=(encoded.length, encoded.length),
         original_length=encoded.length + cut,
     )
-
-
-def follow_up_ids(tokenizer: Any, question: str) -> list[int]:
-    """Tokens that lead from the end of an answer to the next answer, the new question between.
-
-    The question is data: special tokens spelled in it are read as plain text.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        before, after = SEPARATOR, "\n"
-    else:
-        turns = [
-            {"role": "user", "content": _DOCUMENT},
-            {"role": "assistant", "content": _ANSWER},
-            {"role": "user", "content": _QUESTION},
-        ]
-        rendered = render(tokenizer, turns)
-        before, _, after = rendered.partition(_ANSWER)[2].partition(_QUESTION)
-    token_ids: list[int] = []
-    for text, plain in ((before, False), (question, True), (after, False)):
-        encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=plain)
-        token_ids += encoded["input_ids"]
-    return token_ids
-
-
-def render(tokenizer: Any, turns: list[dict[str, str]]) -> str:
-    """A conversation in the chat template's words, up to where the next answer begins.
-
-    Raises:
-        ValueError: if the template has a syntax error, or refuses the conversation.
-    """
-    try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-    except Exception as error:  # a template is a program and raises what it likes
-        fault = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ValueError(
-            f"this model's chat template fails ({fault}); mend its "
-            "chat_template.jinja, or feed plain text with chat_template=False"
-        ) from error
 
 
 def require_text(name: str, text: object) -> None:
@@ -202,36 +160,6 @@ def _truncated(
         f"and this model reads {limit:,}{answer}; shorten the question"
         + (" or the answer" if answer_tokens else "")
     )
-
-
-def _template_parts(tokenizer: Any, chat_template: bool) -> tuple[str, str, str]:
-    """What the template puts before the document, between document and question, and after the
-    question."""
-    if not chat_template or not getattr(tokenizer, "chat_template", None):
-        return (
-            getattr(tokenizer, "bos_token", None) or "" if chat_template else "",
-            SEPARATOR,
-            "\n" if chat_template else "",
-        )
-    content = f"{_DOCUMENT}{SEPARATOR}{_QUESTION}"
-    rendered = render(tokenizer, [{"role": "user", "content": content}])
-    before, found, rest = rendered.partition(_DOCUMENT)
-    between, found_question, after = rest.partition(_QUESTION)
-    if not found or not found_question:
-        raise ValueError(
-            "this model's chat template does not contain the user's message; "
-            "choose an instruction model"
-        )
-    return before, between, after
-
-
-def _message_parts(tokenizer: Any) -> tuple[str, str]:
-    """What the chat template puts around one message of the user; nothing without a template."""
-    if not getattr(tokenizer, "chat_template", None):
-        return "", ""
-    rendered = render(tokenizer, [{"role": "user", "content": _DOCUMENT}])
-    before, _, after = rendered.partition(_DOCUMENT)
-    return before, after
 
 
 def _encode(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import dynamickv as dkv
-from dynamickv.reading.prompt import follow_up_ids
+from dynamickv.reading.template import follow_up_ids
 from tests.engine.tiny import DOCUMENT, QUESTION, small_instances
 
 

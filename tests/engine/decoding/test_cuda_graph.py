@@ -204,7 +204,7 @@ def test_graphs_are_for_cuda() -> None:
 def test_kernels_compute_what_the_plain_operations_do(
     family: str, granularity: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dynamickv.decoding.kernels import TritonOps
+    from dynamickv.decoding.triton_ops import TritonOps
 
     monkeypatch.setitem(globals(), "STEPS", 3)
     llm = tiny_llm(family, num_hidden_layers=2)

@@ -298,7 +298,27 @@ def test_sentencepieces_tokens_are_its_own(tmp_path: Path, prefix: bool, beside:
     ]
 
 
-def write_sentencepiece(path: Path, pieces: Path, prefix: bool) -> Path:
+@pytest.mark.parametrize(
+    ("said", "before", "after"),
+    [
+        ({}, [1], []),
+        ({"add_bos_token": False}, [], []),
+        ({"add_bos_token": True, "add_eos_token": True}, [1], [2]),
+    ],
+    ids=["unsaid", "without", "both"],
+)
+def test_bos_and_eos_stand_around_sentencepieces_as_the_file_says(
+    tmp_path: Path, said: dict[str, bool], before: list[int], after: list[int]
+) -> None:
+    pieces = train_sentencepiece(tmp_path, True)
+    tokenizer = load_tokenizer(read(write_sentencepiece(tmp_path / "a.gguf", pieces, True, **said)))
+    plain = tokenizer("The pier", add_special_tokens=False)["input_ids"]
+    assert tokenizer("The pier")["input_ids"] == [*before, *plain, *after]
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    assert tokenizer.special_tokens_map == names
+
+
+def write_sentencepiece(path: Path, pieces: Path, prefix: bool, **said: bool) -> Path:
     """A file with a vocabulary and hardly a model."""
     proto = ModelProto.FromString(pieces.read_bytes())
     writer = gguf.GGUFWriter(path, "llama")
@@ -310,6 +330,8 @@ def write_sentencepiece(path: Path, pieces: Path, prefix: bool) -> Path:
     writer.add_token_types([piece.type for piece in proto.pieces])
     for name, token in (("bos", 1), ("eos", 2), ("unknown", 0)):
         add(writer, f"tokenizer.ggml.{name}_token_id", token)
+    for key, value in said.items():
+        add(writer, f"tokenizer.ggml.{key}", value)
     writer.add_add_space_prefix(prefix)
     writer.add_tensor("token_embd.weight", np.ones((PIECES, 8), np.float32))
     writer.write_header_to_file()

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 import dynamickv as dkv
 from dynamickv import models
-from dynamickv.models import conversion, loading, sources
+from dynamickv.models import choices, conversion, loading, sources
 from tests.engine.models.gguf_file import write_tiny_gguf
 from tests.engine.tiny import DOCUMENT, QUESTION, tiny_model, tiny_tokenizer
 
@@ -378,7 +378,7 @@ def test_number_format_and_attention_are_taken_as_asked(
 ) -> None:
     llm = dkv.load_model(folder, device="cpu", dtype=dtype, attention=attention)
     assert (llm.dtype, llm.attention, str(llm.device)) == (dtype, attention, "cpu")
-    assert llm.model.model.embed_tokens.weight.dtype == loading.DTYPES[dtype]
+    assert llm.model.model.embed_tokens.weight.dtype == choices.DTYPES[dtype]
     assert len(answer(llm)) == 4
 
 

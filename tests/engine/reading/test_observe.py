@@ -10,6 +10,8 @@ import torch
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     T5Config,
@@ -208,6 +210,33 @@ def test_flex_attention_is_refused_with_a_remedy() -> None:
         observed(model),
     ):
         pass
+
+
+def test_attention_that_leaves_a_bound_on_the_logits_out_is_refused_with_a_remedy() -> None:
+    """transformers 5.17 to 5.20 give Gemma 2 sdpa where nothing is asked for."""
+    model = bounded_model()
+    model.config._attn_implementation = "sdpa"
+    with (
+        pytest.raises(ValueError, match=r'bound of 50 that Gemma2ForCausalLM .* attention="eager"'),
+        observed(model),
+    ):
+        pass
+    model.config._attn_implementation = "eager"
+    with observed(model):
+        pass
+
+
+def bounded_model() -> Gemma2ForCausalLM:
+    config = Gemma2Config(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+    return Gemma2ForCausalLM(config)
 
 
 def test_a_model_without_grouped_queries_works() -> None:

@@ -16,10 +16,10 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from dynamickv.reading.prompt import (
     encode_prompt,
     encode_text,
-    follow_up_ids,
     require_longer_document,
     require_text,
 )
+from dynamickv.reading.template import follow_up_ids
 from dynamickv.records import EncodedPrompt
 from tests.engine.tiny import (
     DOCUMENT,

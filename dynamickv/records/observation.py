@@ -1,0 +1,176 @@
+"""What one layer's attention read, and what of it a method may look at."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dynamickv.scoring import window_attention
+
+RECALLED = 4
+"""Attentions that a `RecallingLayer` keeps: one takes a few per cent of the layer's keys and
+values."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attended:
+    """What one layer's attention read in one pass, with the batch dimension models have."""
+
+    queries: Tensor
+    """Post-RoPE, (rows, num_query_heads, new tokens, head_dim)."""
+    keys: Tensor
+    """As the attention read them, (rows, heads, positions, head_dim)."""
+    scaling: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    """(num_query_heads,), or of every query, (rows, num_query_heads, new tokens, 1)."""
+    bias: Tensor | None = None
+    """Added to the logits, (rows, num_query_heads, new tokens, positions)."""
+
+    def row(
+        self,
+        row: int,
+        stored_heads: int,
+        *,
+        tail: int,
+        first: int = 0,
+        last: int | None = None,
+        earlier: Tensor | None = None,
+        mass: Tensor | None = None,
+    ) -> LayerObservation:
+        """One row's observation.
+
+        Args:
+            stored_heads: heads that the cache stores.
+            tail: how many of the last queries it needs.
+            first: where its prompt begins, after padding.
+            last: where its prompt ends; by default with the positions.
+            earlier: queries of earlier passes over the same prompt, (num_query_heads, any number,
+                head_dim).
+            mass: the attention its positions received from all queries.
+        """
+        positions, new = self.keys.shape[2], self.queries.shape[2]
+        end = positions if last is None else last
+        queries = self.queries[row, :, : new - (positions - end)]
+        queries = queries[:, -tail:] if end - first > tail else queries[:, -(end - first) :]
+        if earlier is not None and queries.shape[1] < tail:
+            queries = torch.cat([earlier, queries], dim=1)[:, -tail:]
+        keys = self.keys[row, :, first:end]
+        return LayerObservation(
+            queries=queries,
+            keys=keys,
+            scaling=self.scaling,
+            mass=mass,
+            softcap=self.softcap,
+            sinks=self._sinks(row, end, queries.shape[1]),
+            bias=self._bias(row, end, first, queries.shape[1]),
+            stored_heads=None if stored_heads == keys.shape[0] else stored_heads,
+        )
+
+    def sinks_of(self, row: int) -> Tensor | None:
+        """The sinks of one row's queries."""
+        return self.sinks if self.sinks is None or self.sinks.dim() == 1 else self.sinks[row]
+
+    def _sinks(self, row: int, end: int, tail: int) -> Tensor | None:
+        """The sinks of a row's last `tail` queries before `end`."""
+        if self.sinks is None or self.sinks.dim() == 1:
+            return self.sinks
+        behind = self.keys.shape[2] - end
+        return self.sinks[row, :, : self.sinks.shape[2] - behind][:, -tail:].clone()
+
+    def _bias(self, row: int, end: int, first: int, tail: int) -> Tensor | None:
+        """The bias of a row's last `tail` queries before `end`."""
+        if self.bias is None:
+            return None
+        behind = self.keys.shape[2] - end
+        asked = self.bias[row, :, : self.bias.shape[2] - behind, first:end]
+        if asked.shape[1] < tail:
+            raise ValueError(
+                "this model adds a bias by distance to its attention logits, and a prompt read in "
+                "chunks does not keep it; leave out prefill_chunk_size"
+            )
+        return asked[:, -tail:].clone()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerObservation:
+    """What one attention layer saw of the prompt; all a method may look at."""
+
+    queries: Tensor
+    """Post-RoPE queries of the last positions, (num_query_heads, tail, head_dim); tail <= prompt
+    length."""
+    keys: Tensor
+    """Post-RoPE keys of the whole prompt, (num_kv_heads, prompt_length, head_dim)."""
+    scaling: float
+    """Factor on query-key products, usually head_dim ** -0.5."""
+    mass: Tensor | None = None
+    """Attention each position received from all queries, (num_query_heads, prompt_length), float32,
+    when recorded."""
+    softcap: float | None = None
+    """Bound that the layer puts on its logits: softcap * tanh(logits / softcap)."""
+    sinks: Tensor | None = None
+    """Learned logits that take part in the softmax and lead nowhere, (num_query_heads,), or one for
+    each of `queries`, (num_query_heads, tail, 1)."""
+    bias: Tensor | None = None
+    """Added to the logits of `queries`, (num_query_heads, tail, prompt_length)."""
+    stored_heads: int | None = None
+    """Heads that the cache stores, where keys are made anew from it: 1 for a latent."""
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens in the prompt."""
+        return self.keys.shape[1]
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Heads that the cache stores, for which positions are chosen; query heads are a multiple
+        of them."""
+        return self.keys.shape[0] if self.stored_heads is None else self.stored_heads
+
+    @property
+    def num_query_heads(self) -> int:
+        """Query heads."""
+        return self.queries.shape[0]
+
+    def attention(self, first: int, last: int = 0) -> Tensor:
+        """Attention mass that the queries from `first` to `last` tokens before the prompt's end pay
+        to each position before them, (num_query_heads, prompt_length - first) float32.
+
+        `attention(window_size)` is what the observation window pays to the prefix.
+        """
+        end = self.queries.shape[1] - last
+        queries = self.queries[:, end - (first - last) : end]
+        keys = self.keys[:, : self.prompt_length - last]
+        bias = self.bias
+        if bias is not None:
+            bias = bias[:, end - (first - last) : end, : keys.shape[1]]
+        sinks = self.sinks
+        if sinks is not None and sinks.dim() > 1:
+            sinks = sinks[:, end - (first - last) : end]
+        return window_attention(queries, keys, self.scaling, self.softcap, sinks, bias)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecallingLayer(LayerObservation):
+    """A layer that keeps the attentions it was asked for last, so that choosing again is quick.
+
+    They depend on the window alone: any capacity, kernel or allocation follows from them.
+    """
+
+    recalled: OrderedDict[tuple[int, int], Tensor] = field(
+        default_factory=OrderedDict, compare=False, repr=False
+    )
+
+    def attention(self, first: int, last: int = 0) -> Tensor:
+        """The same tensor as `LayerObservation.attention`, computed once; not to be changed."""
+        # Taken out and put back, so that threads which ask at once never find it half done.
+        found = self.recalled.pop((first, last), None)
+        if found is None:
+            found = LayerObservation.attention(self, first, last)
+        self.recalled[first, last] = found
+        while len(self.recalled) > RECALLED:
+            self.recalled.popitem(last=False)
+        return found
