@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -127,6 +128,10 @@ class FastOps(CpuOps):
     def gate(self, x: Tensor, gate: nn.Linear, up: nn.Linear) -> Tensor:
         """Both in one product."""
         return self._weights.gated(x, gate, up)
+
+    def speak(self, x: Tensor, norm: Any, head: nn.Linear) -> Tensor:
+        """The likeliest tokens' unrounded."""
+        return self._weights.logits(self.norm(x, norm.weight, norm.variance_epsilon), head)
 
     def attend(self, query: Tensor, store: Sequence[KVLayer], scaling: float) -> Tensor:
         """Each row attends to its own cache, long ones in parts that all threads share."""

@@ -78,9 +78,9 @@ class Ops(ABC, Generic[Store]):
         """silu(gate(x)) * up(x), of projections without bias."""
         return F.silu(self.linear(x, gate)) * self.linear(x, up)
 
-    def spoken(self, x: Tensor) -> Tensor:
-        """Of all hidden states, those whose next tokens are asked for."""
-        return x
+    def speak(self, x: Tensor, norm: Any, head: nn.Linear) -> Tensor:
+        """Logits of the tokens asked for, from all of the last layer's hidden states."""
+        return self.project(_norm(self, x, norm), head)
 
     def split(
         self, qkv: Tensor, rotation: Rotation, norms: HeadNorms | None, query_heads: int
@@ -112,7 +112,7 @@ def next_logits(
     """From embedded tokens, (..., size), through every layer to logits, (..., vocabulary)."""
     model: Any = llm.model
     x = through(llm, ops, x, rotation, model.model.layers, stores)
-    return ops.project(normed(llm, ops, ops.spoken(x)), model.lm_head)
+    return ops.speak(x, model.model.norm, model.lm_head)
 
 
 def through(

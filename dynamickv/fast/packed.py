@@ -24,6 +24,8 @@ LEVELS = 15
 """Steps between the least and the greatest four-bit number."""
 SAMPLE = 64
 """Groups that tell most other formats apart."""
+REFINED = 64
+"""Of a row's logits, how many of the greatest are computed again in float32."""
 OFF_LEVEL = 1 / 64
 """How far from a level, in steps, a weight that had four bits can lie: float32 rounds little."""
 
@@ -46,6 +48,7 @@ class PackedWeights:
             module.weight: module for module in model.modules() if type(module) is nn.Linear
         }
         self._packed: dict[tuple[nn.Linear, ...], Packed] = {}
+        self._head: Any = getattr(model, "get_output_embeddings", lambda: None)()
 
     @property
     def nbytes(self) -> int:
@@ -55,6 +58,10 @@ class PackedWeights:
     def named(self, weight: Tensor) -> nn.Linear | None:
         """The layer that a weight belongs to."""
         return self._linears.get(weight)
+
+    def is_head(self, linear: nn.Linear) -> bool:
+        """Whether a layer's outputs are the model's logits."""
+        return linear is self._head
 
     def of(self, *linears: nn.Linear) -> Packed:
         """The weights of layers that read one input, as one matrix."""
@@ -80,6 +87,19 @@ class PackedWeights:
         narrow = packed.narrow if x.shape[0] <= FEW_ROWS else None
         out = multiply(x, packed.wide) if narrow is None else multiply_few(x, *narrow)
         return out if packed.bias is None else out + packed.bias
+
+    def logits(self, x: Tensor, head: nn.Linear) -> Tensor:
+        """Next-token logits of (rows, size) float32, (rows, vocabulary) float32.
+
+        bfloat16 has an eighth between neighbouring logits from 16 on, so that the likeliest tokens
+        would tie: these are computed again from the head's own weights.
+        """
+        rough = self.product(x, head).float()
+        best = rough.topk(min(REFINED, rough.shape[-1]), dim=-1).indices
+        exact = torch.bmm(head.weight[best], x.unsqueeze(-1))[..., 0]
+        if head.bias is not None:
+            exact = exact + head.bias[best]
+        return rough.scatter_(-1, best, exact)
 
     def gated(self, x: Tensor, gate: nn.Linear, up: nn.Linear) -> Tensor:
         """silu(gate(x)) * up(x), of projections without bias."""
@@ -234,8 +254,10 @@ class FastProducts(TorchFunctionMode):
         if func is F.linear and args[0].dtype == torch.float32:
             linear = self._packed.named(args[1])
             if linear is not None:
-                out = self._packed.product(args[0].flatten(0, -2), linear)
-                return out.float().view(*args[0].shape[:-1], -1)
+                rows = args[0].flatten(0, -2)
+                head = self._packed.is_head(linear)
+                multiplied = self._packed.logits if head else self._packed.product
+                return multiplied(rows, linear).float().view(*args[0].shape[:-1], -1)
         elif func is F.scaled_dot_product_attention:
             self.received = None
             if _reads_one_prompt(*args, **kwargs):

@@ -93,9 +93,10 @@ class PromptOps(Ops[KVLayer]):
             store.after_attention(store, Attended(queries=query[None], keys=keys, scaling=scaling))
         return context.flatten(1)
 
-    def spoken(self, x: Tensor) -> Tensor:
+    def speak(self, x: Tensor, norm: Any, head: nn.Linear) -> Tensor:
         """Only the last position's next token is asked for."""
-        return x[-1:]
+        last = super().norm(x[-1:], norm.weight, norm.variance_epsilon)
+        return self._packed.logits(last, head)
 
 
 class FastReading:
