@@ -46,7 +46,9 @@
     const bar = node.querySelector(".dkv-meter > i");
     bar.style.width = `${100 * (card.kept ?? 0)}%`;
     const kept = card.receipts.find((item) => item.label === "Kept")?.value;
-    put(node.querySelector(".dkv-kept > span"), card.kept === null ? "" : `${kept} of the prompt kept`);
+    const share = node.querySelector(".dkv-kept > span");
+    put(share, card.kept === null ? "" : `${kept} kept`);
+    share.hidden = true; // the big figure says it, until there is a better one
     for (const item of card.receipts) {
       const row = node.querySelector(`[data-label="${item.label}"]`);
       if (!row) continue;
@@ -86,14 +88,15 @@
       box.replaceChildren(...parts, box.textContent.slice(at));
     }
     const aligned = run.aligned;
+    node.querySelector(".dkv-kept > span").hidden = run.method !== "FullKV" && !aligned;
     if (run.method === "FullKV") big(node, "", "the reference", "Every other answer is compared with this one.");
     else if (aligned) big(node, DynamicKV.percent(aligned.surviving), "survives", BIG);
     put(node.querySelector(".dkv-fate"), ...[fate(run, trace)]);
     const gone = run.method === "FullKV" ? 0 : run.erased ?? DynamicKV.erased(run, trace);
     const erased = node.querySelector(".dkv-erased");
     erased.hidden = !gone;
-    put(erased, `${plain(gone)} tokens erased everywhere`);
-    erased.title = "Positions that no layer and no head keeps: no attention can repair their loss. Press to see them in the text.";
+    put(erased, `${plain(gone)} erased everywhere`);
+    erased.title = "Tokens that no layer and no head keeps: no attention can repair their loss. Press to see them in the text.";
     if (run.expected_found !== undefined && run.expected_found !== null && !node.querySelector(".dkv-expected").textContent) {
       const verdict = node.querySelector(".dkv-expected");
       verdict.dataset.tone = run.expected_found ? "good" : "loud";

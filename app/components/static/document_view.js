@@ -94,11 +94,11 @@
     }
 
     function readLegend(word) {
-      const back = make("button", { type: "button", className: "dkv-link" }, "back to what is kept (Esc)");
+      const back = make("button", { type: "button", className: "dkv-link" }, "back (Esc)");
       back.addEventListener("click", () => DynamicKV.setWord(null));
-      return [make("span", { className: "dkv-legend-name" }, "what FullKV read for ", make("q", {}, word.text)),
-        ...["little", "", "", "", "much"].map((words, i) => swatch(`read-${i + 1}`, words)),
-        swatch("hole-2", `read, and mostly gone with ${run().label}`), ...(store.word ? [back] : [])];
+      return [make("span", { className: "dkv-legend-name" }, "read for ", make("q", {}, word.text)),
+        ...["little", "\u00a0", "\u00a0", "\u00a0", "much"].map((words, i) => swatch(`read-${i + 1}`, words)),
+        swatch("hole-2", `mostly gone with ${run().label}`), ...(store.word ? [back] : [])];
     }
 
     function markExpected() {

@@ -26,7 +26,7 @@
     const answered = (run) => {
       if (run.predicted) return "not run";
       if (run.method === "FullKV") return "reference";
-      if (run.aligned) return `${DynamicKV.percent(run.aligned.surviving)} survives`;
+      if (run.aligned) return DynamicKV.percent(run.aligned.surviving);
       if (!run.agreement) return "–";
       const at = run.agreement.first_divergence;
       return at === null ? "as FullKV" : `differs at ${at + 1}`;
@@ -84,15 +84,15 @@
             head.dataset.method = run.look;
             head.title = run.label;
             return head;
-          }), ...(rows ? [["score", "0 to 255, of the layer's best"], ["rank", "among the layer's tokens, by the mean of its heads"], ["cut", "tokens kept besides the window"]].map(([name, title]) => { const head = column([name]); head.title = title; return head; }) : [])),
-          sums("answer", ({ run }) => answered(run)),
-          sums("in layers", ({ found }) => `${found.filter((share) => share > 0).length} of ${found.length}`)),
+          }), ...(rows ? [["score", "0 to 255, of the layer's best"], ["rank", "among the layer's tokens, by the mean of its heads"], ["cut", "tokens kept besides the window"]].map(([name, title]) => { const head = column([name], "dkv-narrow"); head.title = title; return head; }) : [])),
+          sums("answer survives", ({ run }) => answered(run)),
+          sums("in layers", ({ found }) => `${found.filter((share) => share > 0).length}/${found.length}`)),
         make("tbody", {}, ...Array.from({ length: trace.layers }, (_, layer) => make("tr", { data: { layer } }, make("th", { scope: "row" }, String(layer)), ...columns.map((item) => cell(item, layer)), ...(rows ? why(layer) : [])))));
     }
 
     function rankWords(rows) {
       const count = (name) => rows.rank.filter((_, layer) => (rows.last[layer] <= rows.cut[layer] ? "in" : rows.rank[layer] <= rows.cut[layer] ? "tied" : "") === name).length;
-      return ` · ${reasons.run.label} ranks it within the cut in ${count("in")}${count("tied") ? `, tied in ${count("tied")},` : ""} of ${counting(rows.rank.length, "layer")} (mean of its heads; each head ranks by itself)`;
+      return ` · ${reasons.run.label} ranks it within the cut in ${count("in")}${count("tied") ? `, tied in ${count("tied")},` : ""} of ${counting(rows.rank.length, "layer")}, by the mean of its heads`;
     }
 
     const quoted = (first, last) => {
@@ -149,6 +149,15 @@
         ? `${marked === "pinned" ? "Pinned" : "Evicted"}, ${counting(last - first + 1, "token")}: predicted, not run.`
         : stand?.ready === false ? `${marked === "pinned" ? "Pinned" : "Evicted"}, ${counting(last - first + 1, "token")}: the prompt must be read once before it can be answered with.` : "");
     }
+    // The answer that was asked for comes in above; the drawer says what became of it.
+    let asking = false;
+    on("answerwith", () => { asking = true; });
+    on("trace", (trace) => {
+      if (!asking || !trace?.runs.length) return;
+      asking = false;
+      const run = trace.runs.at(-1);
+      requestAnimationFrame(() => { find("said").replaceChildren(make("b", {}, `${run.label}: `), make("q", {}, run.answer.trim())); });
+    });
     on("standing", (next) => { stand = next; steps(); });
     find("answer").addEventListener("click", () => DynamicKV.emit("answerwith"));
     find("read").addEventListener("click", () => DynamicKV.emit("readprompt"));

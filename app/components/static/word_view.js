@@ -29,7 +29,7 @@
         return row;
       }));
       strips.prepend(make("div", { className: "dkv-strip dkv-strip-head" }, make("span"), make("span", { title: "Probability of the word, FullKV's answer up to it given" }, "probability"),
-        make("span", {}, make("span", {}, "layer 0"), make("span", {}, "of what it read, still there"), make("span", {}, String(trace.layers - 1))), make("span", {}, "mean")));
+        make("span", { title: "Per layer: the part of what the word read in the document that this cache still holds" }, make("span", {}, "0"), make("span", {}, "still there, by layer"), make("span", {}, String(trace.layers - 1))), make("span", {}, "mean")));
       show();
     }
 
