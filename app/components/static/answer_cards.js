@@ -91,11 +91,14 @@
     node.querySelector(".dkv-kept > span").hidden = run.method !== "FullKV" && !aligned;
     if (run.method === "FullKV") big(node, "", "the reference", "Every other answer is compared with this one.");
     else if (aligned) big(node, DynamicKV.percent(aligned.surviving), "survives", BIG);
-    put(node.querySelector(".dkv-fate"), ...[fate(run, trace)]);
+    put(node.querySelector(".dkv-fate"), fate(run, trace));
     const gone = run.method === "FullKV" ? 0 : run.erased ?? DynamicKV.erased(run, trace);
     const erased = node.querySelector(".dkv-erased");
     erased.hidden = !gone;
     put(erased, `${plain(gone)} erased everywhere`);
+    const row = make("div", { data: { label: "Erased" } }, make("dt", {}, "Erased"), make("dd", {}, make("b", {}, plain(gone)), make("small", {}, "everywhere")));
+    node.querySelector('[data-label="Erased"]')?.remove();
+    if (gone) node.querySelector(".dkv-receipts").append(row);
     erased.title = "Tokens that no layer and no head keeps: no attention can repair their loss. Press to see them in the text.";
     if (run.expected_found !== undefined && run.expected_found !== null && !node.querySelector(".dkv-expected").textContent) {
       const verdict = node.querySelector(".dkv-expected");
@@ -179,6 +182,7 @@
       put(find("model"), whole ? `${trace.record.model.name} ·` : "");
       if (!whole) return;
       for (const { node, run } of shown) detail(node, trace, run);
+      requestAnimationFrame(bringIn);
       sought(trace);
       mark();
     }
@@ -192,6 +196,15 @@
       const show = make("button", { type: "button", className: "dkv-link" }, "show it");
       show.addEventListener("click", () => { const at = (unit) => DynamicKV.tokenAt(trace.prompt.starts, unit); DynamicKV.emit("reveal", at(span[0])); DynamicKV.setPin({ first: at(span[0]), last: at(span[1] - 1) }); });
       find("sought").replaceChildren("Expected: ", make("q", {}, expected.text), ...(span ? [" · found in your document ", show] : [" · not in your document, word for word"]));
+    }
+
+    // The lost word is in sight, however low its card.
+    function bringIn() {
+      for (const { node } of shown) {
+        const glow = node.querySelector(".dkv-glow");
+        const box = node.querySelector(".dkv-answer");
+        if (glow) box.scrollTop = Math.max(0, glow.offsetTop - box.offsetTop + glow.offsetHeight - box.clientHeight);
+      }
     }
 
     // The chosen word, its counterparts in the other answers, and FullKV's word that the shown run loses.

@@ -53,7 +53,7 @@
       const looked = lookedAt();
       element.classList.toggle("dkv-reads", Boolean(looked));
       if (looked) {
-        text.paint(readMarks(looked, layer), MARKS);
+        text.paint(readMarks(looked, layer), MARKS, true);
       } else if (view.mark === "erased") {
         const counts = DynamicKV.keptLayers(run(), layers, length);
         text.paint(Uint8Array.from(counts, (count) => (count ? 0 : ERASED)), MARKS);

@@ -85,20 +85,20 @@
             head.title = run.label;
             return head;
           }), ...(rows ? [["score", "0 to 255, of the layer's best"], ["rank", "among the layer's tokens, by the mean of its heads"], ["cut", "tokens kept besides the window"]].map(([name, title]) => { const head = column([name], "dkv-narrow"); head.title = title; return head; }) : [])),
-          sums("answer survives", ({ run }) => answered(run)),
-          sums("in layers", ({ found }) => `${found.filter((share) => share > 0).length}/${found.length}`)),
+          sums("survives", ({ run }) => answered(run)),
+          sums("layers", ({ found }) => `${found.filter((share) => share > 0).length}/${found.length}`)),
         make("tbody", {}, ...Array.from({ length: trace.layers }, (_, layer) => make("tr", { data: { layer } }, make("th", { scope: "row" }, String(layer)), ...columns.map((item) => cell(item, layer)), ...(rows ? why(layer) : [])))));
     }
 
     function rankWords(rows) {
       const count = (name) => rows.rank.filter((_, layer) => (rows.last[layer] <= rows.cut[layer] ? "in" : rows.rank[layer] <= rows.cut[layer] ? "tied" : "") === name).length;
-      return ` · ${reasons.run.label} ranks it within the cut in ${count("in")}${count("tied") ? `, tied in ${count("tied")},` : ""} of ${counting(rows.rank.length, "layer")}, by the mean of its heads`;
+      return ` · within ${reasons.run.label}'s cut in ${count("in")}${count("tied") ? `, tied in ${count("tied")}` : ""} of ${rows.rank.length}`;
     }
 
     const quoted = (first, last) => {
       const { text, starts, ends } = store.trace.prompt;
       const whole = text.slice(starts[first], ends[last]);
-      const passage = whole.trim() ? whole.replace(/\s+/g, " ") : whole.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/ /g, "·");
+      const passage = whole.trim() ? whole.trim().replace(/\s+/g, " ") : whole.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/ /g, "·");
       return passage.length > SHOWN ? `“${passage.slice(0, SHOWN)}…”` : `“${passage}”`;
     };
 

@@ -4,6 +4,7 @@
   "use strict";
   const { DynamicKV } = window;
   const { store } = DynamicKV;
+  const MOST = 4; // words that may stand for one that is lost
   const LOST = 0.5; // less than this part of a word's probability survives, as in record/aligned.py
   // Word borders as in record/aligned.py: letters of scripts without spaces stand alone.
   const WORD = /[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[\p{L}\p{N}](?:[\p{L}\p{N}\p{M}]|[-'’.,:_/](?=[\p{L}\p{N}]))*|[^\s\p{L}\p{N}]+/gu;
@@ -65,6 +66,11 @@
         return { ...word, full: full.length ? Math.min(next, full.length - 1) : null, same: false, lost: loss >= next && loss < after };
       });
     });
+    // Where an answer goes on in words of its own, the loss is where it begins.
+    for (const words of trace.words) {
+      const lost = words.filter((word) => word.lost);
+      if (lost.length > MOST) lost.slice(1).forEach((word) => { word.lost = false; });
+    }
     return trace.words;
   };
 
