@@ -272,9 +272,7 @@ def wire_form(handlers: FormHandlers, widgets: Widgets) -> None:
     latest: dict[str, Any] = {"trigger_mode": "always_last", **LIGHT}
     example, document = widgets["example"], widgets["document"]
     kept = named(widgets, KEPT)
-    picked = example.input(
-        handlers.pick, example, named(widgets, PICKED), js=PICKING, **LIGHT
-    )
+    picked = example.input(handlers.pick, example, named(widgets, PICKED), js=PICKING, **LIGHT)
     picked.then(None, kept, kept, js=OWN, **PRIVATE)
     gr.on([widget.change for widget in kept], None, kept, None, js=KEEP, **PRIVATE)
     # However the text was changed: typed, pasted, dropped or uploaded.

@@ -25,7 +25,7 @@
 
     const answered = (run) => {
       if (run.predicted) return "not run";
-      if (run.method === "FullKV") return "reference";
+      if (run.method === "FullKV") return "–";
       if (run.aligned) return DynamicKV.percent(run.aligned.surviving);
       if (!run.agreement) return "–";
       const at = run.agreement.first_divergence;
@@ -77,7 +77,7 @@
         return [make("td", { className: "dkv-reason" }, String(rows.score[layer])), rank, make("td", { className: "dkv-reason" }, plain(rows.cut[layer]))];
       };
       const sums = (name, words) => make("tr", { className: "dkv-sums" }, make("th", { scope: "row" }, name), ...columns.map((item) => make("td", {}, words(item))), ...(rows ? [make("td", { colSpan: 3 }, "")] : []));
-      return make("table", {},
+      return make("table", { className: columns.length > 4 ? "dkv-tall" : "" },
         make("thead", {},
           make("tr", {}, column(["layer"], "dkv-side"), ...columns.map(({ run, index }) => {
             const head = column([make("span", { className: "dkv-glyph", ariaHidden: "true" }, run.glyph), make("span", { className: "dkv-column" }, run.label)], index === store.view.run ? "dkv-shown" : "");
