@@ -1,4 +1,4 @@
-"""What a link to the page looks like where it is pasted: the product's own title, words and picture.
+"""What a pasted link to the page looks like: the product's own title, words and picture.
 
 Gradio's page says "Gradio" first and leaves its own tags without words (templates/frontend/
 index.html of 6.31), so the head is rewritten on its way out. Knows HTTP alone.

@@ -75,6 +75,12 @@
     e: evidence, "/": () => document.querySelector('.dkv-document [data-role="find"]')?.focus(), Escape: letGo,
   };
 
+  // Gradio's lists open with the focus and stay open when Tab takes it away: they close first.
+  document.addEventListener("keydown", (event) => {
+    if (event.key !== "Tab" || event.target.getAttribute?.("aria-expanded") !== "true") return;
+    event.target.dispatchEvent(new KeyboardEvent("keydown", { key: "Escape", bubbles: true }));
+  }, true);
+
   document.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { if (press("#dkv-run") || press("#dkv-run button")) event.preventDefault(); return; }
     if (event.altKey || event.ctrlKey || event.metaKey || document.querySelector("dialog[open], .dkv-tour")) return;
