@@ -12,6 +12,7 @@
   DynamicKV.register("word", (element) => {
     const find = (role) => element.querySelector(`[data-role="${role}"]`);
     const strips = find("strips");
+    const framedShow = framed(() => show());
 
     // One row per compressed run: its name, a cell per layer, the probability of the word, the part that survives.
     function build() {
@@ -45,6 +46,8 @@
       find("title").replaceChildren(...(own ? ["Why ", make("q", {}, own.text), "?"] : ["Why this word?"]));
       find("said").replaceChildren(...(own ? said(trace, word, own, full) : [HINT]));
       for (const row of strips.querySelectorAll("[data-run]")) fill(trace, row, full);
+      find("read").hidden = !own || !trace.readsError || stand?.ready !== false;
+      find("read").textContent = `Read the prompt (about ${stand?.seconds ?? 1} s)`;
       find("note").textContent = !own ? "" : !full ? "There is no FullKV answer to compare with." : trace.reads ? readNote(trace, full) : trace.readsError ?? (store.server?.reads && trace.key ? "Looking up what it read …" : "This file does not hold what the words read.");
     }
 
@@ -92,6 +95,10 @@
       return count ? `${percent(sum / count)} of its attention goes to the document, mean over ${DynamicKV.counting(reads.layers.length, "layer")}; the rest to the first token, the question and the answer so far.` : "";
     }
 
+    let stand = null; // what the what-if panel tells: whether the prompt is held, and how long reading it takes
+    on("standing", (next) => { stand = next; framedShow(); });
+    find("read").addEventListener("click", () => DynamicKV.emit("readprompt"));
+
     // Step through the words of the answer that is looked at; without one, the shown run's.
     DynamicKV.stepWord = (step) => {
       const { trace, word, view } = store;
@@ -108,7 +115,6 @@
     strips.addEventListener("click", (event) => { const layer = event.target.dataset.layer; if (layer !== undefined) { DynamicKV.setView({ run: Number(event.target.closest("[data-run]").dataset.run), layer: Number(layer) }); } });
     strips.addEventListener("pointermove", (event) => { const layer = event.target.dataset.layer; DynamicKV.setHover(layer === undefined ? null : { source: "word", layer: Number(layer) }, "word"); });
     strips.addEventListener("pointerleave", () => DynamicKV.setHover(null, "word"));
-    const framedShow = framed(show);
     on("trace", build);
     on("runs", build);
     for (const name of ["word", "reads", "view", "hover"]) on(name, framedShow);

@@ -120,7 +120,14 @@
       if (trace === store.trace) DynamicKV.emit("reads", trace);
     });
   };
-  DynamicKV.on("word", (word) => { if (word && !store.trace.readsError) DynamicKV.fetchReads(); });
+  // A refusal may be over when a word is chosen again, or when the prompt has been read.
+  DynamicKV.on("word", (word) => { if (word && (!store.trace.readsError || store.word)) DynamicKV.fetchReads(); });
+  DynamicKV.on("standing", ({ ready }) => {
+    const { trace } = store;
+    if (!ready || !trace?.readsError) return;
+    trace.readsError = null;
+    if (DynamicKV.word()) DynamicKV.fetchReads(); else DynamicKV.emit("reads", trace);
+  });
 
   // What the tokens [first, last) read: attention per position, mean over tokens and over layers (or at one), and of each
   // position the part that is still in the run's cache. {read, kept: Float32Array (positions), most}
