@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import replace
 from datetime import datetime, timezone
 
 import torch
@@ -24,8 +23,8 @@ from dynamickv.reading.prefill import whole_prompt
 from dynamickv.reading.prefill_stream import prefill_stream
 from dynamickv.reading.prompt import require_text
 from dynamickv.record.agreement import with_agreement
-from dynamickv.record.expected import require_expected, with_expected
 from dynamickv.record.events import ComparisonFinished, Event, RunFinished
+from dynamickv.record.expected import require_expected, with_expected
 from dynamickv.record.trace import ModelInfo, Prompt, Run, Trace
 from dynamickv.records import EncodedPrompt, Prefill
 from dynamickv.version import engine_version

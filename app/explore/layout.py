@@ -128,8 +128,9 @@ def build_form(
             placeholder="What do you want to know about it?",
             elem_id="dkv-question",
         )
+        sought = first.trace.expected if first and first.trace else None
         made["expected"] = gr.Textbox(
-            "",
+            sought.text if sought else "",
             label="Expected answer or passage",
             lines=1,
             max_lines=1,

@@ -77,14 +77,17 @@ def endpoints(
         capacity: int = DEFAULT_CAPACITY,
         max_new_tokens: int = DEFAULT_NEW_TOKENS,
         model: str = default_model,
+        expected: str = "",
         request: gr.Request = None,  # type: ignore[assignment]
     ) -> dict[str, Any]:
         """Answer a question about a document with several methods over one prefill; returns the run
-        record, schema 1.
+        record, schema 2, which says where it found the expected passage, if one is given.
         """
         try:
             settings = {"capacity": capacity}
-            job = build_request(document, question, methods, max_new_tokens, settings)
+            job = build_request(
+                document, question, methods, max_new_tokens, settings, expected=expected
+            )
             model = host.check(model)
             expected = comparisons.seconds(model, job)
             with turns.join(session(request), address(request), expected=expected) as ticket:

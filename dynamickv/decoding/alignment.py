@@ -45,7 +45,9 @@ def with_alignment(
     others = [index for index in range(first, len(runs)) if runs[index] is not full]
     if full is None or not full.token_ids or not others:
         return made
-    places = {index: place for index in others if (place := _parting(runs[index], full)) is not None}
+    places = {
+        index: place for index in others if (place := _parting(runs[index], full)) is not None
+    }
     pairs = {
         index: (place, [runs[index].token_ids[place], full.token_ids[place]])
         for index, place in places.items()

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dynamickv.cache import prune
 from dynamickv.decoding.decode import extend
+from dynamickv.memory import ATTENDING, memory_watched
 from dynamickv.methods import FullKV
 from dynamickv.models import LoadedModel
 from dynamickv.reading.observe import Seen, watched
@@ -60,7 +61,7 @@ class Reads:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: arrays in base64, little-endian, in C order."""
-        tokens, layers, strongest = self.index.shape
+        tokens, _, strongest = self.index.shape
         return {
             "tokens": tokens,
             "layers": self.layers,
@@ -144,8 +145,8 @@ def reads(
                 table.take(seen.place, seen.source, done + skip - len(later) + 1, rows)
 
         every = FullKV().select(prefill.layers)
-        cache = prune(prefill, every, len(fed))
-        with watched(on_attention):
+        with memory_watched(ATTENDING), watched(on_attention):
+            cache = prune(prefill, every, len(fed))
             for done in range(0, len(fed), block):
                 extend(llm, cache, fed[done : done + block], prefill.length + done)
     llm.synchronize()
@@ -180,9 +181,7 @@ def _rows(seen: Seen, skip: int) -> Tensor:
     )
 
 
-def _masks(
-    kept: Retention | np.ndarray, prefill: Prefill, length: int
-) -> dict[int, Tensor]:
+def _masks(kept: Retention | np.ndarray, prefill: Prefill, length: int) -> dict[int, Tensor]:
     """What is kept per place of the model, boolean (heads, length)."""
     device = prefill.logits.device
     if isinstance(kept, np.ndarray):

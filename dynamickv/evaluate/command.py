@@ -175,6 +175,7 @@ def _load(options: argparse.Namespace, share: Share) -> LoadedModel:
         dtype=options.dtype,
         device_map=spread,
         quantization=options.quantization,
+        precision=options.precision,
     )
 
 

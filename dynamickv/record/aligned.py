@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 LOST = 0.5
 """A word is lost where less than this part of its probability survives."""
-_WORD = re.compile(r"[^\W_]+(?:[-'’.,:_/][^\W_]+)*")
+_WORD = re.compile(r"[^\W_]+(?:[-'\u2019.,:_/][^\W_]+)*")
 _UNSPACED = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
     "\U00020000-\U0003ffff]"
@@ -45,6 +45,11 @@ class Aligned:
     loss: int | None
     """The word that carries the loss: among words of which less than half of the probability
     survives, the one whose probability falls most. None where no word is lost."""
+
+    @property
+    def shares(self) -> list[float]:
+        """The part of every word's probability that survives, 0 to 1."""
+        return surviving(self.probabilities, self.probabilities_full)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,8 +109,7 @@ def aligned(
 def surviving(probabilities: Sequence[float], full: Sequence[float]) -> list[float]:
     """The part of every word's probability that survives, 0 to 1; more than before counts as 1."""
     return [
-        1.0 if own >= whole else own / whole
-        for own, whole in zip(probabilities, full, strict=True)
+        1.0 if own >= whole else own / whole for own, whole in zip(probabilities, full, strict=True)
     ]
 
 

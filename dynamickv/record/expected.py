@@ -73,7 +73,6 @@ def with_expected(
         held = text[start + place[0] : start + place[1]]
         span = [before, before + len(held.encode("utf-16-le")) // 2]
     marked = [
-        replace(run, expected_found=find_expected(run.answer, expected) is not None)
-        for run in runs
+        replace(run, expected_found=find_expected(run.answer, expected) is not None) for run in runs
     ]
     return Expected(text=expected.strip(), document_utf16_span=span), marked

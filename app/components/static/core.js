@@ -141,10 +141,10 @@
       ...run,
       answer: dotted(run.answer), pieces: run.pieces.map(dotted), token_ids: run.token_ids.map(() => 0),
       agreement: run.agreement && { ...run.agreement, divergence: run.agreement.divergence && { ...run.agreement.divergence, token_ids: [0, 0], pieces: run.agreement.divergence.pieces.map(dotted) } },
-      ...(run.aligned ? { aligned: { ...run.aligned, instead: run.aligned.instead.map(dotted) } } : {}),
+      aligned: run.aligned && { ...run.aligned, instead: run.aligned.instead.map(dotted) },
     }));
-    const expected = record.expected ? { expected: { ...record.expected, text: dotted(record.expected.text) } } : {};
-    return { ...record, ...expected, prompt: { ...record.prompt, text: dotted(record.prompt.text), question: dotted(record.prompt.question) }, runs };
+    const expected = record.expected && { ...record.expected, text: dotted(record.expected.text) };
+    return { ...record, expected, prompt: { ...record.prompt, text: dotted(record.prompt.text), question: dotted(record.prompt.question) }, runs };
   }
 
   async function saveRun(text = true) {
