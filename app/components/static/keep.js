@@ -14,7 +14,7 @@
   const read = (key) => { try { return JSON.parse(sessionStorage.getItem(key)); } catch { return null; } };
 
   let values = null; // the form as it stands
-  let typed = false; // whether somebody typed into it since the last example was chosen
+  let typed = false; // whether somebody put in a text of his own since the last example was chosen
   let restored = false; // nothing is written before what was kept is back
   let timer = null;
 
@@ -24,11 +24,12 @@
     timer = null;
     if (!restored || !values) return;
     write(STATE, { values, typed, example: store.trace?.example ?? "" });
-    if ((typed || values[EXAMPLE] === OWN_TEXT) && hasText(values)) write(OWN, values);
+    if (typed && hasText(values)) write(OWN, values);
   }
   const later = () => { clearTimeout(timer); timer = setTimeout(flush, DELAY); };
   window.addEventListener("pagehide", flush);
   document.addEventListener("input", (event) => { if (event.isTrusted && event.target.matches("#dkv-inputs textarea, #dkv-inputs #dkv-expected input")) typed = true; });
+  document.addEventListener("change", (event) => { if (event.target.matches?.("input[type=file]") && event.target.closest("#dkv-below-document")) typed = true; });
 
   DynamicKV.keep = (now) => { values = now; if (restored) later(); };
 
@@ -39,6 +40,7 @@
   DynamicKV.ownText = (now) => {
     if (now[EXAMPLE] !== OWN_TEXT) return now;
     const own = read(OWN);
+    typed = Boolean(own);
     const next = own ? [OWN_TEXT, ...own.slice(1)] : now.map((value, i) => ([EXPECTED, DOCUMENT, QUESTION].includes(i) ? "" : value));
     showRun();
     return next;

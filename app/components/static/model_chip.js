@@ -18,7 +18,7 @@
     async function look() {
       if (document.hidden) return;
       const root = window.gradio_config?.root || "";
-      const there = await fetch(`${root}/gradio_api/explorer/offline.html`, { method: "HEAD", cache: "no-store" }).then(() => true, () => false);
+      const there = await fetch(`${root}/gradio_api/explorer/preview.png`, { method: "HEAD", cache: "no-store" }).then(() => true, () => false);
       if (there === !gone) return;
       gone = !there;
       show();
