@@ -22,8 +22,8 @@ from tests.app.synthetic import synthetic_trace
 from tests.browser.conftest import example, no_model, open_page, pick, serve
 
 pytestmark = pytest.mark.browser
-FULL = [" The", " key", " is", " behind", " a", " goose", "."]
-OWN = [" The", " brass", " key", " is", " behind", " a", " clock", " tower", "."]
+FULL = ["The", " key", " is", " behind", " a", " goose", "."]
+OWN = ["The", " brass", " key", " is", " behind", " a", " clock", " tower", "."]
 LOST = 5
 """Place of "goose" among FullKV's words."""
 STRONGEST = 8
