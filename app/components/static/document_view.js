@@ -78,15 +78,16 @@
     }
 
     // Heat where the word read and the run still holds it; a hole where most of what it read there is gone.
-    let strongest = 0;
+    let strongest = -1; // the position of the document that the word read most
     function readMarks(word, layer) {
       const { read, kept, most } = DynamicKV.readBy(store.trace.reads, run(), word.first, word.last, layer);
       const marks = new Uint8Array(read.length);
-      strongest = 0;
+      const [first, end] = store.trace.prompt.document_span;
+      strongest = -1;
       const from = KEPT.length + DIFFERS.length;
       for (let i = 0; i < read.length; i += 1) {
         if (read[i] < FAINT * most || !most) continue;
-        if (read[i] > read[strongest]) strongest = i;
+        if (i >= first && i < end && (strongest < first || read[i] > read[strongest])) strongest = i;
         const share = Math.sqrt(read[i] / most);
         marks[i] = from + (kept[i] >= read[i] / 2 ? Math.ceil(share * READ.length) : READ.length + (share > 0.4 ? 2 : 1));
       }
@@ -270,7 +271,7 @@
     const showWord = framed(() => {
       if (!store.trace?.runs.length) return;
       paint();
-      if (store.word && !store.wordHover && lookedAt()) { const line = text.lineOf(strongest); const box = scroll.getBoundingClientRect(); if (line.top < box.top || line.bottom > box.bottom) reveal(strongest); }
+      if (store.word && !store.wordHover && lookedAt() && strongest >= 0) { const line = text.lineOf(strongest); const box = scroll.getBoundingClientRect(); if (line.top < box.top || line.bottom > box.bottom) reveal(strongest); }
     });
     on("word", showWord);
     on("reads", showWord);

@@ -8,6 +8,7 @@
   const DELAY = 300; // ms after the last change
   const [EXAMPLE, EXPECTED, DOCUMENT, QUESTION] = [0, 1, 2, 3]; // places in KEPT of explore/layout.py
   const OWN_TEXT = "own";
+  const asked = new URLSearchParams(window.location.search).get("ex"); // as the page was opened: it changes with what is shown
 
   // A full or forbidden storage loses the kept state, and nothing else.
   const write = (key, value) => { try { if (value === null) sessionStorage.removeItem(key); else sessionStorage.setItem(key, JSON.stringify(value)); return true; } catch { return false; } };
@@ -50,7 +51,6 @@
   DynamicKV.restoreForm = (now) => {
     restored = true;
     const state = read(STATE);
-    const asked = new URLSearchParams(window.location.search).get("ex");
     const same = state && Array.isArray(state.values) && state.values.length === now.length && (!asked || asked === state.example);
     if (!same) { values = now; return now; }
     typed = state.typed;

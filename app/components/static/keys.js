@@ -78,6 +78,7 @@
   // Gradio's lists open with the focus and stay open when Tab takes it away: they close first.
   document.addEventListener("keydown", (event) => {
     if (event.key !== "Tab" || event.target.getAttribute?.("aria-expanded") !== "true") return;
+    event.stopImmediatePropagation(); // any other key would open the list again
     event.target.dispatchEvent(new KeyboardEvent("keydown", { key: "Escape", bubbles: true }));
   }, true);
 
