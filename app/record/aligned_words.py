@@ -16,7 +16,7 @@ def words_of(trace: Trace) -> list[dict[str, Any]]:
     it: each word with the white space before it, how much of its probability survives, both
     probabilities, and what this cache would rather say.
     """
-    found = []
+    found: list[dict[str, Any]] = []
     for run, (style_name, label) in zip(trace.runs, run_names(trace.runs), strict=True):
         held = run.aligned
         if held is None:
@@ -26,8 +26,8 @@ def words_of(trace: Trace) -> list[dict[str, Any]]:
         ends = [first for first, _ in spans[1:]] + [len(full.pieces)]
         starts = [0, *(first for first, _ in spans[1:])]
         found.append(
-            named(style_name, label)
-            | {
+            {
+                **named(style_name, label),
                 "words": [
                     {
                         "text": "".join(full.pieces[start:end]),

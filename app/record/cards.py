@@ -21,8 +21,8 @@ CARD_HINTS = {
     "Score + prune": "Choosing the tokens and copying them into the smaller cache.",
     "Decode": "Mean time for each answer token.",
     "Survives": "Mean surviving probability: every cache is fed FullKV's answer, and each of its "
-    "words keeps a part of the probability it had. 100 %: all are as probable as with FullKV.",
-    "Erased": "Tokens of the prompt that no layer and no head keeps: no attention brings them back.",
+    "words keeps a part of the probability it had. 100 %: as probable as with FullKV.",
+    "Erased": "Tokens that no layer and no head keeps: no attention brings them back.",
     "Token match": "Agreement with FullKV's answer: share of positions, over the longer answer, "
     "that hold the same token, and the first that differs. It says nothing about truth.",
 }

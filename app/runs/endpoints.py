@@ -89,8 +89,8 @@ def endpoints(
                 document, question, methods, max_new_tokens, settings, expected=expected
             )
             model = host.check(model)
-            expected = comparisons.seconds(model, job)
-            with turns.join(session(request), address(request), expected=expected) as ticket:
+            known = comparisons.seconds(model, job)
+            with turns.join(session(request), address(request), expected=known) as ticket:
                 wait(ticket)
                 trace = last_trace(comparisons.stream(model, job, ticket.stop, scores=False))
         except TOLD as error:

@@ -88,7 +88,8 @@ def reads(
     """What every token of an answer read of the prompt, by the attention of FullKV's own decoding
     step: the one that produced the token, whose query is the token before it.
 
-    One pass over the answer. COST
+    One pass over the answer. Measured with SmolLM2-135M on a CPU (2,843 tokens, 64 answer tokens,
+    six retentions): 8 % of the prefill's time; as JSON 318 KB, 157 KB gzipped.
 
     Args:
         token_ids: FullKV's answer, at least one token.
@@ -219,8 +220,11 @@ class _Table:
         """
         rows = weights.shape[1]
         ahead = self.length + token + rows - 1 - weights.shape[2]
-        read = weights[..., : max(self.length - ahead, 0)]
-        mean = read.mean(dim=0)
+        # Heads that share a choice are summed first: what follows is then a group's size cheaper.
+        heads = self._heads(source, len(weights))
+        read = weights.view(heads, -1, rows, weights.shape[2]).sum(dim=1)
+        read = read[..., : max(self.length - ahead, 0)] / len(weights)
+        mean = read.sum(dim=0)
         first = min(max(self.document[0] - ahead, 0), read.shape[2])
         last = min(max(self.document[1] - ahead, 0), read.shape[2])
         document = mean[:, first:last].sum(dim=-1)
@@ -231,14 +235,25 @@ class _Table:
         into[0][span, :most] = (best.indices + ahead).cpu().numpy()
         into[1][span, :most] = _steps(best.values.sqrt())
         into[2][span] = _steps(document)
-        if source is None:
+        if source is None or not self.kept:
             return
-        for number, masks in enumerate(self.kept):
-            heads = [head * len(masks[source]) // len(read) for head in range(len(read))]
-            mask = masks[source][heads, ahead + first : ahead + last].to(read.dtype)
-            held = torch.bmm(read[..., first:last], mask[..., None])[..., 0].mean(dim=0)
-            share = torch.where(document > 0, held / document.clamp_min(1e-30), 1.0)
-            into[3 + number][span] = _steps(share)
+        every = range(heads)
+        kept = [masks[source] for masks in self.kept]
+        chosen = torch.stack(
+            [mask[[head * len(mask) // heads for head in every]] for mask in kept], dim=-1
+        )
+        seen = chosen[:, ahead + first : ahead + last].to(read.dtype)
+        held = torch.bmm(read[..., first:last], seen).sum(dim=0)
+        share = torch.where(document > 0, held.t() / document.clamp_min(1e-30), 1.0)
+        for number, row in enumerate(_steps(share)):
+            into[3 + number][span] = row
+
+    def _heads(self, source: int | None, query_heads: int) -> int:
+        """Groups of query heads that every retention treats alike."""
+        if source is None:
+            return 1
+        heads = max((len(masks[source]) for masks in self.kept), default=1)
+        return heads if query_heads % heads == 0 else query_heads
 
     def _of(self, place: int) -> list[np.ndarray]:
         if place not in self.found:

@@ -37,7 +37,7 @@ from dynamickv.evaluate.tasks import (
 from dynamickv.methods import CompressionMethod
 from dynamickv.models import LoadedModel, load_model
 from dynamickv.reading.prompt import require_longer_document, require_text
-from dynamickv.record.agreement import YARDSTICK
+from dynamickv.record.checks import YARDSTICK
 
 
 def needle(options: argparse.Namespace) -> None:

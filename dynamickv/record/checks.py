@@ -110,9 +110,9 @@ def _check_run(run: Run, where: str, model: ModelInfo, length: int) -> None:
         json.dumps(run.parameters, allow_nan=False, ensure_ascii=False).encode("utf-8")
     except (TypeError, ValueError, RecursionError):
         _misfit(f"{where}.parameters", run.parameters, "finite numbers and plain text")
-    kept = run.retained.unpack(model.num_layers, length)
+    mask = run.retained.unpack(model.num_layers, length)
     if run.erased is not None:
-        _within(f"{where}.erased", run.erased, int((~kept.any(axis=(0, 1))).sum()))
+        _within(f"{where}.erased", run.erased, int((~mask.any(axis=(0, 1))).sum()))
     if run.scores is not None:
         run.scores.unpack(model.num_layers, length)
 

@@ -9,7 +9,7 @@ import pytest
 from app.record.aligned_words import words_of
 from app.record.cards import card, cards_payload, partings, verdicts
 from app.record.words import finish_words
-from dynamickv.record.trace import Aligned, Divergence, Expected, Trace
+from dynamickv.record.trace import Divergence, Expected, Trace
 from tests.app.synthetic import synthetic_trace
 
 
@@ -75,40 +75,24 @@ def test_cards_say_whether_the_expected_answer_is_there(
     assert [card["verdict"] for card in cards_payload(trace, "label")["cards"]] == [[], []]
 
 
-def with_words(trace: Trace) -> Trace:
-    """The record with words aligned: "northern" lost, the others kept."""
-    held = Aligned(
-        utf16_spans=[[1, 4], [5, 13], [14, 18], [19, 22], [23, 33], [33, 34]],
-        token_spans=[[at, at + 1] for at in range(6)],
-        probabilities=[0.9, 0.01, 0.8, 0.8, 0.9, 0.9],
-        probabilities_full=[0.9, 0.95, 0.8, 0.8, 0.9, 0.8],
-        instead=["", " old", "", "", "", ""],
-        instead_probabilities=[0.0, 0.7, 0.0, 0.0, 0.0, 0.0],
-        surviving=0.835,
-        loss=1,
-    )
-    full, run = trace.runs
-    return replace(trace, runs=[replace(full, erased=0), replace(run, aligned=held, erased=311)])
-
-
 def test_cards_say_how_much_survives_and_which_word_is_lost(trace: Trace) -> None:
-    shown = with_words(trace)
-    rows = [{row["label"]: row for row in card(run, shown)["receipts"]} for run in shown.runs]
+    rows = [{row["label"]: row for row in card(run, trace)["receipts"]} for run in trace.runs]
     assert [row["Survives"]["note"] for row in rows] == ["reference", "lost: northern"]
     assert rows[1]["Survives"]["value"] == "84 %"
-    assert [row["Erased"]["value"] for row in rows] == ["0", "311"]
-    old = {row["label"]: row["note"] for row in card(trace.runs[1], trace)["receipts"]}
-    assert (old["Survives"], old["Erased"]) == ("not recorded", "not recorded")
+    assert [row["Erased"]["value"] for row in rows] == ["0", f"{trace.runs[1].erased:,}"]
+    old = replace(trace.runs[1], aligned=None, erased=None)
+    notes = {row["label"]: row["note"] for row in card(old, trace)["receipts"]}
+    assert (notes["Survives"], notes["Erased"]) == ("not recorded", "not recorded")
 
 
 def test_words_carry_their_spaces_and_join_to_full_kvs_answer(trace: Trace) -> None:
-    (found,) = words_of(with_words(trace))
+    (found,) = words_of(trace)
     texts = [word["text"] for word in found["words"]]
     assert "".join(texts) == trace.runs[0].answer
     assert texts[found["loss"]] == " northern"
     lost = found["words"][1]
     assert (lost["full"], lost["here"], lost["instead"]) == ("95 %", "1.0 %", " old")
-    assert words_of(trace) == []
+    assert words_of(replace(trace, runs=trace.runs[:1])) == []
 
 
 def test_own_texts_are_judged_by_what_is_expected(trace: Trace) -> None:
