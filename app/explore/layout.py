@@ -92,69 +92,8 @@ def build_form(
     """The column on the left: what to read, what to ask, how to compress, and the button."""
     made: Widgets = {}
     with gr.Column(scale=3, min_width=320, elem_id="dkv-inputs"):
-        made["example"] = gr.Dropdown(
-            [*((e.label, e.id) for e in examples.values()), ("Your own text", OWN_TEXT)],
-            value=first.id if first else None,
-            label="Example",
-            elem_id="dkv-example",
-            visible=bool(examples),
-        )
-        fold = gr.Button("Text, question and settings", elem_classes=["dkv-form-fold"])
-        fold.click(None, None, None, js=UNFOLD, **PRIVATE)
-        made["document"] = gr.Textbox(
-            first.document if first else "",
-            label="Document",
-            lines=3,
-            max_lines=3,
-            placeholder="Paste a long text here.",
-            elem_id="dkv-document",
-        )
-        with gr.Row(elem_id="dkv-below-document"):
-            made["count"] = Readout(
-                counted_before(first), min_width=120, scale=1, elem_id="dkv-count"
-            )
-            made["upload"] = gr.UploadButton(
-                "Upload .txt or .md",
-                file_types=[".txt", ".md"],
-                size="sm",
-                scale=0,
-                elem_id="dkv-upload",
-            )
-        made["question"] = gr.Textbox(
-            first.question if first else "",
-            label="Question",
-            lines=2,
-            max_lines=4,
-            placeholder="What do you want to know about it?",
-            elem_id="dkv-question",
-        )
-        sought = first.trace.expected if first and first.trace else None
-        made["expected"] = gr.Textbox(
-            sought.text if sought else "",
-            label="Expected answer or passage",
-            lines=1,
-            max_lines=1,
-            placeholder="optional: what a right answer holds",
-            elem_id="dkv-expected",
-        )
-        made["methods"] = gr.CheckboxGroup(
-            method_choices(), value=shown_methods(first), label="Methods", elem_id="dkv-methods"
-        )
-        made["capacity"] = gr.Slider(
-            *CAPACITIES,
-            value=first.capacity if first else DEFAULT_CAPACITY,
-            step=8,
-            label="Capacity (tokens per layer)",
-            elem_id="dkv-capacity",
-        )
-        made["capacity_line"] = Readout(opening_line, elem_id="dkv-capacity-line")
-        made["question_aware"] = gr.Checkbox(
-            True,
-            label="Question-aware",
-            info="Off: compressed before the question is asked.",
-            elem_id="dkv-aware",
-        )
-        made |= build_advanced(first)
+        with gr.Column(elem_id="dkv-fields"):
+            made |= build_fields(examples, first, opening_line)
         with gr.Column(elem_id="dkv-action"):
             with gr.Row(elem_id="dkv-run-row"):
                 made["run"] = gr.Button("Run", variant="primary", scale=3, elem_id="dkv-run")
@@ -162,6 +101,75 @@ def build_form(
                     "Stop", variant="secondary", scale=1, interactive=False, elem_id="dkv-stop"
                 )
             made["status"] = StatusLine(idle(), elem_id="dkv-status")
+    return made
+
+
+def build_fields(
+    examples: Mapping[str, Example], first: Example | None, opening_line: dict[str, str]
+) -> Widgets:
+    """What scrolls above the button."""
+    made: Widgets = {}
+    made["example"] = gr.Dropdown(
+        [*((e.label, e.id) for e in examples.values()), ("Your own text", OWN_TEXT)],
+        value=first.id if first else None,
+        label="Example",
+        elem_id="dkv-example",
+        visible=bool(examples),
+    )
+    fold = gr.Button("Text, question and settings", elem_classes=["dkv-form-fold"])
+    fold.click(None, None, None, js=UNFOLD, **PRIVATE)
+    made["document"] = gr.Textbox(
+        first.document if first else "",
+        label="Document",
+        lines=3,
+        max_lines=3,
+        placeholder="Paste a long text here.",
+        elem_id="dkv-document",
+    )
+    with gr.Row(elem_id="dkv-below-document"):
+        made["count"] = Readout(counted_before(first), min_width=120, scale=1, elem_id="dkv-count")
+        made["upload"] = gr.UploadButton(
+            "Upload .txt or .md",
+            file_types=[".txt", ".md"],
+            size="sm",
+            scale=0,
+            elem_id="dkv-upload",
+        )
+    made["question"] = gr.Textbox(
+        first.question if first else "",
+        label="Question",
+        lines=2,
+        max_lines=4,
+        placeholder="What do you want to know about it?",
+        elem_id="dkv-question",
+    )
+    sought = first.trace.expected if first and first.trace else None
+    made["expected"] = gr.Textbox(
+        sought.text if sought else "",
+        label="Expected answer or passage",
+        lines=1,
+        max_lines=1,
+        placeholder="optional: what a right answer holds",
+        elem_id="dkv-expected",
+    )
+    made["methods"] = gr.CheckboxGroup(
+        method_choices(), value=shown_methods(first), label="Methods", elem_id="dkv-methods"
+    )
+    made["capacity"] = gr.Slider(
+        *CAPACITIES,
+        value=first.capacity if first else DEFAULT_CAPACITY,
+        step=8,
+        label="Capacity (tokens per layer)",
+        elem_id="dkv-capacity",
+    )
+    made["capacity_line"] = Readout(opening_line, elem_id="dkv-capacity-line")
+    made["question_aware"] = gr.Checkbox(
+        True,
+        label="Question-aware",
+        info="Off: compressed before the question is asked.",
+        elem_id="dkv-aware",
+    )
+    made |= build_advanced(first)
     return made
 
 
@@ -277,7 +285,8 @@ def wire_form(handlers: FormHandlers, widgets: Widgets) -> None:
     picked.then(None, kept, kept, js=OWN, **PRIVATE)
     gr.on([widget.change for widget in kept], None, kept, None, js=KEEP, **PRIVATE)
     # However the text was changed: typed, pasted, dropped or uploaded.
-    document.change(handlers.own_text, [document, example], example, **latest)
+    expected = widgets["expected"]
+    document.change(handlers.own_text, [document, expected, example], [expected, example], **latest)
     widgets["upload"].upload(handlers.upload, widgets["upload"], document, **LIGHT)
     methods = widgets["methods"]
     methods.input(handlers.lock_reference, methods, methods, **LIGHT)

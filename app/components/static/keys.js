@@ -75,6 +75,20 @@
     e: evidence, "/": () => document.querySelector('.dkv-document [data-role="find"]')?.focus(), Escape: letGo,
   };
 
+  // Gradio's footer says "Settings" twice, in words and as its icon's: once is enough.
+  let looks = 40;
+  const silence = () => {
+    const icons = document.querySelectorAll("footer img[alt]:not([alt=''])");
+    for (const icon of icons) icon.alt = "";
+    if (!icons.length && (looks -= 1)) setTimeout(silence, 250);
+  };
+  silence();
+  // Opened settings are brought into the form's view.
+  document.addEventListener("click", (event) => {
+    const fold = event.target.closest?.("#dkv-advanced > button");
+    if (fold) setTimeout(() => fold.scrollIntoView({ block: "start", behavior: DynamicKV.reducedMotion() ? "auto" : "smooth" }), 60);
+  });
+
   // Gradio's lists open with the focus and stay open when Tab takes it away: they close first.
   document.addEventListener("keydown", (event) => {
     if (event.key !== "Tab" || event.target.getAttribute?.("aria-expanded") !== "true") return;
