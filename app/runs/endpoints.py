@@ -77,20 +77,17 @@ def endpoints(
         capacity: int = DEFAULT_CAPACITY,
         max_new_tokens: int = DEFAULT_NEW_TOKENS,
         model: str = default_model,
-        expected: str = "",
         request: gr.Request = None,  # type: ignore[assignment]
     ) -> dict[str, Any]:
         """Answer a question about a document with several methods over one prefill; returns the run
-        record, schema 2, which says where it found the expected passage, if one is given.
+        record, schema 2.
         """
         try:
             settings = {"capacity": capacity}
-            job = build_request(
-                document, question, methods, max_new_tokens, settings, expected=expected
-            )
+            job = build_request(document, question, methods, max_new_tokens, settings)
             model = host.check(model)
-            known = comparisons.seconds(model, job)
-            with turns.join(session(request), address(request), expected=known) as ticket:
+            expected = comparisons.seconds(model, job)
+            with turns.join(session(request), address(request), expected=expected) as ticket:
                 wait(ticket)
                 trace = last_trace(comparisons.stream(model, job, ticket.stop, scores=False))
         except TOLD as error:

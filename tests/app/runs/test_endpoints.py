@@ -32,7 +32,6 @@ def test_compare_has_defaults_for_all_but_the_texts(host: ModelHost) -> None:
         "capacity",
         "max_new_tokens",
         "model",
-        "expected",
     ]
     assert [n for n, p in parameters.items() if not p["parameter_has_default"]] == [
         "document",
