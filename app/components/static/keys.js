@@ -86,7 +86,8 @@
   // Opened settings are brought into the form's view.
   document.addEventListener("click", (event) => {
     const fold = event.target.closest?.("#dkv-advanced > button");
-    if (fold) setTimeout(() => fold.scrollIntoView({ block: "start", behavior: DynamicKV.reducedMotion() ? "auto" : "smooth" }), 60);
+    const form = document.querySelector("#dkv-fields");
+    if (fold && form) setTimeout(() => { form.scrollTop += fold.getBoundingClientRect().top - form.getBoundingClientRect().top - 8; }, 60);
   });
 
   // Gradio's lists open with the focus and stay open when Tab takes it away: they close first.
