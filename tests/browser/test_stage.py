@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import BrowserContext, Page, expect
 
 from app.examples import Example
 from app.serving.model_host import ModelHost
@@ -364,6 +364,27 @@ def test_every_stop_has_a_ring_and_none_is_a_trap(page: Page, stage_url: str) ->
     assert bare == []
     assert ends, "Tab never left the page"
     assert page.locator("ul[role=listbox]").count() == 0, "a list stayed open behind the focus"
+
+
+def test_the_html_file_has_the_stage_too(
+    page: Page,
+    stage_url: str,
+    staged: dict[str, Example],
+    tmp_path: Path,
+    context_offline: BrowserContext,
+) -> None:
+    open_page(page, stage_url)
+    with_reads(page, staged["short"])
+    with page.expect_download() as waiting:
+        page.evaluate("void window.DynamicKV.savePage()")
+    waiting.value.save_as(tmp_path / "run.html")
+    offline = context_offline.new_page()
+    offline.goto((tmp_path / "run.html").as_uri())
+    handle(offline, "DynamicKV", "clock").click()
+    expect(offline.locator(".dkv-word-said")).to_contain_text("FullKV says goose at this place")
+    offline.wait_for_function("CSS.highlights.get('dkv-hole-2').size > 0")
+    offline.evaluate("window.DynamicKV.setPin({first: 50, last: 52})")
+    expect(offline.locator(".dkv-evidence")).to_be_in_viewport(ratio=1)
 
 
 def test_a_link_to_the_page_shows_the_product(page: Page, stage_url: str) -> None:

@@ -108,17 +108,16 @@
   };
 
   // Fetched once, when somebody first asks; {error} where the server cannot say.
-  let asking = null;
   DynamicKV.fetchReads = () => {
     const { trace } = store;
-    if (!trace || trace.reads || asking === trace || !store.server?.reads || !trace.key) return;
-    asking = trace;
-    store.server.reads({ key: trace.key }).catch(() => ({ error: "The server did not answer." })).then((reply) => {
-      if (asking === trace) asking = null;
+    if (!trace || trace.reads || !store.server?.reads || !trace.key) return Promise.resolve();
+    trace.asking ??= store.server.reads({ key: trace.key }).catch(() => ({ error: "The server did not answer." })).then((reply) => {
+      trace.asking = null;
       if (reply?.reads) trace.reads = DynamicKV.decodeReads(reply.reads);
       else trace.readsError = reply?.error ?? "Nothing is known of what this answer read.";
       if (trace === store.trace) DynamicKV.emit("reads", trace);
     });
+    return trace.asking;
   };
   // A refusal may be over when a word is chosen again, or when the prompt has been read.
   DynamicKV.on("word", (word) => { if (word && (!store.trace.readsError || store.word)) DynamicKV.fetchReads(); });
