@@ -48,7 +48,7 @@ def run(page: Page, url: str, method: str = "DynamicKV") -> None:
     unfold(page)
     if method != "DynamicKV":
         page.get_by_label("DynamicKV", exact=True).first.uncheck()
-        page.get_by_label(re.compile(f"^{method}( |$)")).first.check()
+        page.get_by_label(re.compile(rf"{method}\b")).first.check()
     page.locator("#dkv-document textarea").fill(DOCUMENT)
     page.locator("#dkv-question textarea").fill(QUESTION)
     page.get_by_label("Model", exact=True).click()
@@ -108,7 +108,7 @@ def test_a_passage_is_dropped_and_pinned_by_hand_and_answered_with(
     page.evaluate("window.DynamicKV.setPin({first: 60, last: 64})")
     assert serious_findings(page) == []
     bits = page.evaluate(f"{PREDICTED}.retained.bits")
-    page.locator(".dkv-what-if").get_by_role("button", name="Answer with this").click()
+    page.locator(".dkv-evidence").get_by_role("button", name="Answer with this").click()
     label = "DynamicKV, 3 tokens pinned, 8 evicted"
     expect(page.locator(f".dkv-card[data-label='{label}']")).to_have_count(1)
     page.wait_for_function(f"!{PREDICTED}.predicted && {PREDICTED}.parameters.pinned")

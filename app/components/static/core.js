@@ -238,6 +238,6 @@
 
   window.DynamicKV = {
     store, emit, on, decode, setView, setLayer, setRun, setHover, setPin, setWord, word, inOrder, runOrder, setTrace, setPredicted, register, mount, added,
-    within, saveRun, saveBlob, wholeRecord, scoresOf, make, framed, plain, otherKind, counting, dark, cssColor, reducedMotion,
+    saveRun, saveBlob, wholeRecord, scoresOf, make, framed, plain, otherKind, counting, dark, cssColor, reducedMotion,
   };
 })();
