@@ -160,6 +160,7 @@
 
   DynamicKV.register("answers", (element) => {
     let finished = null; // the last cards that belong to a whole record
+    let live = false; // whether answers stream in: the record is still that of the run before
     let shown = []; // [{node, card, run: its place among the record's runs}]
     const find = (role) => element.querySelector(`[data-role="${role}"]`);
     const link = find("link");
@@ -175,7 +176,7 @@
     // The cards and the record arrive each by its own way: the later one makes the words.
     function details() {
       const { trace } = store;
-      const whole = trace && finished && finished === store.cards && trace.runs.filter((run) => !run.predicted).length === shown.length
+      const whole = trace && finished && !live && finished === store.cards && trace.runs.filter((run) => !run.predicted).length === shown.length
         && shown.every(({ card, run }) => trace.runs[run]?.label === card.label && trace.runs[run].pieces.join("").trimEnd() === card.answer.join("").trimEnd());
       link.hidden = !whole || !trace.example;
       find("save").hidden = !whole || Boolean(trace.example) || !DynamicKV.copyLink;
@@ -265,6 +266,7 @@
       const payload = received?.restore ? finished : received;
       if (!payload) return;
       if (payload.final) finished = payload;
+      live = !payload.final;
       put(find("question"), payload.question);
       put(find("source"), payload.source);
       find("source").title = payload.circumstances ?? "";
