@@ -126,7 +126,7 @@
     const full = trace.runs.find((item) => item.method === "FullKV");
     const [start, end] = aligned.utf16_spans[aligned.loss];
     const { percent } = DynamicKV;
-    return `lost: “${full.pieces.join("").slice(start, end)}”, ${percent(aligned.probabilities_full[aligned.loss])} → ${percent(aligned.probabilities[aligned.loss])}`;
+    return `lost: “${DynamicKV.shortWord(full.pieces.join("").slice(start, end))}”, ${percent(aligned.probabilities_full[aligned.loss])} → ${percent(aligned.probabilities[aligned.loss])}`;
   }
 
   // Where an answer leaves FullKV's: the words before, both tokens, and how probable each was under either cache.

@@ -97,7 +97,7 @@
     function readLegend(word) {
       const back = make("button", { type: "button", className: "dkv-link" }, "back (Esc)");
       back.addEventListener("click", () => DynamicKV.setWord(null));
-      return [make("span", { className: "dkv-legend-name" }, "read for ", make("q", {}, word.text)),
+      return [make("span", { className: "dkv-legend-name" }, "read for ", make("q", {}, DynamicKV.shortWord(word.text))),
         ...["little", "\u00a0", "\u00a0", "\u00a0", "much"].map((words, i) => swatch(`read-${i + 1}`, words)),
         swatch("hole-2", `mostly gone with ${run().label}`), ...(store.word ? [back] : [])];
     }

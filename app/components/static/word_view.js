@@ -43,7 +43,7 @@
       const fullRun = trace.runs.findIndex((run) => run.method === "FullKV" && !run.predicted);
       const full = own && own.full !== null && fullRun >= 0 ? words[fullRun][own.full] : null;
       find("away").disabled = !store.word;
-      find("title").replaceChildren(...(own ? ["Why ", make("q", {}, own.text), "?"] : ["Why this word?"]));
+      find("title").replaceChildren(...(own ? ["Why ", make("q", {}, DynamicKV.shortWord(own.text)), "?"] : ["Why this word?"]));
       find("said").replaceChildren(...(own ? said(trace, word, own, full) : [HINT]));
       for (const row of strips.querySelectorAll("[data-run]")) fill(trace, row, full);
       find("read").hidden = !own || !trace.readsError || stand?.ready !== false;
@@ -57,10 +57,10 @@
       const shown = run.method === "FullKV" ? trace.runs[store.view.run] : run;
       const both = DynamicKV.underBoth(shown, own.full);
       const words = [];
-      if (run.method !== "FullKV" && !own.same) words.push("FullKV says ", make("q", {}, full.text), " at this place. ");
+      if (run.method !== "FullKV" && !own.same) words.push("FullKV says ", make("q", {}, DynamicKV.shortWord(full.text)), " at this place. ");
       if (!both) return words.length ? words : ["The same word as in FullKV's answer."];
-      const fate = DynamicKV.isLost(both) ? (both.instead ? ["; this cache would rather say ", make("q", {}, both.instead.trim() || "an end"), ` (${percent(both.insteadHere)})`] : []) : ["; it survives"];
-      return [...words, make("q", {}, full.text), ` is ${percent(both.full)} probable with the full cache and `, make("b", {}, percent(both.here)), ` with ${shown.label}'s`, ...fate, "."];
+      const fate = DynamicKV.isLost(both) ? (both.instead ? ["; this cache would rather say ", make("q", {}, DynamicKV.shortWord(both.instead) || "an end"), ` (${percent(both.insteadHere)})`] : []) : ["; it survives"];
+      return [...words, make("q", {}, DynamicKV.shortWord(full.text)), ` is ${percent(both.full)} probable with the full cache and `, make("b", {}, percent(both.here)), ` with ${shown.label}'s`, ...fate, "."];
     }
 
     function fill(trace, row, full) {

@@ -4,6 +4,7 @@
   "use strict";
   const { DynamicKV } = window;
   const { store } = DynamicKV;
+  const LONG = 32; // characters
   const MOST = 4; // words that may stand for one that is lost
   const LOST = 0.5; // less than this part of a word's probability survives, as in record/aligned.py
   // Word borders as in record/aligned.py: letters of scripts without spaces stand alone.
@@ -31,6 +32,9 @@
     const text = full.pieces.join("");
     return known.utf16_spans.map(([start, end], i) => ({ text: text.slice(start, end), start, end, first: known.token_spans[i][0], last: known.token_spans[i][1] }));
   }
+
+  // A word as sentences quote it: models that repeat themselves make very long ones.
+  DynamicKV.shortWord = (text) => (text.trim().length > LONG ? `${text.trim().slice(0, LONG)}…` : text.trim());
 
   // For every word of `own` its place in `full` (both lists of texts): pairs of a longest common subsequence; -1 for the rest.
   DynamicKV.pairWords = (own, full) => {
