@@ -116,6 +116,7 @@ def test_a_passage_is_dropped_and_pinned_by_hand_and_answered_with(
     page.evaluate("window.DynamicKV.setPin({first: 44, last: 44})")
     note = page.locator(".dkv-evidence [data-role=note]")
     expect(note).to_contain_text(f"evicted by hand in {label}")
+    page.locator(".dkv-evidence [data-role=close]").click()
     page.get_by_label("No longer evicted").click()
     page.wait_for_function(f"{PREDICTED}.predicted && !{PREDICTED}.parameters.evicted")
     page.get_by_role("button", name="Take back").click()
