@@ -4,12 +4,14 @@ broken page.
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from app.record.words import document_of
 from dynamickv.record.trace import Trace
@@ -50,6 +52,21 @@ class Example:
             log.warning("recorded run %s left out: %s", self.run_file.name, error)
             return None
 
+    @cached_property
+    def reads(self) -> dict[str, Any] | None:
+        """What the recorded answer of FullKV read, as `dynamickv.reads` says it; None where that is
+        not recorded.
+        """
+        path = None if self.run_file is None else reads_file(self.run_file)
+        if path is None or not path.is_file():
+            return None
+        try:
+            found: dict[str, Any] = json.loads(gzip.decompress(path.read_bytes()))
+        except (OSError, ValueError, EOFError) as error:
+            log.warning("recorded reads %s left out: %s", path.name, error)
+            return None
+        return found
+
     def facts_in(self, answer: str) -> list[bool]:
         """Which of the expected facts an answer holds, as whole words, without case."""
         return [
@@ -74,6 +91,11 @@ class Example:
     def label(self) -> str:
         """What the picker shows."""
         return self.title
+
+
+def reads_file(run_file: Path) -> Path:
+    """Where what an answer read lies beside its recorded run."""
+    return run_file.with_name(run_file.name.replace(".json.gz", ".reads.json.gz"))
 
 
 KINDS = ("find a fact", "needle", "story", "summarise", "few-shot", "code")

@@ -25,6 +25,9 @@ FIELDS = (
 )
 """The form's values, in the order in which the page sends them and takes them back."""
 
+DOT = "\u00b7"
+"""Stands for a character where a record is saved without its text."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Form:
@@ -84,9 +87,11 @@ def form_of(trace: dkv.Trace, models: list[str]) -> dict[str, Any]:
         del settings["capacity"]
     names = {run.method for run in trace.runs} | {"FullKV"}
     model = {"model": trace.model.name} if trace.model.name in models else {}
+    texts = {"document": document_of(trace.prompt), "question": trace.prompt.question}
+    if without_text(trace):
+        texts = {"document": "", "question": ""}
     return {
-        "document": document_of(trace.prompt),
-        "question": trace.prompt.question,
+        **texts,
         "methods": [name for name in offered_methods() if name in names],
         **settings,
         "truncate": trace.prompt.truncated,
@@ -94,6 +99,12 @@ def form_of(trace: dkv.Trace, models: list[str]) -> dict[str, Any]:
         "expected": trace.expected.text if trace.expected else "",
         **model,
     }
+
+
+def without_text(trace: dkv.Trace) -> bool:
+    """Whether a record was saved without its text: dots stand for letters (static/core.js)."""
+    text = trace.prompt.text
+    return DOT in text and not any(character.isalnum() for character in text)
 
 
 def method_of(run: dkv.Run) -> dkv.CompressionMethod | None:

@@ -13,6 +13,7 @@ from starlette.routing import Route
 from .components import head, offline_page
 from .components.look import build_theme
 from .learn import lesson_routes
+from .preview import PICTURE_PATH, LinkPreview, picture
 from .serving.guard import Guard
 from .serving.health import health_routes
 from .serving.model_host import ModelHost
@@ -54,13 +55,15 @@ def launch_options(host: ModelHost | None = None, turns: Turns | None = None) ->
                     Guard,
                     on_leave=turns.left if turns else None,
                     on_ask=turns.back if turns else None,
-                )
+                ),
+                Middleware(LinkPreview),
             ],
             "routes": [
                 *watched,
                 # Under a prefix that Gradio's Node server hands on when it renders the page (SSR).
                 Route("/gradio_api/explorer/plotly.js", plotly_script),
                 Route("/gradio_api/explorer/offline.html", offline_skeleton),
+                Route(PICTURE_PATH, picture),
                 *lesson_routes(),
             ],
         },

@@ -50,10 +50,21 @@ def build_app(
     with gr.Blocks(
         title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=(3600, 3600)
     ) as demo:
-        chip = ModelChip(asdict(host.state()), elem_id="dkv-model")
+        with gr.Row(elem_id="dkv-head"):
+            chip = ModelChip(asdict(host.state()), elem_id="dkv-model")
+            model = gr.Dropdown(
+                host.choices(),
+                value=host.default,
+                label="Model",
+                show_label=False,
+                container=False,
+                allow_custom_value=host.allow_any,
+                min_width=200,
+                elem_id="dkv-model-choice",
+            )
         with gr.Tabs() as tabs:
             with gr.Tab("Explore", id="explore"), gr.Row(elem_id="dkv-workbench"):
-                widgets = build_explore(explore, host, examples, shown)
+                widgets = build_explore(explore, host, examples, shown, model)
             with gr.Tab("Lab", id="lab"):
                 shared = Shared(widgets["document"], widgets["question"], widgets["model"])
                 build_lab(LabHandlers(host, examples.values(), turns), shared)

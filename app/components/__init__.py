@@ -44,8 +44,14 @@ class DocumentView(Component):
     view, template = "document", "document_view"
 
 
+class WordView(Component):
+    """An answer word: its probability under both caches, and how much of what it read survives."""
+
+    view, template = "word", "word_view"
+
+
 class Evidence(Component):
-    """Why a token was kept or dropped, and in which layers a passage survived."""
+    """A drawer: why a token was kept or dropped, and in which layers a passage survived."""
 
     view, template = "evidence", "evidence"
 
@@ -107,6 +113,7 @@ __all__ = [
     "StatusLine",
     "TraceStore",
     "WhatIf",
+    "WordView",
     "dumps",
     "head",
     "offline_page",

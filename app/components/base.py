@@ -25,7 +25,9 @@ SCRIPTS = (
     "trace_store",
     "text_layer",
     "minimap",
+    "words",
     "document_view",
+    "word_view",
     "evidence",
     "what_if",
     "figure_view",
@@ -34,8 +36,10 @@ SCRIPTS = (
     "status_line",
     "model_chip",
     "readout",
+    "keys",
 )
 PAGE_SCRIPTS = (
+    "keep",
     "links",
     "exports",
     "lab_panel",
@@ -104,4 +108,4 @@ def head() -> str:
 
 def styles() -> str:
     """The palette and the sizes."""
-    return f"{css_variables()}\n{read('explorer.css')}"
+    return f"{css_variables()}\n{read('explorer.css')}\n{read('stage.css')}"

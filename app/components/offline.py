@@ -21,6 +21,7 @@ SECTIONS = (
     ("answers", "answer_cards", "dkv-answers"),
     ("document", "document_view", "dkv-document-view"),
     ("figures", "figure_view", "dkv-figures"),
+    ("word", "word_view", "dkv-word"),
     ("evidence", "evidence", "dkv-evidence"),
     ("map", "layer_map", "dkv-map"),
 )
@@ -33,6 +34,7 @@ main > header { display: flex; justify-content: space-between; align-items: base
 main h1 { font-size: 22px; margin: 0; }
 .dkv-two { display: grid; gap: 16px; grid-template-columns: minmax(0, 6fr) minmax(0, 5fr); }
 main > *, .dkv-two > * { min-width: 0; }
+.dkv-why { display: grid; gap: 16px; align-content: start; }
 button { font-family: inherit; }
 #dkv-theme { border-color: var(--dkv-line); background: var(--dkv-panel); color: var(--dkv-ink); }
 @media (max-width: 900px) { .dkv-two { grid-template-columns: minmax(0, 1fr); } }
@@ -66,9 +68,10 @@ def offline_page(plotly: str, titles: tuple[tuple[str, str], ...]) -> str:
     body = "\n".join(
         [
             parts["answers"],
-            f'<div class="dkv-two">{parts["document"]}{parts["figures"]}</div>',
-            parts["evidence"],
+            f'<div class="dkv-two">{parts["document"]}'
+            f'<div class="dkv-why">{parts["word"]}{parts["figures"]}</div></div>',
             parts["map"],
+            parts["evidence"],
         ]
     )
     fonts = BASE_STYLE % (", ".join(MONO), ", ".join(f'"{name}"' for name in SANS))

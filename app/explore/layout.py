@@ -7,6 +7,7 @@ from typing import Any
 
 import gradio as gr
 
+import dynamickv as dkv
 from app.components import (
     AnswerCards,
     DocumentView,
@@ -17,6 +18,7 @@ from app.components import (
     StatusLine,
     TraceStore,
     WhatIf,
+    WordView,
     dumps,
 )
 from app.examples import OWN_TEXT, Example
@@ -43,14 +45,26 @@ from .view_model import counted_before
 
 COUNTED = ("document", "question", "model")
 """What the number of tokens depends on."""
+KEPT = ("example", "expected", *(name for name in FIELDS if name != "expected"))
+"""What a tab keeps for as long as it lives (components/static/keep.js), in this order."""
+KEEP = "(...values) => { window.DynamicKV.keep(values); }"
+PICKING = "(example) => { window.DynamicKV.picking(); return example; }"
+OWN = "(...values) => window.DynamicKV.ownText(values)"
+RESTORE = "(...values) => window.DynamicKV.restoreForm(values)"
+UNFOLD = "() => { document.querySelector('#dkv-inputs').classList.toggle('dkv-form-open'); }"
+"""On a narrow screen the form is folded: answers come first."""
 Widgets = dict[str, Any]
 """The tab's widgets by name; the form's are named as in `FIELDS`."""
 
 
 def build_explore(
-    handlers: ExploreHandlers, host: ModelHost, examples: Mapping[str, Example], shown: Shown
+    handlers: ExploreHandlers,
+    host: ModelHost,
+    examples: Mapping[str, Example],
+    shown: Shown,
+    model: gr.Dropdown,
 ) -> Widgets:
-    """The tab's content, its events included."""
+    """The tab's content, its events included; `model` stands in the page's head."""
     first = next(iter(examples.values()), None)
     opening_line = handlers.form.capacity_line(
         first.capacity if first else DEFAULT_CAPACITY,
@@ -58,7 +72,7 @@ def build_explore(
         "kv_head",
         host.default,
     )
-    widgets = build_form(host, examples, first, opening_line)
+    widgets = {"model": model, **build_form(examples, first, opening_line)}
     widgets |= build_results(handlers, shown, first)
     wire_run(handlers, widgets)
     wire_form(handlers.form, widgets)
@@ -71,7 +85,6 @@ def named(widgets: Widgets, names: Sequence[str]) -> list[Any]:
 
 
 def build_form(
-    host: ModelHost,
     examples: Mapping[str, Example],
     first: Example | None,
     opening_line: dict[str, str],
@@ -79,67 +92,8 @@ def build_form(
     """The column on the left: what to read, what to ask, how to compress, and the button."""
     made: Widgets = {}
     with gr.Column(scale=3, min_width=320, elem_id="dkv-inputs"):
-        made["example"] = gr.Dropdown(
-            [*((e.label, e.id) for e in examples.values()), ("Your own text", OWN_TEXT)],
-            value=first.id if first else None,
-            label="Example",
-            elem_id="dkv-example",
-            visible=bool(examples),
-        )
-        made["document"] = gr.Textbox(
-            first.document if first else "",
-            label="Document",
-            lines=4,
-            max_lines=4,
-            placeholder="Paste a long text here.",
-            elem_id="dkv-document",
-        )
-        with gr.Row(elem_id="dkv-below-document"):
-            made["count"] = Readout(
-                counted_before(first), min_width=120, scale=1, elem_id="dkv-count"
-            )
-            made["upload"] = gr.UploadButton(
-                "Upload .txt or .md",
-                file_types=[".txt", ".md"],
-                size="sm",
-                scale=0,
-                elem_id="dkv-upload",
-            )
-        made["question"] = gr.Textbox(
-            first.question if first else "",
-            label="Question",
-            lines=2,
-            max_lines=4,
-            placeholder="What do you want to know about it?",
-            elem_id="dkv-question",
-        )
-        sought = first.trace.expected if first and first.trace else None
-        made["expected"] = gr.Textbox(
-            sought.text if sought else "",
-            label="Expected answer or passage (optional)",
-            lines=1,
-            max_lines=4,
-            placeholder="Looked for in the document and in every answer.",
-            elem_id="dkv-expected",
-        )
-        made["methods"] = gr.CheckboxGroup(
-            offered_methods(), value=shown_methods(first), label="Methods", elem_id="dkv-methods"
-        )
-        made["capacity"] = gr.Slider(
-            *CAPACITIES,
-            value=first.capacity if first else DEFAULT_CAPACITY,
-            step=8,
-            label="Capacity (tokens per layer)",
-            elem_id="dkv-capacity",
-        )
-        made["capacity_line"] = Readout(opening_line, elem_id="dkv-capacity-line")
-        made["question_aware"] = gr.Checkbox(
-            True,
-            label="Question-aware",
-            info="Off: compressed before the question is asked.",
-            elem_id="dkv-aware",
-        )
-        made |= build_advanced(host, first)
+        with gr.Column(elem_id="dkv-fields"):
+            made |= build_fields(examples, first, opening_line)
         with gr.Column(elem_id="dkv-action"):
             with gr.Row(elem_id="dkv-run-row"):
                 made["run"] = gr.Button("Run", variant="primary", scale=3, elem_id="dkv-run")
@@ -150,7 +104,76 @@ def build_form(
     return made
 
 
-def build_advanced(host: ModelHost, first: Example | None) -> Widgets:
+def build_fields(
+    examples: Mapping[str, Example], first: Example | None, opening_line: dict[str, str]
+) -> Widgets:
+    """What scrolls above the button."""
+    made: Widgets = {}
+    made["example"] = gr.Dropdown(
+        [*((e.label, e.id) for e in examples.values()), ("Your own text", OWN_TEXT)],
+        value=first.id if first else None,
+        label="Example",
+        elem_id="dkv-example",
+        visible=bool(examples),
+    )
+    fold = gr.Button("Text, question and settings", elem_classes=["dkv-form-fold"])
+    fold.click(None, None, None, js=UNFOLD, **PRIVATE)
+    made["document"] = gr.Textbox(
+        first.document if first else "",
+        label="Document",
+        lines=3,
+        max_lines=3,
+        placeholder="Paste a long text here.",
+        elem_id="dkv-document",
+    )
+    with gr.Row(elem_id="dkv-below-document"):
+        made["count"] = Readout(counted_before(first), min_width=120, scale=1, elem_id="dkv-count")
+        made["upload"] = gr.UploadButton(
+            "Upload .txt or .md",
+            file_types=[".txt", ".md"],
+            size="sm",
+            scale=0,
+            elem_id="dkv-upload",
+        )
+    made["question"] = gr.Textbox(
+        first.question if first else "",
+        label="Question",
+        lines=2,
+        max_lines=4,
+        placeholder="What do you want to know about it?",
+        elem_id="dkv-question",
+    )
+    sought = first.trace.expected if first and first.trace else None
+    made["expected"] = gr.Textbox(
+        sought.text if sought else "",
+        label="Expected answer or passage",
+        lines=1,
+        max_lines=1,
+        placeholder="optional: what a right answer holds",
+        elem_id="dkv-expected",
+    )
+    made["methods"] = gr.CheckboxGroup(
+        method_choices(), value=shown_methods(first), label="Methods", elem_id="dkv-methods"
+    )
+    made["capacity"] = gr.Slider(
+        *CAPACITIES,
+        value=first.capacity if first else DEFAULT_CAPACITY,
+        step=8,
+        label="Capacity (tokens per layer)",
+        elem_id="dkv-capacity",
+    )
+    made["capacity_line"] = Readout(opening_line, elem_id="dkv-capacity-line")
+    made["question_aware"] = gr.Checkbox(
+        True,
+        label="Question-aware",
+        info="Off: compressed before the question is asked.",
+        elem_id="dkv-aware",
+    )
+    made |= build_advanced(first)
+    return made
+
+
+def build_advanced(first: Example | None) -> Widgets:
     """Settings that most people leave alone; defaults are the methods' own."""
     made: Widgets = {}
     default = form_defaults()
@@ -169,10 +192,15 @@ def build_advanced(host: ModelHost, first: Example | None) -> Widgets:
         made["truncate"] = gr.Checkbox(
             False, label="Cut the middle out of a document that is too long"
         )
-        made["model"] = gr.Dropdown(
-            host.choices(), value=host.default, label="Model", allow_custom_value=host.allow_any
-        )
     return made
+
+
+def method_choices() -> list[tuple[str, str]]:
+    """Every offered method as the form shows it, and its name: what reads all of the attention
+    takes long, and that is said before it is ticked.
+    """
+    slow = {name for name in offered_methods() if dkv.METHODS[name].capabilities.mass}
+    return [(f"{name} (slow)" if name in slow else name, name) for name in offered_methods()]
 
 
 def setting_widget(setting: Setting, value: Any) -> Any:
@@ -215,18 +243,20 @@ def build_results(handlers: ExploreHandlers, shown: Shown, first: Example | None
     made: Widgets = {}
     with gr.Column(scale=9, min_width=320, elem_id="dkv-views"):
         made["cards"] = AnswerCards(cards, elem_id="dkv-answers")
-        made["what_if"] = WhatIf(what_if_form(), server_functions=[predict], elem_id="dkv-what-if")
-        with gr.Row(equal_height=True):
-            with gr.Column(scale=6, min_width=320):
+        with gr.Row(elem_id="dkv-stage"):
+            with gr.Column(scale=6, min_width=320, elem_id="dkv-reading"):
                 DocumentView(elem_id="dkv-document-view", elem_classes=["dkv-fill"])
-            with gr.Column(scale=5, min_width=320):
+            with gr.Column(scale=5, min_width=320, elem_id="dkv-why"):
+                WordView(elem_id="dkv-word", server_functions=[reads])
+                made["what_if"] = WhatIf(
+                    what_if_form(), server_functions=[predict], elem_id="dkv-what-if"
+                )
                 FigureView(
                     [{"key": v.key, "title": v.title} for v in VIEWS.values()],
                     elem_id="dkv-figures",
-                    elem_classes=["dkv-fill"],
                 )
-        Evidence(elem_id="dkv-evidence", server_functions=[scores, reads])
         LayerMap(elem_id="dkv-map")
+        Evidence(elem_id="dkv-evidence", server_functions=[scores])
         made["store"] = TraceStore(store, elem_id="dkv-store")
     return made
 
@@ -250,9 +280,13 @@ def wire_form(handlers: FormHandlers, widgets: Widgets) -> None:
     """Example picker, upload, live counts."""
     latest: dict[str, Any] = {"trigger_mode": "always_last", **LIGHT}
     example, document = widgets["example"], widgets["document"]
-    example.input(handlers.pick, example, named(widgets, PICKED), **LIGHT)
+    kept = named(widgets, KEPT)
+    picked = example.input(handlers.pick, example, named(widgets, PICKED), js=PICKING, **LIGHT)
+    picked.then(None, kept, kept, js=OWN, **PRIVATE)
+    gr.on([widget.change for widget in kept], None, kept, None, js=KEEP, **PRIVATE)
     # However the text was changed: typed, pasted, dropped or uploaded.
-    document.change(handlers.own_text, [document, example], example, **latest)
+    expected = widgets["expected"]
+    document.change(handlers.own_text, [document, expected, example], [expected, example], **latest)
     widgets["upload"].upload(handlers.upload, widgets["upload"], document, **LIGHT)
     methods = widgets["methods"]
     methods.input(handlers.lock_reference, methods, methods, **LIGHT)
@@ -278,4 +312,6 @@ def wire_opening(handlers: FormHandlers, widgets: Widgets, demo: gr.Blocks, open
     """
     counted = named(widgets, COUNTED)
     opened.then(handlers.count, counted, widgets["count"], **LIGHT)
-    demo.load(handlers.link, None, named(widgets, LINKED), **LIGHT)
+    linked = demo.load(handlers.link, None, named(widgets, LINKED), **LIGHT)
+    kept = named(widgets, KEPT)
+    linked.then(None, kept, kept, js=RESTORE, **PRIVATE)

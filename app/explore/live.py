@@ -42,6 +42,8 @@ class LiveRun:
         self._others = others
         """Layers that no method compresses, and their kind; guessed from budgets where not told."""
         self._estimate = estimate
+        self._read = (0, 0)
+        """Layers read, of how many."""
         self._prompt_bytes: int | None = None
         self._full_budgets: list[int] | None = None
         self._tokens = [0] * len(methods)
@@ -71,9 +73,18 @@ class LiveRun:
         return False
 
     def status(self, elapsed: float) -> dict[str, Any]:
-        """The status line now."""
-        words = self._estimate.words(elapsed) if self._estimate else ""
+        """The status line now: what is left is judged by the layers that are read, and before the
+        first of them by earlier runs.
+        """
+        words = self._left(elapsed) or (self._estimate.words(elapsed) if self._estimate else "")
         return self._status | {"detail": " · ".join(filter(None, (f"{elapsed:.1f} s", words)))}
+
+    def _left(self, elapsed: float) -> str:
+        """How long reading goes on, at the speed of the layers so far."""
+        done, total = self._read
+        if not 0 < done < total:
+            return ""
+        return f"about {seconds(elapsed * (total - done) / done)} more to read the prompt"
 
     def payload(self) -> dict[str, Any]:
         """The cards now."""
@@ -85,6 +96,7 @@ class LiveRun:
         }
 
     def _progress(self, event: dkv.Progress) -> None:
+        self._read = (event.completed, event.total) if event.stage == "prefill" else (0, 0)
         if event.stage == "prefill":
             self._status = reading(event, PREFILL_SHARE)
         else:
@@ -93,6 +105,7 @@ class LiveRun:
             )
 
     def _compressed(self, event: dkv.Compressed) -> None:
+        self._read = (0, 0)
         if event.method == "FullKV":
             self._prompt_bytes, self._full_budgets = event.kv_bytes, event.budgets
         card = self.cards[event.run]

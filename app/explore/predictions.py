@@ -65,6 +65,17 @@ class Predictions:
         scores = runs[number].scores if runs else None
         return scores.bytes if scores else None
 
+    def recorded_reads(self, asked: Any) -> dict[str, Any] | None:
+        """What a built-in example's answer read, where that was recorded with its run."""
+        example = self._example(asked)
+        return example.reads if example is not None else None
+
+    def _example(self, asked: Any) -> Example | None:
+        key = asked.get("key") if isinstance(asked, dict) else None
+        if not isinstance(key, str) or not key.startswith(EXAMPLE_KEY):
+            return None
+        return self.examples.get(key.removeprefix(EXAMPLE_KEY))
+
     def known(self, asked: Any) -> Held:
         """The comparison a browser names by its key: a stored one, or a built-in example's.
 
@@ -72,10 +83,9 @@ class Predictions:
             ValueError: none such.
         """
         key = asked.get("key") if isinstance(asked, dict) else None
-        if isinstance(key, str) and key.startswith(EXAMPLE_KEY):
-            example = self.examples.get(key.removeprefix(EXAMPLE_KEY))
-            if example is not None and example.trace is not None:
-                return Held(trace=example.trace, model="", kind="recorded", prefill=None)
+        example = self._example(asked)
+        if example is not None and example.trace is not None:
+            return Held(trace=example.trace, model="", kind="recorded", prefill=None)
         held = self.shelf.get(key)
         if held is None:
             raise ValueError("The page no longer holds this run: press Run once.")

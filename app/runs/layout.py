@@ -38,7 +38,7 @@ def build_runs(handlers: RunsHandlers, widgets: Mapping[str, Any], tab: gr.Tab) 
 def build_files() -> tuple[gr.UploadButton, Readout]:
     """Save and open: the button that opens a file, and what is said of it."""
     gr.Markdown(
-        "### Run files\nA run file holds the prompt, what every method kept, "
+        "## Run files\nA run file holds the prompt, what every method kept, "
         "the answers and the measurements. It opens here without any model. "
         "It contains your document in clear, unless you save it without the text: then "
         "every letter is a dot, and all numbers stay."
@@ -75,7 +75,7 @@ def save_button(label: str, elem_id: str, script: str) -> None:
 def build_code() -> list[gr.Code]:
     """The same comparison as code, one box per language."""
     gr.Markdown(
-        "### The same comparison from code\nWith the values of the form. Save your "
+        "## The same comparison from code\nWith the values of the form. Save your "
         "document as `document.txt` beside it. The endpoints take the methods' own "
         "defaults for advanced settings, and let the scores see the question."
     )

@@ -141,6 +141,9 @@ def film(trace: Trace, final_limit: float) -> list[Step]:
     window = window_tokens(run, trace.prompt)
     capacity = int(run.parameters["capacity"])
     total = (capacity - window) * trace.model.num_layers
+    # One axis for all updates: one that follows each of them makes constant bars grow and shrink.
+    widest = max(window + kept for update in run.budget_history for kept in update)
+    limit = max(1.08 * widest, final_limit)
     steps = []
     for number, update in enumerate(run.budget_history, start=1):
         steps.append(
@@ -149,7 +152,7 @@ def film(trace: Trace, final_limit: float) -> list[Step]:
                 note=f"{label}, after layer {len(update) - 1}: {count(sum(update), 'token')} "
                 f"shared by {count(len(update), 'layer')} (budget {total:,})",
                 **bars_at(trace, run, [window + kept for kept in update]),
-                limit=max(1.08 * (window + max(update)), final_limit),
+                limit=limit,
             )
         )
     kept_total = sum(run.budgets) - window * trace.model.num_layers

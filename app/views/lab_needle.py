@@ -44,8 +44,8 @@ def render(summary: Sequence[Mapping[str, Any]]) -> Figure:
                 showscale=False,
                 xgap=1,
                 ygap=1,
-                hovertemplate=f"{method}<br>%{{x}} tokens, depth %{{y}}<br>exact %{{z:.0%}}"
-                "<extra></extra>",
+                hovertemplate=f"{method}{'' if size is None else f', capacity {size}'}"
+                "<br>%{x} tokens, depth %{y}<br>exact %{z:.0%}<extra></extra>",
             )
             figure.update_layout(
                 {

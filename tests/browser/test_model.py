@@ -110,14 +110,18 @@ def test_the_compare_endpoint_returns_a_run_record(model_url: str) -> None:
         client.predict(document=DOCUMENT, question=QUESTION, methods=["Magic"], api_name="/compare")
 
 
-def test_a_run_leaves_no_text_in_the_browser(page: Page, model_url: str) -> None:
+def test_a_run_leaves_no_text_beyond_its_tab(page: Page, model_url: str) -> None:
     """Nor does it ask another host for anything: the fixture fails the test on that."""
     prepare(page, model_url, 2)
     page.locator("#dkv-run").click()
     expect(page.locator("#dkv-status")).to_contain_text("Done.", timeout=120_000)
+    page.wait_for_function("sessionStorage.getItem('dkv-run')")
     kept = page.evaluate(
-        "JSON.stringify([{...localStorage}, {...sessionStorage}, document.cookie])"
+        "JSON.stringify([{...localStorage}, document.cookie, location.href, document.title])"
     )
     assert "harbour" not in kept
     assert "lamp" not in kept
     assert page.evaluate("indexedDB.databases().then(all => all.length)") == 0
+    other = page.context.new_page()
+    open_page(other, model_url)
+    assert other.evaluate("sessionStorage.getItem('dkv-run')") is None

@@ -202,31 +202,30 @@ def test_a_click_says_why_layer_by_layer(
     pick(page, "Scored")
     page.wait_for_function("window.DynamicKV.store.trace.runs[1].scored")
     page.evaluate("window.DynamicKV.setPin({first: 100, last: 100})")
-    rows = page.locator(".dkv-evidence .dkv-reason")
-    expect(rows).to_have_count(3)
+    rows = page.locator(".dkv-evidence tbody tr")
+    expect(rows).to_have_count(30)
+    expect(rows.first.locator(".dkv-reason")).to_have_count(3)
     scores = run.scores.unpack(30, trace.prompt.length).astype(int)
     prefix = trace.prompt.length - 16
     ranks = [int((row[:prefix] > row[100]).sum()) + 1 for row in scores]
-    shown = [
-        [int(text) for text in rows.nth(i).locator("[data-layer]").all_inner_texts()]
-        for i in range(3)
-    ]
+    texts = page.locator(".dkv-evidence .dkv-reason").all_inner_texts()
+    shown = [[int(text.replace(",", "")) for text in texts[i::3]] for i in range(3)]
     assert shown == [scores[:, 100].tolist(), ranks, [kept - 16 for kept in run.budgets]]
     # Scores have 256 steps: a token is within the cut for sure only with all that share its score.
     lasts = [int((row[:prefix] >= row[100]).sum()) for row in scores]
     cuts = [kept - 16 for kept in run.budgets]
     sure = sum(last <= cut for last, cut in zip(lasts, cuts, strict=True))
     tied = sum(r <= c for r, c in zip(ranks, cuts, strict=True)) - sure
-    assert rows.nth(1).locator(".dkv-in").count() == sure
-    assert rows.nth(1).locator(".dkv-tied").count() == tied
+    assert page.locator(".dkv-evidence .dkv-in").count() == sure
+    assert page.locator(".dkv-evidence .dkv-tied").count() == tied
     heads = run.retained.unpack(30, trace.prompt.length)[:, :, 100].sum(axis=1)
-    cells = page.locator(".dkv-evidence tr[data-method=DynamicKV] [data-layer]")
+    cells = page.locator(".dkv-evidence tbody tr > td:nth-child(3)")  # after the layer and FullKV
     assert [int(text) for text in cells.all_inner_texts()] == heads.tolist()
     cells.nth(4).click()
     expect(page.locator(".dkv-controls [data-role=where]").first).to_contain_text("layer 4")
     page.locator(".dkv-scroll").focus()
     page.keyboard.press("Escape")
-    expect(rows).to_have_count(0)
+    expect(page.locator(".dkv-evidence")).to_be_hidden()
 
 
 def test_a_click_in_the_text_pins_and_a_selection_shows_survival(
@@ -247,10 +246,9 @@ def test_a_click_in_the_text_pins_and_a_selection_shows_survival(
     pin = page.evaluate("window.DynamicKV.store.pin")
     kept = record(recorded, "ordinary").run("DynamicKV").retained.unpack(30, 878)
     part = kept[:, :, pin["first"] : pin["last"] + 1]
-    row = page.locator(".dkv-evidence tr[data-method=DynamicKV]")
-    expect(row).to_contain_text(f"{int(part.any(axis=(1, 2)).sum())} of 30 layers")
-    expect(row).to_contain_text("differs at 2")
-    expect(page.locator(".dkv-evidence tr[data-method=FullKV]")).to_contain_text("the reference")
+    sums = page.locator(".dkv-evidence .dkv-sums")
+    expect(sums.nth(1).locator("td").nth(1)).to_have_text(f"{int(part.any(axis=(1, 2)).sum())}/30")
+    expect(sums.nth(0).locator("td").nth(1)).to_have_text("differs at 2")
 
 
 def test_pointing_at_one_view_marks_the_others(page: Page, page_url: str) -> None:
@@ -318,7 +316,7 @@ def test_embedded_and_big(page: Page, page_url: str, query: str, hidden: bool) -
     assert page.locator("#dkv-inputs").is_hidden() is hidden
     assert page.locator("#dkv-model").is_hidden() is hidden
     height = page.locator(".dkv-answer").first.evaluate("n => n.getBoundingClientRect().height")
-    assert height == pytest.approx(114 if hidden else 1.3 * 114, abs=2)
+    assert height == pytest.approx(66 if hidden else 1.3 * 66, abs=2)
     assert page.evaluate("document.documentElement.scrollWidth - window.innerWidth") <= 0
 
 
@@ -449,7 +447,10 @@ def test_one_html_file_shows_the_run_offline(
     offline.evaluate("window.DynamicKV.setLayer(3)")
     expect(offline.locator(".dkv-document [data-role=where]")).to_contain_text("layer 3")
     offline.evaluate("window.DynamicKV.setPin({first: 50, last: 50})")
-    expect(offline.locator(".dkv-evidence tbody tr")).to_have_count(5 if name == "scored" else 2)
+    expect(offline.locator(".dkv-evidence tbody tr")).to_have_count(30)
+    expect(offline.locator(".dkv-evidence .dkv-reason")).to_have_count(
+        90 if name == "scored" else 0
+    )
     # Nothing there that only a server could do.
     expect(offline.get_by_role("button", name="Always keep")).to_be_hidden()
     assert [p for p in problems if "blob:" not in p] == []

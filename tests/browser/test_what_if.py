@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -34,17 +35,25 @@ def tiny_url(recorded: dict) -> Iterator[str]:  # type: ignore[type-arg]
     yield from serve(ModelHost("tiny", loader=lambda name: llm), {"ordinary": recorded["ordinary"]})
 
 
+def unfold(page: Page) -> None:
+    """On a narrow screen the form is folded."""
+    fold = page.get_by_role("button", name="Text, question and settings")
+    if fold.is_visible():
+        fold.click()
+
+
 def run(page: Page, url: str, method: str = "DynamicKV") -> None:
     """A comparison of 64 tokens per layer."""
     open_page(page, url)
+    unfold(page)
     if method != "DynamicKV":
         page.get_by_label("DynamicKV", exact=True).first.uncheck()
-        page.get_by_label(method, exact=True).first.check()
+        page.get_by_label(re.compile(rf"{method}\b")).first.check()
     page.locator("#dkv-document textarea").fill(DOCUMENT)
     page.locator("#dkv-question textarea").fill(QUESTION)
-    page.locator("#dkv-advanced > button").click()
     page.get_by_label("Model", exact=True).click()
     page.get_by_role("option", name="tiny").click()
+    page.locator("#dkv-advanced > button").click()
     length = page.get_by_label("number input for Longest answer, in tokens")
     length.fill("6")
     length.blur()
@@ -99,14 +108,15 @@ def test_a_passage_is_dropped_and_pinned_by_hand_and_answered_with(
     page.evaluate("window.DynamicKV.setPin({first: 60, last: 64})")
     assert serious_findings(page) == []
     bits = page.evaluate(f"{PREDICTED}.retained.bits")
-    page.get_by_role("button", name="Answer with this").click()
+    page.locator(".dkv-evidence").get_by_role("button", name="Answer with this").click()
     label = "DynamicKV, 3 tokens pinned, 8 evicted"
-    expect(page.locator(".dkv-card h3").nth(2)).to_have_text(label)
+    expect(page.locator(f".dkv-card[data-label='{label}']")).to_have_count(1)
     page.wait_for_function(f"!{PREDICTED}.predicted && {PREDICTED}.parameters.pinned")
     assert page.evaluate(f"{PREDICTED}.retained.bits") == bits
     page.evaluate("window.DynamicKV.setPin({first: 44, last: 44})")
     note = page.locator(".dkv-evidence [data-role=note]")
     expect(note).to_contain_text(f"evicted by hand in {label}")
+    page.locator(".dkv-evidence [data-role=close]").click()
     page.get_by_label("No longer evicted").click()
     page.wait_for_function(f"{PREDICTED}.predicted && !{PREDICTED}.parameters.evicted")
     page.get_by_role("button", name="Take back").click()

@@ -1,13 +1,13 @@
 // The page's shared ground: one namespace, one store of what is on screen, and the words it sends out.
 // Views never call each other. They listen to window events "dkv:trace", "dkv:runs", "dkv:view", "dkv:hover", "dkv:pin",
-// "dkv:reveal" and "dkv:theme". Texts from users reach the DOM through textContent only.
+// "dkv:word", "dkv:reads", "dkv:reveal" and "dkv:theme". Texts from users reach the DOM through textContent only.
 (() => {
   "use strict";
   const views = {};
   // What is looked at. layer null: all layers; head null: all heads; against: a second run to compare with, or null.
   const view = { layer: null, head: null, run: 0, against: null, unit: "token", mark: "fill", shades: "normal" };
-  const CHOICES = { unit: ["token", "word", "sentence", "paragraph"], mark: ["fill", "underline"], shades: ["soft", "normal", "strong"] };
-  const store = { payload: null, trace: null, view, hover: null, pin: null, cards: null };
+  const CHOICES = { unit: ["token", "word", "sentence", "paragraph"], mark: ["fill", "underline", "erased"], shades: ["soft", "normal", "strong"] };
+  const store = { payload: null, trace: null, view, hover: null, pin: null, cards: null, word: null, wordHover: null };
 
   const emit = (name, detail) => window.dispatchEvent(new CustomEvent(`dkv:${name}`, { detail }));
   const on = (name, listener) => window.addEventListener(`dkv:${name}`, (event) => listener(event.detail));
@@ -44,6 +44,25 @@
   };
   const setPin = (pin) => { store.pin = pin; emit("pin", pin); };
 
+  // The answer word that is looked at: {run, own, full}, its places among that answer's words and among FullKV's. What the
+  // pointer rests on goes before what was chosen.
+  const word = () => store.wordHover ?? store.word;
+  const setWord = (next, chosen = true) => {
+    const same = (a, b) => a === b || Boolean(a && b && a.run === b.run && a.own === b.own);
+    const before = [store.word, store.wordHover];
+    if (chosen) store.word = next;
+    store.wordHover = chosen ? null : next;
+    if (chosen && next && store.trace.runs[next.run]?.method !== "FullKV") setView({ run: next.run });
+    if (!same(before[0], store.word) || !same(before[1], store.wordHover)) emit("word", word());
+  };
+
+  // The order in which runs stand beside each other: FullKV, DynamicKV, then the others as they ran.
+  const inOrder = (items, methodOf) => {
+    const place = (item) => ({ FullKV: 0, DynamicKV: 1 })[methodOf(item)] ?? 2;
+    return items.map((_, i) => i).sort((a, b) => place(items[a]) - place(items[b]) || a - b);
+  };
+  const runOrder = () => inOrder(store.trace.runs, (run) => run.look);
+
   // Runs that were added to a comparison, with other settings, are labelled with them.
   const added = (run) => run.label !== run.method;
 
@@ -56,13 +75,17 @@
   }
 
   function setTrace(payload) {
+    const { trace: before, pin } = store;
     store.payload = payload;
     store.trace = payload ? decode(payload) : null;
-    store.hover = null;
+    Object.assign(store, { hover: null, word: null, wordHover: null });
     const runs = store.trace ? store.trace.runs : [];
     Object.assign(view, { layer: null, head: null, against: null, run: opening(runs) });
+    if (payload?.reads) store.trace.reads = DynamicKV.decodeReads(payload.reads);
     emit("trace", store.trace);
-    setPin(null);
+    // The passage that somebody asks about stays while its text does.
+    setPin(pin && store.trace?.prompt.text === before?.prompt.text ? pin : null);
+    emit("word", null);
   }
 
   // The record with its token offsets unpacked (they travel as deltas: see encode_offsets in record/payload.py) and its bits counted.
@@ -117,7 +140,7 @@
     const runs = record.runs.map((run) => ({
       ...run,
       answer: dotted(run.answer), pieces: run.pieces.map(dotted), token_ids: run.token_ids.map(() => 0),
-      agreement: run.agreement && { ...run.agreement, divergence: null },
+      agreement: run.agreement && { ...run.agreement, divergence: run.agreement.divergence && { ...run.agreement.divergence, token_ids: [0, 0], pieces: run.agreement.divergence.pieces.map(dotted) } },
       aligned: run.aligned && { ...run.aligned, instead: run.aligned.instead.map(dotted) },
     }));
     const expected = record.expected && { ...record.expected, text: dotted(record.expected.text) };
@@ -205,28 +228,6 @@
 
   const register = (name, view_) => { views[name] = view_; };
 
-  document.addEventListener("keydown", (event) => {
-    if (event.altKey || event.ctrlKey || event.metaKey || !store.trace) return;
-    if (event.target.closest("input:not([type=range]), textarea, select, [contenteditable], [role=tablist], [role=listbox]")) return;
-    const onSlider = event.target.matches("input[type=range]");
-    const last = store.trace.layers - 1;
-    const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-    if (step && !onSlider) {
-      const layer = view.layer === null ? (step > 0 ? 0 : last) : view.layer + step;
-      setLayer(layer < 0 || layer > last ? null : layer);
-      event.preventDefault();
-    } else if (event.key === "[" || event.key === "]") {
-      const runs = store.trace.runs.length;
-      setRun((view.run + (event.key === "]" ? 1 : runs - 1)) % runs);
-    } else if (event.key === "/") {
-      document.querySelector('.dkv-document [data-role="find"]')?.focus();
-      event.preventDefault();
-    } else if (event.key === "Escape") {
-      setHover(null);
-      setPin(null);
-    }
-  });
-
   // ?embed=1 leaves out everything but the run; ?big=1 is for a lecture hall.
   function dress() {
     const wanted = new URLSearchParams(window.location.search);
@@ -236,7 +237,7 @@
   if (document.body) dress(); else document.addEventListener("DOMContentLoaded", dress);
 
   window.DynamicKV = {
-    store, emit, on, decode, setView, setLayer, setRun, setHover, setPin, setTrace, setPredicted, register, mount, added,
+    store, emit, on, decode, setView, setLayer, setRun, setHover, setPin, setWord, word, inOrder, runOrder, setTrace, setPredicted, register, mount, added,
     saveRun, saveBlob, wholeRecord, scoresOf, make, framed, plain, otherKind, counting, dark, cssColor, reducedMotion,
   };
 })();

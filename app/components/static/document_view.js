@@ -6,9 +6,20 @@
   const { view } = store;
   const KEPT = [1, 2, 3, 4, 5].map((shade) => `dkv-kept-${shade}`);
   const DIFFERS = ["dkv-both", "dkv-only-a", "dkv-only-b"];
+  const READ = [1, 2, 3, 4, 5].map((shade) => `dkv-read-${shade}`);
+  const MARKS = [...KEPT, ...DIFFERS, ...READ, "dkv-hole-1", "dkv-hole-2", "dkv-erased"];
+  const ERASED = MARKS.length;
+  const FAINT = 0.01; // of the strongest: below it a position counts as not read
   // Which of the five shades each level gets: a choice of contrast, told by the legend.
   const SHADES = { soft: [1, 1, 2, 2, 3], normal: [1, 2, 3, 4, 5], strong: [2, 3, 4, 5, 5] };
   const GAP = 12; // tokens in a row that nothing keeps
+
+  // Whether a text is code or a table of columns: then only a face of equal widths lines it up.
+  const CODE = /^\s*(def|class|import|from|return|if|else|elif|for|while|try|function|const|let|var|fn|pub|use|struct|#include|package|public|private|@\w+)\b|^(\t| {2,})\S|[;{}]\s*$|^\s*(\/\/|#!)/;
+  DynamicKV.looksLikeCode = (text) => {
+    const lines = text.split("\n").filter((line) => line.trim());
+    return lines.length >= 5 && lines.filter((line) => CODE.test(line)).length > 0.5 * lines.length;
+  };
 
   DynamicKV.register("document", (element) => {
     const find = (role) => element.querySelector(`[data-role="${role}"]`);
@@ -25,6 +36,7 @@
     let gap = -1;
 
     // The explanations serve as tooltips too.
+    document.addEventListener("pointerdown", (event) => { const menu = find("menu"); if (menu.open && !menu.contains(event.target)) menu.open = false; });
     for (const about of element.querySelectorAll("[data-about]")) find(about.dataset.about).title = about.textContent;
 
     const run = () => store.trace.runs[view.run];
@@ -38,15 +50,61 @@
       const layer = previewed();
       const { layers, prompt: { length } } = store.trace;
       const shades = SHADES[view.shades];
-      if (other()) {
+      const looked = lookedAt();
+      element.classList.toggle("dkv-reads", Boolean(looked));
+      if (looked) {
+        text.paint(readMarks(looked, layer), MARKS, true);
+      } else if (view.mark === "erased") {
+        const counts = DynamicKV.keptLayers(run(), layers, length);
+        text.paint(Uint8Array.from(counts, (count) => (count ? 0 : ERASED)), MARKS);
+      } else if (other()) {
         const marks = DynamicKV.difference(run(), other(), layer, view.head, layers, length);
-        text.paint(marks.map((mark) => (mark ? KEPT.length + mark : 0)), [...KEPT, ...DIFFERS]);
+        text.paint(marks.map((mark) => (mark ? KEPT.length + mark : 0)), MARKS);
       } else {
         const levels = DynamicKV.levels(run(), layer, view.head, layers, length, unitsNow());
-        text.paint(levels.map((level) => (level ? shades[level - 1] : 0)), [...KEPT, ...DIFFERS]);
+        text.paint(levels.map((level) => (level ? shades[level - 1] : 0)), MARKS);
       }
       element.classList.toggle("dkv-underlined", view.mark === "underline");
       describe(layer);
+    }
+
+    // The answer word whose reading is shown: FullKV's word at its place, once it is known what it read.
+    function lookedAt() {
+      const { trace } = store;
+      const word = DynamicKV.word();
+      const full = trace.runs.findIndex((item) => item.method === "FullKV" && !item.predicted);
+      if (!word || !trace.reads || full < 0 || word.full === null) return null;
+      return DynamicKV.wordsOf(trace)[full][word.full] ?? null;
+    }
+
+    // Heat where the word read and the run still holds it; a hole where most of what it read there is gone.
+    let strongest = -1; // the position of the document that the word read most
+    function readMarks(word, layer) {
+      const { read, kept, most } = DynamicKV.readBy(store.trace.reads, run(), word.first, word.last, layer);
+      const marks = new Uint8Array(read.length);
+      const [first, end] = store.trace.prompt.document_span;
+      strongest = -1;
+      const from = KEPT.length + DIFFERS.length;
+      for (let i = 0; i < read.length; i += 1) {
+        if (read[i] < FAINT * most || !most) continue;
+        if (i >= first && i < end && (strongest < first || read[i] > read[strongest])) strongest = i;
+        const share = Math.sqrt(read[i] / most);
+        marks[i] = from + (kept[i] >= read[i] / 2 ? Math.ceil(share * READ.length) : READ.length + (share > 0.4 ? 2 : 1));
+      }
+      return marks;
+    }
+
+    function readLegend(word) {
+      const back = make("button", { type: "button", className: "dkv-link" }, "back (Esc)");
+      back.addEventListener("click", () => DynamicKV.setWord(null));
+      return [make("span", { className: "dkv-legend-name" }, "read for ", make("q", {}, DynamicKV.shortWord(word.text))),
+        ...["little", "\u00a0", "\u00a0", "\u00a0", "much"].map((words, i) => swatch(`read-${i + 1}`, words)),
+        swatch("hole-2", `mostly gone with ${run().label}`), ...(store.word ? [back] : [])];
+    }
+
+    function markExpected() {
+      const span = store.trace.record.expected?.document_utf16_span;
+      if (span) text.markUnits("dkv-sought", [span], 2); else text.clear("dkv-sought");
     }
 
     function markWindow() {
@@ -82,7 +140,10 @@
         ? `all ${layers} layers`
         : otherKind(layer) ? `layer ${layer}, ${otherKind(layer)}: last ${plain(current.budgets[layer])} held, not compressed`
           : `layer ${layer}: ${plain(current.budgets[layer])} of ${plain(prompt.length)} kept`;
-      find("legend").replaceChildren(...(other() ? differenceLegend(all) : levelLegend(layer)));
+      const looked = lookedAt();
+      const erased = () => [swatch("erased", `erased everywhere: ${plain(DynamicKV.erased(current))} of ${counting(prompt.length, "token")} that no layer and no head keeps`)];
+      find("legend").replaceChildren(...(looked ? readLegend(looked) : view.mark === "erased" ? erased() : other() ? differenceLegend(all) : levelLegend(layer)));
+      find("last").textContent = String(layers - 1);
       fold(folds.before, 0, prompt.document_span[0], "template before the document", layer);
       fold(folds.after, prompt.document_span[1], prompt.length, "question and template after the document", layer);
     }
@@ -134,7 +195,8 @@
     }
 
     function fillTabs() {
-      find("tabs").replaceChildren(...store.trace.runs.map((item, index) => {
+      find("tabs").replaceChildren(...DynamicKV.runOrder().map((index) => {
+        const item = store.trace.runs[index];
         const button = make("button", { type: "button", data: { method: item.look } },
           make("span", { className: "dkv-glyph", ariaHidden: "true" }, item.glyph), item.label);
         button.setAttribute("aria-pressed", String(index === view.run));
@@ -159,7 +221,8 @@
       if (!store.trace?.runs.length) return;
       const found = text.tokensAt(x, y);
       DynamicKV.setHover(found && { source: "document", ...found }, "document");
-      if (found) showTip(x, y, found.position, found.last);
+      const { pin } = store;
+      if (found && !(pin && found.position >= pin.first && found.last <= pin.last)) showTip(x, y, found.position, found.last); else tip.hidden = true;
     });
 
     const visible = (part) => part.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/ /g, "·");
@@ -193,7 +256,7 @@
       const passage = text.selected();
       const found = passage || text.tokensAt(event.clientX, event.clientY);
       if (found) DynamicKV.setPin({ first: found.first ?? found.position, last: found.last });
-      point(event.clientX, event.clientY);
+      tip.hidden = true; // the drawer says more, and nothing lies over the line that was clicked
     });
     on("pin", (pin) => { if (!store.trace) return; if (pin) text.markTokens("dkv-pin", pin.first, pin.last, 3); else text.clear("dkv-pin"); });
     // What is copied is the text itself, byte for byte.
@@ -203,6 +266,21 @@
       event.clipboardData.setData("text/plain", selection.getRangeAt(0).toString());
       event.preventDefault();
     });
+
+    // What a word read lies elsewhere in the text most of the time: a chosen word brings it into the box.
+    const showWord = framed(() => {
+      if (!store.trace?.runs.length) return;
+      paint();
+      if (store.word && !store.wordHover && lookedAt() && strongest >= 0) { const line = text.lineOf(strongest); const box = scroll.getBoundingClientRect(); if (line.top < box.top || line.bottom > box.bottom) reveal(strongest); }
+    });
+    on("word", showWord);
+    on("reads", showWord);
+    // The first token of the document's text that the box shows.
+    DynamicKV.firstVisible = () => {
+      const box = scroll.getBoundingClientRect();
+      const found = text.tokensAt(box.left + 24, box.top + 24) ?? text.tokensAt(box.left + 24, box.top + 40);
+      return found?.position ?? store.trace.prompt.document_span[0];
+    };
 
     // ---- controls ---------------------------------------------------------------------------------------------
     slider.addEventListener("input", () => DynamicKV.setLayer(Number(slider.value)));
@@ -283,8 +361,11 @@
       gap = -1;
       find("find").value = "";
       for (const role of ["found", "gap"]) find(role).textContent = "";
-      for (const name of ["dkv-find", "dkv-found", "dkv-hover", "dkv-pin"]) text.clear(name);
+      for (const name of ["dkv-find", "dkv-found", "dkv-hover", "dkv-pin", "dkv-sought"]) text.clear(name);
       text.fill(trace.prompt);
+      const code = DynamicKV.looksLikeCode(trace.prompt.text.slice(...trace.prompt.document_utf16_span));
+      element.classList.toggle("dkv-code-text", code);
+      document.querySelector("#dkv-document")?.classList.toggle("dkv-code-text", code && Boolean(trace.example));
       scroll.scrollTop = 0;
       for (const box of Object.values(folds)) box.open = false;
       redraw();
@@ -296,6 +377,7 @@
       fillChoices();
       markWindow();
       markEdits();
+      markExpected();
       paint();
       minimap.draw();
     }
@@ -318,6 +400,12 @@
     on("reveal", reveal);
     for (const box of Object.values(folds)) box.addEventListener("toggle", minimap.measure);
     new ResizeObserver(minimap.measure).observe(scroll);
+    // The text takes what the screen has left below the answers.
+    const above = framed(() => {
+      const stage = element.closest("#dkv-stage");
+      if (stage?.offsetParent) document.documentElement.style.setProperty("--dkv-above", `${Math.round(stage.getBoundingClientRect().top + window.scrollY)}px`);
+    });
+    for (const node of document.querySelectorAll("#dkv-answers, #dkv-head")) new ResizeObserver(above).observe(node);
     if (store.trace) show(store.trace);
     return () => {};
   });

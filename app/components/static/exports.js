@@ -12,8 +12,9 @@
     if (!reply.ok) return;
     const skeleton = await reply.text();
     const { runs } = await DynamicKV.wholeRecord();
+    await DynamicKV.fetchReads();
     const { record, ...rest } = store.payload;
-    const run = { ...rest, key: "", example: "", ready: false, record: { ...record, runs: record.runs.map((item, i) => ({ ...item, scores: runs[i].scores })) } };
+    const run = { ...rest, ...(store.trace.reads ? { reads: store.trace.reads.sent } : {}), key: "", example: "", ready: false, record: { ...record, runs: record.runs.map((item, i) => ({ ...item, scores: runs[i].scores })) } };
     // "<" never appears in the data, so no text can end the script it stands in.
     const data = JSON.stringify({ run, cards: store.cards }).replace(/</g, "\\u003c");
     const page = skeleton.replace(PLACE, () => data);

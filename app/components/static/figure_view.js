@@ -6,7 +6,7 @@
   const { store, on, make, framed } = DynamicKV;
   const FRAME_MS = 900;
   const SPAN = 0.84; // of a layer's height, shared by the lanes, as in views/budgets.py
-  const MANY = 5;
+  const MANY = 4; // runs, and lanes at most that are shown unasked
   let loading = null;
 
   function loadPlotly() {
@@ -156,12 +156,15 @@
       });
       const { record } = store.trace;
       const plainly = (words) => words.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;"); // Plotly reads some HTML
-      const caption = `${plainly(record.model.name)}, ${DynamicKV.counting(record.prompt.length, "token")}: ${titles.find((item) => item.key === key).title}`;
+      const capacity = record.runs.find((run) => run.parameters.capacity)?.parameters.capacity;
+      const { question } = record.prompt;
+      const made = [record.model.name, DynamicKV.counting(record.prompt.length, "token"), capacity && `capacity ${capacity}`, lanes().join(", ")].filter(Boolean).join(" · ");
+      const caption = `${titles.find((item) => item.key === key).title}: ${plainly(question.length > 80 ? `${question.slice(0, 80)}…` : question)}<br><span style="font-size:12px">${plainly(made)}</span>`;
       const url = await Plotly.toImage({
         data: named,
         layout: { ...layout, paper_bgcolor: "#ffffff", plot_bgcolor: "#ffffff", font: { ...layout.font, ...ink }, showlegend: true, legend: { orientation: "h", y: 1.02, yanchor: "bottom" },
-          title: { text: caption, font: { size: 15, ...ink } }, margin: { l: 60, r: 20, t: 90, b: 50 }, xaxis: axis(layout.xaxis), yaxis: axis(layout.yaxis) },
-      }, { format, width: 900, height: height() + 90, scale: format === "png" ? 2 : 1 });
+          title: { text: caption, font: { size: 15, ...ink } }, margin: { l: 60, r: 20, t: 110, b: 64 }, xaxis: axis(layout.xaxis), yaxis: axis(layout.yaxis) },
+      }, { format, width: 900, height: height() + 124, scale: format === "png" ? 2 : 1 });
       const body = format === "svg" ? decodeURIComponent(url.slice(url.indexOf(",") + 1)) : Uint8Array.from(atob(url.slice(url.indexOf(",") + 1)), (char) => char.charCodeAt(0));
       DynamicKV.saveBlob(new Blob([body], { type: format === "svg" ? "image/svg+xml" : "image/png" }), fileName(format));
     }
@@ -317,9 +320,21 @@
     }
 
     function showNote() {
-      const off = hidden.has("FullKV") && figure().layerAxis;
-      find("wide").hidden = off || !figure().wideLimit;
-      find("note").textContent = [figure().note, off && "FullKV's bars are switched off to make room: its key shows them."].filter(Boolean).join(" ");
+      const off = figure().layerAxis ? store.trace.runs.filter((run) => hidden.has(run.look)) : [];
+      const full = hidden.has("FullKV") && figure().layerAxis;
+      find("wide").hidden = full || !figure().wideLimit;
+      const words = off.length && `${off.map((run) => run.label).join(", ")} ${off.length > 1 ? "are" : "is"} switched off to make room: ${off.length > 1 ? "their keys show them" : "its key shows it"}.`;
+      find("note").textContent = [!full && figure().note, words].filter(Boolean).join(" ");
+    }
+
+    // Many lanes are too thin to read: FullKV's, which are all as long as the prompt, those equal to another's, and what is
+    // more than fits, wait behind their keys.
+    function crowded(runs) {
+      if (runs.length < MANY) return new Set();
+      const seen = new Set();
+      const order = DynamicKV.runOrder().filter((index) => runs[index].look !== "FullKV").sort((a, b) => DynamicKV.added(runs[b]) - DynamicKV.added(runs[a]));
+      const shown = order.filter((index) => { const same = String(runs[index].budgets); return !seen.has(same) && seen.add(same); }).slice(0, MANY);
+      return new Set(runs.filter((_, index) => !shown.includes(index)).map((run) => run.look));
     }
 
     function show() {
@@ -355,8 +370,7 @@
       const { marker, x } = outline();
       window.Plotly.restyle(plot, { x: [x], "marker.line.color": marker.line.color, "marker.line.width": marker.line.width }, [last]);
     });
-    // Many lanes are thin: FullKV's, which are all as long as the prompt, make room first.
-    on("trace", (trace) => { if (!trace) return; hidden = new Set(trace.runs.length > MANY ? ["FullKV"] : []); show(); });
+    on("trace", (trace) => { if (!trace) return; hidden = crowded(trace.runs); show(); });
     on("theme", draw);
     const framedMarks = framed(drawMarks);
     for (const name of ["view", "hover"]) on(name, framedMarks);

@@ -31,7 +31,7 @@
 
   function table({ caption, lines }) {
     const [head, ...rows] = lines;
-    const cells = (line, tag) => line.map((text, place) => (place === 0 ? make("th", { scope: tag === "th" ? "col" : "row" }, text) : tag === "th" ? make("th", { scope: "col" }, text) : make("td", {}, text)));
+    const cells = (line, tag) => line.map((text, place) => (place === 0 && tag === "th" && !text ? make("td") : place === 0 ? make("th", { scope: tag === "th" ? "col" : "row" }, text) : tag === "th" ? make("th", { scope: "col" }, text) : make("td", {}, text)));
     // It may be wider than a phone: then it scrolls by itself, with the keyboard too.
     return make("div", { className: "dkv-lab-table", tabIndex: 0, role: "region", "aria-label": caption },
       make("table", {}, make("caption", {}, caption), make("thead", {}, make("tr", {}, ...cells(head, "th"))),

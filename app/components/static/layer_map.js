@@ -100,6 +100,22 @@
       DynamicKV.setLayer(layer);
       DynamicKV.emit("reveal", position);
     });
+    // By keys: up and down move the layer, left and right a hundredth of the prompt (with Shift a token); Enter goes to the text.
+    let at_ = 0;
+    canvas.addEventListener("keydown", (event) => {
+      const { trace, view } = store;
+      if (!trace?.runs.length || event.ctrlKey || event.altKey || event.metaKey) return;
+      const { length } = trace.prompt;
+      const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+      const down = { ArrowUp: -1, ArrowDown: 1 }[event.key];
+      if (down) DynamicKV.setLayer(Math.min(trace.layers - 1, Math.max(0, (view.layer ?? -down) + down)));
+      else if (step) at_ = Math.min(length - 1, Math.max(0, at_ + step * (event.shiftKey ? 1 : Math.max(1, Math.round(length / 100)))));
+      else if (event.key === "Enter") { DynamicKV.emit("reveal", at_); DynamicKV.setPin({ first: at_, last: at_ }); }
+      else return;
+      event.preventDefault();
+      event.stopPropagation();
+      DynamicKV.setHover({ source: "map", layer: view.layer ?? 0, position: at_ });
+    });
     const framedDraw = framed(draw);
     on("trace", framedDraw);
     on("runs", framedDraw);

@@ -286,7 +286,7 @@
     function matrix() {
       const { layers, runs } = lesson.trace;
       const head = make("tr", {}, make("th", { scope: "col" }, "evidence"), make("th", { scope: "col" }, "in layers"), make("th", { scope: "col" }, "in all"),
-        ...Array.from({ length: layers }, (_, layer) => make("th", { scope: "col", title: `layer ${layer}` }, layer % 5 ? "" : String(layer))));
+        ...Array.from({ length: layers }, (_, layer) => make("th", { scope: "col", title: `layer ${layer}` }, make("span", { className: layer % 5 ? "dkv-unseen" : "" }, String(layer)))));
       for (const [i, cell] of [...head.children].entries()) if (i > 2) cell.setAttribute("aria-label", `layer ${i - 3}`);
       const rows = runs.map((run) => {
         const shares = lesson.survival[run.method];

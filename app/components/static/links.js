@@ -29,6 +29,8 @@
   function write() {
     const { trace, view } = store;
     if (!trace || !restored) return;
+    // A lesson's address is the lesson's: what Explore shows meanwhile is not part of it.
+    if (new URLSearchParams(window.location.search).has("lesson")) return;
     const address = new URL(window.location.href);
     for (const name of OURS) address.searchParams.delete(name);
     if (trace.example && !trace.runs[view.run]?.predicted) {
@@ -47,6 +49,13 @@
     if (next !== window.location.href) window.history.replaceState(window.history.state, "", next);
   }
 
+  // The window's title names the run without its text: histories outlive the tab.
+  const title = document.title || "DynamicKV Explorer";
+  const entitle = (trace) => {
+    const { record, example } = trace;
+    document.title = example ? title : `${record.model.name}, ${DynamicKV.counting(record.prompt.length, "token")}${capacity ? `, capacity ${capacity}` : ""} · ${title}`;
+  };
+
   // The first record may be the page's own and the wanted one still on its way.
   let first = null;
   on("trace", (trace) => {
@@ -60,6 +69,7 @@
       restored = true;
     }
     write();
+    entitle(trace);
   });
   on("view", DynamicKV.framed(write));
   const changed = DynamicKV.framed((size) => { capacity = offered(whole(size)) ?? capacity; write(); });

@@ -22,6 +22,13 @@
     return true;
   };
 
+  // An error is about what was sent: it goes when somebody changes that.
+  document.addEventListener("input", (event) => {
+    const box = document.querySelector("#dkv-status .dkv-status");
+    if (!event.isTrusted || box?.dataset.state !== "error" || !event.target.closest("#dkv-inputs, #dkv-model-choice")) return;
+    DynamicKV.sayStatus(box.parentElement, { state: "idle", message: "", detail: "" });
+  });
+
   DynamicKV.register("status", (element) => (payload) => {
     if (!DynamicKV.sayStatus(element, payload)) return;
     // While a run is on, what the views below show is the run before it.

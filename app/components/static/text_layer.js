@@ -78,11 +78,12 @@
     const markUnits = (name, spans, priority) => native() && highlight(name, spans.flatMap(([start, end]) => ranges(start, end)), priority);
     const clear = (name) => highlight(name, [], 0);
 
-    // Paint a mark (1, 2, ...) per token, 0 for none; names[mark - 1] is the highlight's.
-    function paint(marks, names) {
+    // Paint a mark (1, 2, ...) per token, 0 for none; names[mark - 1] is the highlight's. `trimmed` leaves the space before out.
+    function paint(marks, names, trimmed = false) {
       if (!native()) { paintSpans(marks, names); return; }
       const buckets = names.map(() => []);
-      merged(marks, (mark, start, end) => ranges(start, end, buckets[mark - 1]));
+      const inside = (start, end) => (trimmed ? start + /^\s*/.exec(prompt.text.slice(start, end))[0].length : start);
+      merged(marks, (mark, start, end) => ranges(inside(start, end), end, buckets[mark - 1]));
       names.forEach((name, i) => highlight(name, buckets[i], 1));
     }
 

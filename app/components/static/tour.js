@@ -5,17 +5,39 @@
   const { DynamicKV } = window;
   const { make } = DynamicKV;
   const KEY = "dkv-tour";
+  const { store } = DynamicKV;
+  // What a step does while it is told: the page moves, and is put back when the tour ends.
+  const middle = () => store.trace && DynamicKV.setView({ layer: Math.floor(store.trace.layers / 2), mark: "fill" });
+  const lostWord = () => {
+    if (!store.trace?.runs.length) return;
+    const words = DynamicKV.wordsOf(store.trace);
+    const runs = DynamicKV.runOrder().filter((run) => store.trace.runs[run].method !== "FullKV");
+    const run = runs.find((index) => words[index].some((word) => word.lost)) ?? runs[0];
+    if (run === undefined || !words[run].length) return;
+    const own = Math.max(0, words[run].findIndex((word) => word.lost));
+    DynamicKV.setWord({ run, own, full: words[run][own].full });
+  };
+  const passage = () => {
+    if (!store.trace?.runs.length) return;
+    const { prompt, record } = store.trace;
+    const at = record.expected?.document_utf16_span ? DynamicKV.tokenAt(prompt.starts, record.expected.document_utf16_span[0]) : Math.floor((prompt.document_span[0] + prompt.document_span[1]) / 2);
+    DynamicKV.setPin({ first: at, last: at });
+    DynamicKV.pinSentence();
+  };
+  const play = () => { if (!DynamicKV.reducedMotion()) document.querySelector('.dkv-figures [data-role="play"][aria-label="Play the updates"]')?.click(); };
+  const putBack = () => { if (store.trace) { DynamicKV.setPin(null); DynamicKV.setWord(null); DynamicKV.setLayer(null); } };
   const STEPS = [
     ["#dkv-example", "A document", "The page opens with a recorded run of a built-in example. Choose another here, or paste or upload your own text below. Looking around needs no model."],
     ["#dkv-question", "A question", "Document and question together are the prompt. The end of the prompt decides what is kept, so another question keeps other tokens. Try two."],
     ["#dkv-methods", "Methods", "FullKV keeps everything and is the yardstick. The others keep a part. A first comparison worth seeing: SnapKV, which gives every layer equally many tokens, and DynamicKV, which does not."],
     ["#dkv-capacity", "How much to keep", "Capacity is the number of prompt tokens a layer keeps on average. The line below says what that means in per cent and in MiB. Small values show the differences best."],
     ["#dkv-run-row", "Run", "The model reads the prompt once and then answers from every method's cache in turn. Stop keeps what is there. You can also go on with the recorded run."],
-    ["#dkv-answers", "Answers and receipts", "One card per method: the answer, how much was really kept, bytes, times, and how far the answer follows FullKV's. The first token that differs is marked. Below stands how close the call was."],
-    ["#dkv-document-view", "What the cache kept", "Darker tokens are kept in more layers. Move the layer slider, or press the left and right arrow keys. Compare two methods with “Compare with”. Click a token to ask why it was kept."],
-    ["#dkv-figures", "Budgets", "How many tokens each layer keeps. SnapKV is flat; DynamicKV has a shape of its own. Press play below the chart: every step is a real update of this run, and the total stays the same."],
+    ["#dkv-answers", "Answers", "One card per method: the answer, how much of FullKV's answer survives, and how much is kept. The word that carries the loss glows; a harmless rewording does not. All figures are in the fold."],
+    ["#dkv-word", "Why this word?", "Each answer word is a handle. One is chosen now: how probable it is with every cache, and how much of what it read each cache still holds, layer by layer.", lostWord],
+    ["#dkv-document-view", "What the cache kept", "The text shows one layer now. Darker tokens are kept by more heads; over all layers, in more layers. The left and right arrow keys move the layer, [ and ] the method.", () => { DynamicKV.setWord(null); middle(); }],
+    [".dkv-evidence", "Evidence", "A sentence is chosen in the text: here you see in which layers each method still has it. Always keep it, and answer again from right here.", passage],
+    ["#dkv-figures", "Budgets", "How many tokens each layer keeps. SnapKV is flat; DynamicKV has a shape of its own. The film plays: every step is a real update of this run, and the total stays the same.", () => { DynamicKV.setPin(null); play(); }],
     ["#dkv-what-if", "What if?", "Other settings, tried on the prompt that was read. The choice is recomputed at once and marked as predicted; an answer comes when you ask for it."],
-    ["#dkv-evidence", "Evidence", "Select the sentence that holds the answer, in the text above. Here you see in which layers each method still has it, beside its answer."],
     ["#dkv-map", "The whole cache at a glance", "All layers and positions on one map. Bright columns are tokens that many heads keep. Click a place to see it in the text."],
     ['.tab-wrapper, [role="tablist"]', "Where to go from here", "Learn explains the ideas in ten minutes. Runs and API saves and opens runs, and has the same comparison as code."],
   ];
@@ -36,7 +58,7 @@
   }
   DynamicKV.labelTour = label;
 
-  const target = (step) => [...document.querySelectorAll(STEPS[step][0])].find((node) => node.offsetParent);
+  const target = (step) => [...document.querySelectorAll(STEPS[step][0])].find((node) => node.getClientRects().length);
   const toExplore = () => [...document.querySelectorAll('[role="tab"]')].find((node) => node.textContent.trim() === "Explore" && node.offsetParent)?.click();
 
   function build() {
@@ -67,7 +89,7 @@
     toExplore();
     let tries = 0;
     const wait = () => {
-      steps = STEPS.map((_, i) => i).filter(target);
+      steps = STEPS.map((_, i) => i).filter((step) => target(step) || STEPS[step][0] === ".dkv-evidence");
       // Gradio puts the page together piece by piece.
       if (steps.length < STEPS.length && tries++ < 120) { requestAnimationFrame(wait); return; }
       if (!steps.length || panel) return;
@@ -85,7 +107,8 @@
   }
 
   function show() {
-    const [, title, words] = STEPS[steps[at]];
+    const [, title, words, act] = STEPS[steps[at]];
+    act?.();
     remember(String(steps[at]));
     panel.querySelector("h2").textContent = title;
     panel.querySelector("p").textContent = words;
@@ -93,6 +116,7 @@
     panel.querySelector('[data-go="back"]').disabled = at === 0;
     panel.querySelector('[data-go="next"]').textContent = at + 1 === steps.length ? "Done" : "Next";
     const node = target(steps[at]);
+    if (!node) { go(1); return; }
     const tall = node.getBoundingClientRect().height > window.innerHeight * 0.6;
     node.scrollIntoView({ block: tall || window.innerWidth < 700 ? "start" : "center", behavior: "auto" });
     if (node.getBoundingClientRect().top < 16) window.scrollBy(0, node.getBoundingClientRect().top - 16);
@@ -120,6 +144,7 @@
   }
 
   function close() {
+    putBack();
     window.removeEventListener("resize", place);
     window.removeEventListener("scroll", place, true);
     frame.remove();
@@ -133,8 +158,12 @@
   function finish() { remember("done"); close(); }
 
   document.addEventListener("click", (event) => { if (event.target.closest?.("[data-tour=start]")) start(); });
-  if (new URLSearchParams(window.location.search).get("tour") === "1" && remembered() === null) {
-    const ready = () => { if (target(0)) { remember("0"); start(0); } else requestAnimationFrame(ready); };
+  // Once in a tab: who rehearsed a lecture sees it again in the next.
+  const SHOWN = "dkv-tour-shown";
+  const shown = () => { try { return window.sessionStorage.getItem(SHOWN) !== null; } catch { return false; } };
+  const showing = () => { try { window.sessionStorage.setItem(SHOWN, "1"); } catch { /* it may open again */ } };
+  if (new URLSearchParams(window.location.search).get("tour") === "1" && !shown()) {
+    const ready = () => { if (target(0)) { showing(); remember("0"); start(0); } else requestAnimationFrame(ready); };
     requestAnimationFrame(ready);
   }
 })();

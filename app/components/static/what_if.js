@@ -102,13 +102,12 @@
     // ---- pinned and evicted passages --------------------------------------------------------------------------
     const marked = () => spans.pinned.length + spans.evicted.length > 0;
     const without = (list, first, end) => list.flatMap(([from, to]) => [[from, Math.min(to, first)], [Math.max(from, end), to]].filter(([a, b]) => a < b));
-    on("edit", ({ kind, first, end }) => {
+    on("edit", ({ kind, first, end, undo }) => {
       if (!form || !store.trace) return;
       const other = kind === "pinned" ? "evicted" : "pinned";
-      spans = { [kind]: [...without(spans[kind], first, end), [first, end]].sort((a, b) => a[0] - b[0]), [other]: without(spans[other], first, end) };
-      DynamicKV.setPin(null);
+      const kept = without(spans[kind], first, end);
+      spans = { [kind]: undo ? kept : [...kept, [first, end]].sort((a, b) => a[0] - b[0]), [other]: without(spans[other], first, end) };
       changed();
-      if (!ready()) element.scrollIntoView({ block: "nearest", behavior: DynamicKV.reducedMotion() ? "auto" : "smooth" });
     });
     function showSpans() {
       const { text, starts, ends } = store.trace.prompt;
@@ -176,6 +175,7 @@
         : on_ ? `Move anything: the views show at once what would be kept. ${windowWords()}`
           : `This run was not made here just now: its prompt must be read once before ${marked() ? "the change can be shown" : "other settings can be tried"}.`);
       find("words").classList.toggle("dkv-wrong", Boolean(error));
+      DynamicKV.emit("standing", { ready: on_, predicted: Boolean(run), spans, error, seconds: Math.max(1, Math.round(store.trace?.record.prefill_seconds ?? 1)) });
       if (drawn && !error) find("words").textContent = `Drag the outlined bars in the chart: the total stays. ${find("words").textContent}`;
     }
 
@@ -207,8 +207,13 @@
     for (const button of element.querySelectorAll("[data-start]")) button.addEventListener("click", () => startFrom(button.dataset.start));
     find("less").addEventListener("click", () => nudge(-STEP));
     find("more").addEventListener("click", () => nudge(STEP));
-    find("answer").addEventListener("click", () => link.trigger("answer", asked()));
-    find("read").addEventListener("click", () => link.trigger("read", { key: key() }));
+    const answerWith = () => { if (predicted()) link.trigger("answer", asked()); };
+    const readPrompt = () => link.trigger("read", { key: key() });
+    find("answer").addEventListener("click", answerWith);
+    find("read").addEventListener("click", readPrompt);
+    // The evidence holds the same two buttons, beside the passage.
+    on("answerwith", answerWith);
+    on("readprompt", readPrompt);
     function takeBack() {
       drawn = null;
       error = "";

@@ -49,6 +49,9 @@ class EvidenceHandlers:
             return {"error": sentence_of(error)}
 
     def _reads(self, asked: Any) -> dict[str, Any]:
+        recorded = self._predictions.recorded_reads(asked)
+        if recorded is not None:
+            return recorded
         held, prefill = self._predictions.held(asked)
         trace = held.trace
         full = next((run for run in trace.runs if run.method == "FullKV"), None)

@@ -119,10 +119,16 @@ class FormHandlers:
                 )
         return placed(LINKED, changes)
 
-    def own_text(self, document: str, example_id: str | None) -> Any:
-        """Let go of the example's title when the text is not its any more; output: example."""
+    def own_text(self, document: str, expected: str, example_id: str | None) -> list[Any]:
+        """Let go of the example's title, and of what it expects, when the text is not its any more;
+        outputs: expected, example.
+        """
         example = self._example(example_id)
-        return gr.skip() if example is None or example.is_document(document) else OWN_TEXT
+        if example is None or example.is_document(document):
+            return [gr.skip(), gr.skip()]
+        sought = example.trace.expected if example.trace is not None else None
+        its_own = sought is not None and sought.text == expected
+        return ["" if its_own else gr.skip(), OWN_TEXT]
 
     def upload(self, path: str | None) -> Any:
         """Read an uploaded text; output: document."""

@@ -146,12 +146,18 @@ class WhatIfHandlers:
             on_prefill=prefills.append,
             should_stop=stop.is_set,
         )
+        start = time.perf_counter()
         with closing(stream) as events:
             for event in events:
                 if prefills:
                     break
                 if isinstance(event, dkv.Progress):
-                    yield reading(event), gr.skip(), gr.skip(), *busy_buttons()
+                    yield (
+                        reading(event) | {"detail": time_left(event, start)},
+                        gr.skip(),
+                        gr.skip(),
+                        *busy_buttons(),
+                    )
         if not prefills:
             yield idle("Stopped."), gr.skip(), gr.skip(), *idle_buttons()
             return
@@ -165,6 +171,17 @@ class WhatIfHandlers:
             "What-if now answers at once.",
         )
         yield done, gr.skip(), {"key": key}, *idle_buttons()
+
+
+def time_left(event: dkv.Progress, start: float) -> str:
+    """How long reading took so far, since `start` of `time.perf_counter`, and how long it goes on
+    at that speed.
+    """
+    elapsed = time.perf_counter() - start
+    if not 0 < event.completed < event.total:
+        return f"{elapsed:.1f} s"
+    left = elapsed * (event.total - event.completed) / event.completed
+    return f"{elapsed:.1f} s · about {seconds(left)} more"
 
 
 def is_run_of(run: dkv.Run, method: dkv.CompressionMethod) -> bool:

@@ -59,10 +59,10 @@ def test_picking_an_example_shows_its_record(host: ModelHost, example: Example) 
 
 def test_a_changed_text_lets_go_of_the_example(host: ModelHost, example: Example) -> None:
     handlers = Page(host, {"one": example}).explore.form
-    assert handlers.own_text("The river rose again!", "one") == OWN_TEXT
+    assert handlers.own_text("The river rose again!", "", "one") == [gr.skip(), OWN_TEXT]
     for same in (example.document, example.document + "\n"):
-        assert handlers.own_text(same, "one") == gr.skip()
-    assert handlers.own_text("anything", None) == gr.skip()
+        assert handlers.own_text(same, "", "one") == [gr.skip(), gr.skip()]
+    assert handlers.own_text("anything", "", None) == [gr.skip(), gr.skip()]
 
 
 @pytest.mark.parametrize(
