@@ -104,6 +104,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Example]:
         "token_ids": [1],
         "logprobs": [0.0],
         "decode_seconds": [0.0],
+        "aligned": None,
     }
     traces["hostile"] = replace(
         traces["hostile"],

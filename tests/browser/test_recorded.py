@@ -30,7 +30,7 @@ TWO_FRAMES = """async (layers) => {
 
 
 CUT_OR_WRAPPED = """[...document.querySelectorAll(
-  '.dkv-card :is(h3, .dkv-finish, .dkv-kept, .dkv-expected span, dt, b)')]
+  '.dkv-card :is(h3, .dkv-finish, .dkv-expected span, dt, b)')]
   .filter((node) => node.scrollWidth > node.clientWidth + 1 && node.clientWidth
     || node.offsetHeight > 1.6 * parseFloat(getComputedStyle(node).lineHeight))
   .map((node) => node.textContent)"""
@@ -62,7 +62,8 @@ def test_first_paint_is_a_recorded_run(page: Page, page_url: str) -> None:
     expect(page.locator(".dkv-card[data-method=DynamicKV] .dkv-chip")).to_have_text(
         "compressed at 30 of 30 layers"
     )
-    expect(page.locator(".dkv-card[data-method=DynamicKV] .dkv-apart")).to_have_text("old")
+    lost = page.locator(".dkv-card[data-method=DynamicKV] .dkv-glow")
+    expect(lost).to_have_text(["old", "bridge"])
     assert sum(highlights(page).values()) > 50
     assert page.evaluate("document.querySelectorAll('*').length") < 3000
     expect(page.locator(".dkv-model")).to_have_attribute("data-state", "failed")
