@@ -21,6 +21,7 @@ MEASURED = "<!-- measured: python -m benchmarks.readme writes this -->", "<!-- /
 HEADLINES = "<!-- headlines: python -m benchmarks.readme writes this -->", "<!-- /headlines -->"
 SECTIONS = {
     "start": ("Start", "make bench"),
+    "convert": ("First conversion of a GGUF file", "python -m benchmarks.convert FILE.gguf"),
     "engine": ("Reading, choosing, decoding", "make bench"),
     "what-if": ("Choosing again from one prefill", "python -m benchmarks.what_if"),
     "batch": ("Several prompts in one batch", "python -m benchmarks.batch"),

@@ -4,6 +4,7 @@ llm = load_model("smollm2-135m")
 trace = compare(llm, document, question, methods=[FullKV(), DynamicKV(capacity=128)])
 """
 
+import dynamickv.threads  # noqa: F401  # isort: skip  (before torch)
 from dynamickv import evaluate
 from dynamickv.answer import Preview, preview
 from dynamickv.compare import compare, compare_stream

@@ -28,6 +28,11 @@ class Predictions:
         # One thread that stays: torch starts its workers anew in every thread it is called from.
         self._chooser = ThreadPoolExecutor(1, thread_name_prefix="what-if")
 
+    def prepare(self, prefill: dkv.Prefill) -> None:
+        """Make any observation window quick, while nobody waits for it."""
+        for layer in prefill.recalling:
+            self._chooser.submit(layer.prepare)
+
     def predict(self, asked: Any) -> dict[str, Any]:
         """What a method would keep of a stored prompt, as the page draws it.
 

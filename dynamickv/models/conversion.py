@@ -193,25 +193,36 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 def _read_model(source: files.Gguf, folder: Path) -> Any:
-    """The model in float32, read from one joined file that is written to `folder` and removed."""
+    """The model in float32; joined files are written to `folder` for transformers, and removed."""
     from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
-    from dynamickv.models.gguf_config import complete, require_weights
+    from dynamickv.models import gguf_weights as weights
+    from dynamickv.models.gguf_config import complete
 
     joined = folder / "joined.gguf"
-    files.write_joined(source, joined)
+    files.write_joined(source, joined, weights=False)
     config = AutoConfig.from_pretrained(folder, gguf_file=joined.name)
     complete(config, source)
-    require_weights(config, source)
-    read: Any = AutoModelForCausalLM.from_pretrained(
-        folder,
-        gguf_file=joined.name,
-        config=config,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=torch.float32,
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-    )
+    empty = weights.empty_model(config)
+    places = weights.places_of_weights(empty, source)
+    expected: dict[str, Any] = {
+        "config": config,
+        "dtype": torch.float32,
+        "ignore_mismatched_sizes": True,
+        "output_loading_info": True,
+    }
+    if places is not None and source.architecture in weights.READ_HERE:
+        read = type(empty).from_pretrained(
+            None, state_dict=weights.read_weights(config, source, places), **expected
+        )
+    else:
+        files.write_joined(source, joined)
+        read = AutoModelForCausalLM.from_pretrained(
+            folder,
+            gguf_file=joined.name,
+            quantization_config=GgufConfig(dequantize=True),
+            **expected,
+        )
     model, info = read
     joined.unlink()
     for fault in ("missing_keys", "mismatched_keys", "unexpected_keys"):

@@ -138,16 +138,19 @@ def parts_of(path: Path) -> tuple[Path, ...]:
     return parts
 
 
-def write_joined(model: Gguf, path: Path) -> None:
+def write_joined(model: Gguf, path: Path, *, weights: bool = True) -> None:
     """Write the parts as one file, with the size of the vocabulary in the vocabulary's place.
 
     What reads its configuration and weights is then done in seconds, and sees every tensor.
+
+    Args:
+        weights: False leaves holes where their numbers would be.
     """
     tokens = len(model.metadata.get("tokenizer.ggml.tokens", ()))
     added = {"tokenizer.ggml.tokens": tokens} if tokens else {}
     if (embedding := model.tensors.get("token_embd.weight")) and model.get("vocab_size") is None:
         added[f"{model.architecture}.vocab_size"] = embedding.shape[0]
-    _write(model, path, VOCABULARY, added, list(model.tensors.values()))
+    _write(model, path, VOCABULARY, added, list(model.tensors.values()), weights)
 
 
 def write_header(model: Gguf, path: Path) -> None:
@@ -156,7 +159,12 @@ def write_header(model: Gguf, path: Path) -> None:
 
 
 def _write(
-    model: Gguf, path: Path, without: tuple[str, ...], added: dict[str, int], tensors: list[Tensor]
+    model: Gguf,
+    path: Path,
+    without: tuple[str, ...],
+    added: dict[str, int],
+    tensors: list[Tensor],
+    weights: bool = True,
 ) -> None:
     kept = [
         span
@@ -178,6 +186,9 @@ def _write(
             shape = struct.pack(f"<I{len(sizes)}Q", len(sizes), *sizes)
             file.write(_text(tensor.name) + shape + struct.pack("<IQ", tensor.kind, offset))
             offset += _aligned(tensor.nbytes, alignment)
+        if not weights:
+            file.truncate(_aligned(file.tell(), alignment) + offset)
+            return
         for tensor in tensors:
             file.write(bytes(-file.tell() % alignment))
             with tensor.part.open("rb") as source:

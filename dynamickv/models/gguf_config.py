@@ -1,7 +1,7 @@
 """What a GGUF file says of its model -> transformers' config, where transformers leaves it out.
 
-transformers drops rotary scaling, windows and head sizes without a word, and fills weights that it
-does not find with fresh random numbers. Here each is read, or refused in one sentence.
+transformers drops rotary scaling, windows and head sizes without a word. Here each is read, or
+refused in one sentence.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ import math
 from typing import Any
 
 import numpy as np
-import torch
-from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 from numpy.typing import NDArray
 
 from dynamickv.models.faults import UnusableModelError
@@ -19,7 +17,6 @@ from dynamickv.models.gguf import Gguf
 
 LLAMA3_FREQUENCIES = "rope_freqs.weight"
 LONGROPE = ("rope_factors_short.weight", "rope_factors_long.weight")
-NOT_WEIGHTS = (LLAMA3_FREQUENCIES, *LONGROPE)
 SETTINGS = {
     "attention.head_count_kv": "num_key_value_heads",
     "attention.key_length": "head_dim",
@@ -200,47 +197,3 @@ def _llama3_divisors(count: int, theta: float, factor: float, original: int) -> 
     turns = original / (2 * math.pi * theta ** (np.arange(count) / count))
     smooth = np.clip((turns - 1.0) / (4.0 - 1.0), 0.0, 1.0)
     return np.asarray(1.0 / ((1.0 - smooth) / factor + smooth))
-
-
-def require_weights(config: Any, model: Gguf) -> None:
-    """Raise ValueError unless the file holds every weight that the model needs, in its size, and
-    none that the model has no place for. Builds nothing: the model has no storage."""
-    from transformers import AutoModelForCausalLM
-
-    architectures = {name: kind for kind, name in MODEL_ARCH_NAMES.items()}
-    if model.architecture not in architectures:
-        return  # and transformers' own check is all there is
-    with torch.device("meta"):
-        empty: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    names = get_tensor_name_map(architectures[model.architecture], config.num_hidden_layers)
-    tied = set(getattr(empty, "_tied_weights_keys", None) or ())
-    known = set(NOT_WEIGHTS)
-    complete_map = True
-    for ours, weight in empty.state_dict().items():
-        stem, dot, ending = ours.rpartition(".")
-        theirs = names.get_name(stem) if ending in ("weight", "bias") else names.get_name(ours)
-        if theirs is None:
-            complete_map = False
-            continue
-        name = f"{theirs}{dot}{ending}" if ending in ("weight", "bias") else theirs
-        known.add(name)
-        held = model.tensors.get(name)
-        if held is None:
-            if config.tie_word_embeddings and ours in tied:
-                continue
-            raise UnusableModelError(
-                f"{model.name} lacks the tensor {name}, which a {model.architecture} model needs; "
-                "download it again, or convert the model anew"
-            )
-        if math.prod(held.shape) != weight.numel():
-            raise UnusableModelError(
-                f"{model.name} says that {name} has {tuple(weight.shape)} numbers and holds "
-                f"{held.shape}; its settings and its weights do not belong together, so convert "
-                "the model anew"
-            )
-    left = [name for name in model.tensors if name not in known]
-    if complete_map and left:
-        raise UnusableModelError(
-            f"{model.name} holds the tensor {left[0]}, for which transformers' model has no place; "
-            "load the model's folder with safetensors instead"
-        )

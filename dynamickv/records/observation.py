@@ -13,6 +13,8 @@ from dynamickv.scoring import window_attention
 RECALLED = 4
 """Attentions that a `RecallingLayer` keeps: one takes a few per cent of the layer's keys and
 values."""
+QUERIES_AT_ONCE = 16
+"""Queries that a CPU sums up together; what they paid, kept, is part of every longer window."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +143,23 @@ class LayerObservation:
 
         `attention(window_size)` is what the observation window pays to the prefix.
         """
+        total: Tensor | None = None
+        for far, near in self._pieces(first, last):
+            paid = self._paid(far, near)
+            total = paid if total is None else total[:, : paid.shape[1]] + paid
+        assert total is not None
+        return total
+
+    def _pieces(self, first: int, last: int) -> list[tuple[int, int]]:
+        """The queries from `first` to `last` in the pieces that are summed up, the last ones
+        first."""
+        # An accelerator would spend its time on starting the small operations.
+        at_once = QUERIES_AT_ONCE if self.keys.device.type == "cpu" else first
+        ends = [*range(last - last % at_once + at_once, first, at_once), first]
+        return list(zip(ends, [last, *ends], strict=False))
+
+    def _paid(self, first: int, last: int) -> Tensor:
+        """`attention` of one piece."""
         end = self.queries.shape[1] - last
         queries = self.queries[:, end - (first - last) : end]
         keys = self.keys[:, : self.prompt_length - last]
@@ -164,6 +183,9 @@ class RecallingLayer(LayerObservation):
         default_factory=OrderedDict, compare=False, repr=False
     )
 
+    pieces: dict[tuple[int, int], Tensor] = field(default_factory=dict, compare=False, repr=False)
+    """What whole pieces of the queries paid, which longer windows are summed up from."""
+
     def attention(self, first: int, last: int = 0) -> Tensor:
         """The same tensor as `LayerObservation.attention`, computed once; not to be changed."""
         # Taken out and put back, so that threads which ask at once never find it half done.
@@ -173,4 +195,25 @@ class RecallingLayer(LayerObservation):
         self.recalled[first, last] = found
         while len(self.recalled) > RECALLED:
             self.recalled.popitem(last=False)
+        return found
+
+    @property
+    def whole_pieces(self) -> list[tuple[int, int]]:
+        """The pieces that are kept: none on an accelerator, which sums up a window at once."""
+        if self.keys.device.type != "cpu":
+            return []
+        whole = self.queries.shape[1] // QUERIES_AT_ONCE * QUERIES_AT_ONCE
+        return self._pieces(whole, 0) if whole else []
+
+    def prepare(self) -> None:
+        """Sum up what every piece of the queries paid, so that any window is quick."""
+        for first, last in self.whole_pieces:
+            self._paid(first, last)
+
+    def _paid(self, first: int, last: int) -> Tensor:
+        found = self.pieces.get((first, last))
+        if found is None:
+            found = LayerObservation._paid(self, first, last)
+            if (first, last) in self.whole_pieces:
+                self.pieces[first, last] = found
         return found

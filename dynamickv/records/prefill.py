@@ -137,7 +137,8 @@ class Prefill:
     def nbytes(self) -> int:
         """Bytes of every tensor this record holds, and of all that its layers may recall."""
         recalled = sum(
-            RECALLED * layer.num_query_heads * layer.prompt_length * 4 for layer in self.layers
+            (RECALLED + len(layer.whole_pieces)) * layer.num_query_heads * layer.prompt_length * 4
+            for layer in self.recalling
         )
         observed = sum(
             tensor.numel() * tensor.element_size()

@@ -46,7 +46,7 @@ class ExploreHandlers:
     ) -> ExploreHandlers:
         """Each gets what it uses."""
         predictions = Predictions(shelf, examples)
-        run = RunHandlers(host, comparisons, turns, shelf, shown)
+        run = RunHandlers(host, comparisons, turns, shelf, shown, predictions)
         return cls(
             form=FormHandlers(host, examples, shown),
             run=run,

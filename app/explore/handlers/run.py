@@ -12,6 +12,7 @@ import gradio as gr
 
 import dynamickv as dkv
 from app.explore.live import LiveRun
+from app.explore.predictions import Predictions
 from app.form import Form
 from app.inputs import Request
 from app.serving.comparisons import Comparisons, log_run
@@ -56,10 +57,16 @@ class RunHandlers:
     """Events of Run and Stop; what else uses the model on Explore goes through `guarded`."""
 
     def __init__(
-        self, models: Models, comparisons: Comparisons, turns: Turns, shelf: Shelf, shown: Shown
+        self,
+        models: Models,
+        comparisons: Comparisons,
+        turns: Turns,
+        shelf: Shelf,
+        shown: Shown,
+        predictions: Predictions,
     ) -> None:
         self._models, self._comparisons, self._turns = models, comparisons, turns
-        self._shelf, self._shown = shelf, shown
+        self._shelf, self._shown, self._predictions = shelf, shown, predictions
         self._stops = Stops()
 
     def begin(self, request: gr.Request, *values: Any) -> Iterator[tuple[Any, ...]]:
@@ -141,6 +148,8 @@ class RunHandlers:
         self._comparisons.learn(live.trace)
         log_run(live.trace)
         key = self._shelf.put(live.trace, "run", model, prefills[0] if prefills else None)
+        for prefill in prefills:
+            self._predictions.prepare(prefill)
         shown = self._shown.record(live.trace, "run", key)
         yield ended(live.trace, start), *shown, *idle_buttons()
 

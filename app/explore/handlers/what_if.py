@@ -166,6 +166,7 @@ class WhatIfHandlers:
                 f"{model} reads this prompt as another text than the record holds: press Run."
             )
         key = self._shelf.put(held.trace, held.kind, model, prefills[0])
+        self._predictions.prepare(prefills[0])
         done = idle(
             f"The prompt is read ({seconds(prefills[0].seconds)}).",
             "What-if now answers at once.",

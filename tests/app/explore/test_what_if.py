@@ -58,6 +58,17 @@ def test_a_marked_passage_is_in_the_record_and_in_the_label(page: Page) -> None:
     assert status["message"] == "DynamicKV with these settings is answered already."
 
 
+def test_a_run_leaves_every_observation_window_prepared(page: Page) -> None:
+    key = run(page)["key"]
+    held = page.shelf.get(key)
+    assert held is not None
+    assert held.prefill is not None
+    # Its turn comes after all that is prepared.
+    assert "run" in page.explore.what_if.predict(ASKED | {"key": key})
+    for layer in held.prefill.recalling:
+        assert list(layer.pieces) == layer.whole_pieces != []
+
+
 def run(page: Page, methods: tuple[str, ...] = ("DynamicKV",), **changes: Any) -> dict[str, Any]:
     """Press Run; what the page then holds."""
     store: dict[str, Any] = page.press_run(methods=list(methods), capacity=64, **changes)[2]

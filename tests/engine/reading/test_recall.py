@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 
 import dynamickv as dkv
 from dynamickv.answer import select
-from dynamickv.records import RECALLED
+from dynamickv.records import RECALLED, observation
 from tests.engine.tiny import DOCUMENT, QUESTION, tiny_llm
 
 
@@ -16,13 +18,48 @@ def prefill() -> dkv.Prefill:
     return dkv.prefill(tiny_llm(), DOCUMENT, QUESTION)
 
 
-@pytest.mark.parametrize(("first", "last"), [(8, 0), (64, 8), (9, 0)])
+@pytest.mark.parametrize(("first", "last"), [(8, 0), (64, 8), (9, 0), (37, 0), (64, 0), (40, 20)])
 def test_what_is_recalled_is_what_was_computed(prefill: dkv.Prefill, first: int, last: int) -> None:
     recalling, plain = prefill.recalling[2], prefill.layers[2]
     once = recalling.attention(first, last)
     assert torch.equal(once, plain.attention(first, last))
     assert recalling.attention(first, last) is once
     assert plain.attention(first, last) is not once
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "asked"),
+    [(16, 0, []), (64, 0, []), (7, 0, [7]), (37, 0, [5]), (64, 8, [8]), (40, 20, [12, 8])],
+)
+def test_of_a_prepared_window_only_the_queries_of_no_whole_piece_are_asked(
+    prefill: dkv.Prefill,
+    first: int,
+    last: int,
+    asked: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recalling, plain = prefill.recalling[2], prefill.layers[2]
+    expected = plain.attention(first, last)
+    before = prefill.nbytes
+    recalling.prepare()
+    assert prefill.nbytes == before
+    taken = Mock(wraps=observation.window_attention)
+    monkeypatch.setattr(observation, "window_attention", taken)
+    assert torch.equal(recalling.attention(first, last), expected)
+    assert [call.args[0].shape[1] for call in taken.call_args_list] == asked
+
+
+def test_what_is_kept_of_the_pieces_is_bounded_and_counted(prefill: dkv.Prefill) -> None:
+    for window_size in range(1, 65):
+        dkv.preview(dkv.SnapKV(capacity=70, window_size=window_size), prefill)
+    for layer in prefill.recalling:
+        assert sorted(layer.pieces) == [(16, 0), (32, 16), (48, 32), (64, 48)]
+    held = sum(
+        tensor.nbytes
+        for layer in prefill.recalling
+        for tensor in (*layer.recalled.values(), *layer.pieces.values())
+    )
+    assert prefill.nbytes - prefill.kv_bytes > held
 
 
 def test_a_choice_is_the_same_after_any_number_of_others(prefill: dkv.Prefill) -> None:
