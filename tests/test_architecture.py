@@ -182,7 +182,7 @@ PAGE_FLOORS = (
     ("serving", "components", "form", "uploads", "snippets"),
     ("views", "examples", "inputs"),
     ("record", "settings"),
-    ("theme", "wording", "threads"),
+    ("theme", "wording", "threads", "preview"),
 )
 
 
