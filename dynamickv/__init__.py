@@ -11,12 +11,15 @@ from dynamickv.conversation import Conversation
 from dynamickv.decoding.forcing import divergence, forced_logits
 from dynamickv.memory import OutOfMemory, free_memory, release_memory
 from dynamickv.methods import (
+    CAKE,
     H2O,
     METHODS,
     Capabilities,
     CompressionMethod,
     DynamicKV,
     FullKV,
+    KeyDiff,
+    LAVa,
     Manual,
     PyramidKV,
     ScoredMethod,
@@ -57,6 +60,7 @@ from dynamickv.serve import CompressedCache, compress
 from dynamickv.version import __version__
 
 __all__ = [
+    "CAKE",
     "DEFAULT_MODEL",
     "H2O",
     "KNOWN_MODELS",
@@ -73,7 +77,9 @@ __all__ = [
     "Event",
     "FullKV",
     "Geometry",
+    "KeyDiff",
     "KnownModel",
+    "LAVa",
     "LayerObservation",
     "LoadedModel",
     "Manual",

@@ -160,6 +160,7 @@ def _observed_attention(
         attended = Attended(
             queries=query,
             keys=key,
+            values=value,
             scaling=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
             softcap=kwargs.get("softcap"),
             sinks=kwargs.get("s_aux", kwargs.get("sinks")),
