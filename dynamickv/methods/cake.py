@@ -71,9 +71,7 @@ class CAKE(ClaimingMethod):
         preference = max(entropy, 0.0) ** (1 / self.tau1) * shift ** (1 / self.tau2)
         return pool(scores, 5, "avg"), preference
 
-    def budgets_of(
-        self, claims: Sequence[float], num_layers: int, prefix_length: int
-    ) -> list[int]:
+    def budgets_of(self, claims: Sequence[float], num_layers: int, prefix_length: int) -> list[int]:
         """Prefix tokens that the layers seen so far may hold."""
         total = self.mean_budget * num_layers
         claimed = sum(claims)

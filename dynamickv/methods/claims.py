@@ -28,9 +28,7 @@ class ClaimingMethod(ScoredMethod):
         """Scores as `score` gives them, and the layer's claim on the budget."""
 
     @abstractmethod
-    def budgets_of(
-        self, claims: Sequence[float], num_layers: int, prefix_length: int
-    ) -> list[int]:
+    def budgets_of(self, claims: Sequence[float], num_layers: int, prefix_length: int) -> list[int]:
         """Prefix tokens that the layers seen so far may hold, none above `prefix_length`; once all
         are seen, their budgets."""
 

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dynamickv.methods.base import EvictingMethod
-from dynamickv.methods.edits import edited_positions
 from dynamickv.methods.selection import RankedSelection, Selection
 from dynamickv.records import LayerObservation
 from dynamickv.scoring import reduce_group

@@ -28,9 +28,9 @@ class LAVa(ClaimingMethod):
 
     Departures from the authors' code: the floor of a head is alpha times its layer's budget
     (theirs, alpha x capacity, spends alpha x window tokens a head too many); heads compete for what
-    is above the floor, so that the layer's budget is spent to the token; a layer's budget is at most
-    what it has, and the rest goes to the others (theirs fails); a prompt with n <= capacity is kept
-    whole; scores stay float32; positions are stored in order. The option `normalize` of theirs,
+    is above the floor, so that the layer's budget is spent to the token; a layer's budget is at
+    most what it has, and the rest goes to the others (theirs fails); a prompt with n <= capacity is
+    kept whole; scores stay float32; positions are stored in order. The option `normalize` of theirs,
     which none of their scripts sets, is not here. Their window is 32.
     """
 
@@ -75,9 +75,7 @@ class LAVa(ClaimingMethod):
             scores = reduce_group(scores, layer.num_kv_heads, self.group_reduction)
         return scores, evenness(scores)
 
-    def budgets_of(
-        self, claims: Sequence[float], num_layers: int, prefix_length: int
-    ) -> list[int]:
+    def budgets_of(self, claims: Sequence[float], num_layers: int, prefix_length: int) -> list[int]:
         """Prefix tokens that the layers seen so far may hold, rounded down."""
         shares = shares_of(claims, self.mean_budget * num_layers, prefix_length)
         return [int(share) for share in shares]

@@ -68,9 +68,7 @@ class ShiftKV(ClaimingMethod):
         """As `ScoredMethod` does."""
         return ScoredMethod.score(self, layer)
 
-    def budgets_of(
-        self, claims: Sequence[float], num_layers: int, prefix_length: int
-    ) -> list[int]:
+    def budgets_of(self, claims: Sequence[float], num_layers: int, prefix_length: int) -> list[int]:
         """`first_budget`, and once all layers are seen their shares."""
         most = self.first_budget(0, num_layers, prefix_length)
         if len(claims) < num_layers:

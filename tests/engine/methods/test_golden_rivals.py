@@ -136,9 +136,7 @@ def weighed(key: str) -> list[float]:
     return [method.weigh(layer)[1] for layer in observed(key)]
 
 
-@pytest.mark.parametrize(
-    "key", [*cases("cake", CUT_LATER, GROWS), *cases("keydiff", BLOCKWISE)]
-)
+@pytest.mark.parametrize("key", [*cases("cake", CUT_LATER, GROWS), *cases("keydiff", BLOCKWISE)])
 def test_kept_positions_equal_the_reference(key: str) -> None:
     case = CASES[key]
     end = case["seq_len"] - case.get("window", 0)
@@ -153,7 +151,9 @@ def test_kept_positions_equal_the_reference(key: str) -> None:
             assert ours.tolist()[len(prefix) :] == list(range(end, case["seq_len"])), where
 
 
-@pytest.mark.parametrize("key", [key for key, case in CASES.items() if "score_L0" in case["arrays"]])
+@pytest.mark.parametrize(
+    "key", [key for key, case in CASES.items() if "score_L0" in case["arrays"]]
+)
 def test_scores_equal_the_reference(key: str) -> None:
     for layer, ours in scored(key):
         np.testing.assert_allclose(ours, array(key, f"score_L{layer}"), rtol=2e-5, atol=1e-7)
@@ -252,8 +252,7 @@ def test_budgets_of_lava_only_fall_and_never_sum_to_more_than_all_layers_have(se
     claims, prefix = random_claims(seed)
     method = dkv.LAVa(capacity=40)
     stages = [
-        method.budgets_of(claims[:seen], len(claims), prefix)
-        for seen in range(1, len(claims) + 1)
+        method.budgets_of(claims[:seen], len(claims), prefix) for seen in range(1, len(claims) + 1)
     ]
     for before, now in pairwise(stages):
         assert all(later <= earlier for earlier, later in zip(before, now[:-1], strict=True))
@@ -352,7 +351,7 @@ def test_lava_asks_for_values() -> None:
         dkv.retain(method, queries, keys, values[:1])
     with pytest.raises(ValueError, match="same heads and positions"):
         dkv.retain(method, queries, keys, [value[:, :, 1:] for value in values])
-    with pytest.raises(ValueError, match="values .* hold NaN or infinity"):
+    with pytest.raises(ValueError, match=r"values .* hold NaN or infinity"):
         dkv.retain(method, queries, keys, [value * float("nan") for value in values])
 
 
