@@ -30,8 +30,8 @@ class LAVa(ClaimingMethod):
     (theirs, alpha x capacity, spends alpha x window tokens a head too many); heads compete for what
     is above the floor, so that the layer's budget is spent to the token; a layer's budget is at
     most what it has, and the rest goes to the others (theirs fails); a prompt with n <= capacity is
-    kept whole; scores stay float32; positions are stored in order. The option `normalize` of theirs,
-    which none of their scripts sets, is not here. Their window is 32.
+    kept whole; scores stay float32; positions are stored in order. The option `normalize` of
+    theirs, which none of their scripts sets, is not here. Their window is 32.
     """
 
     name: ClassVar[str] = "LAVa"

@@ -48,7 +48,9 @@ PLACES = ["cpu", "disk", "some layers on disk"]
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("method", SMALL_INSTANCES, ids=method_name)
 def test_a_compressed_generate_answers_alike(place: str, method: Any, tmp_path: Path) -> None:
-    inputs = [plain(prompts(70)[0]), left_padded(prompts(*LENGTHS))]
+    inputs = [plain(prompts(70)[0])]
+    if method.name != "LAVa":  # parts heads, which rows cannot
+        inputs.append(left_padded(prompts(*LENGTHS)))
     model = offloaded(place, tmp_path)
     for given in inputs:
         expected, held = compressed(tiny_model(), method, given)
