@@ -10,7 +10,7 @@ import dynamickv as dkv
 
 from .inputs import Request, build_request
 from .record.words import document_of
-from .settings import CAPACITIES, SETTINGS, form_defaults, offered_methods
+from .settings import CAPACITIES, SETTINGS, defaults, form_defaults, offered_methods
 
 FIELDS = (
     "document",
@@ -76,12 +76,10 @@ class Form:
 def form_of(trace: dkv.Trace, models: list[str]) -> dict[str, Any]:
     """What the form must say to run a record again; what it cannot say is left out."""
     # Of a record from a stranger only parameters that its method takes reach the widgets.
-    taken = next(
-        (run for run in reversed(trace.runs) if "capacity" in run.parameters and method_of(run)),
-        None,
-    )
-    parameters = taken.parameters if taken else {}
-    settings = {name: parameters.get(name, form_defaults().get(name)) for name in SETTINGS}
+    settings = {name: form_defaults().get(name) for name in SETTINGS}
+    for run in trace.runs:
+        if method_of(run):
+            settings |= set_by_hand(run)
     capacity = settings["capacity"]
     if not isinstance(capacity, int) or not CAPACITIES[0] <= capacity <= CAPACITIES[1]:
         del settings["capacity"]
@@ -105,6 +103,17 @@ def without_text(trace: dkv.Trace) -> bool:
     """Whether a record was saved without its text: dots stand for letters (static/core.js)."""
     text = trace.prompt.text
     return DOT in text and not any(character.isalnum() for character in text)
+
+
+def set_by_hand(run: dkv.Run) -> dict[str, Any]:
+    """A run's settings that are not its method's own defaults: those would read as everyone's."""
+    method = dkv.METHODS[run.method]
+    own = defaults(method)
+    return {
+        name: value
+        for name, value in run.parameters.items()
+        if name in SETTINGS and name not in method.ignored and (name, value) not in own.items()
+    }
 
 
 def method_of(run: dkv.Run) -> dkv.CompressionMethod | None:

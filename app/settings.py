@@ -79,6 +79,34 @@ ALL = (
         whole=True,
         what_if={"label": "Update interval", "min": 1, "max": 16, "step": 1},
     ),
+    Setting(
+        name="tau1",
+        label="tau1",
+        info="CAKE, of the entropy",
+        least=0,
+        what_if={"label": "tau1", "min": 0.2, "max": 3, "step": 0.1},
+    ),
+    Setting(
+        name="tau2",
+        label="tau2",
+        info="CAKE, of the variance",
+        least=0,
+        what_if={"label": "tau2", "min": 0.2, "max": 3, "step": 0.1},
+    ),
+    Setting(
+        name="gamma",
+        label="gamma",
+        info="CAKE, weight of the variance",
+        least=0,
+        what_if={"label": "gamma", "min": 10, "max": 400, "step": 10},
+    ),
+    Setting(
+        name="alpha",
+        label="alpha",
+        info="LAVa, share every head keeps",
+        least=0,
+        what_if={"label": "alpha", "min": 0, "max": 1, "step": 0.05},
+    ),
     # The what-if panel's alone.
     Setting(
         name="head_budgets",
@@ -131,14 +159,21 @@ def what_if_form() -> dict[str, Any]:
     """What the what-if panel offers: methods with the settings each takes, what drawn budgets leave
     open, how each setting is set, and the defaults.
     """
+    shown = form_defaults()
+
+    def offered(name: str, setting: str) -> bool:
+        # Elsewhere the panel's default would not be the method's: LAVa parts heads unasked.
+        own = defaults(dkv.METHODS[name])
+        return setting not in own or setting not in shown or own[setting] == shown[setting]
+
     drawn = {f.name for f in fields(dkv.Manual)} - {"capacity"}
     return {
         "methods": {
-            name: [s for s in WHAT_IF_SETTINGS if s in taken]
+            name: [s for s in WHAT_IF_SETTINGS if s in taken and offered(name, s)]
             for name, taken in method_settings().items()
             if name != "FullKV"
         },
         "drawn": [name for name in WHAT_IF_SETTINGS if name in drawn],
         "controls": {setting.name: setting.what_if for setting in ALL if setting.what_if},
-        "defaults": form_defaults(),
+        "defaults": shown,
     }

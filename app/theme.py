@@ -52,6 +52,15 @@ METHOD_STYLES: dict[str, MethodStyle] = {
     "DynamicKV": MethodStyle(
         light="#0072b2", dark="#4da6dd", pattern="", symbol="circle", glyph="●", dash="solid"
     ),
+    "CAKE": MethodStyle(
+        light="#8a5a44", dark="#d7a48b", pattern=".", symbol="hexagon2", glyph="⬣", dash="dash"
+    ),
+    "LAVa": MethodStyle(
+        light="#b3261e", dark="#f28b82", pattern="x", symbol="star-diamond", glyph="✦", dash="dot"
+    ),
+    "KeyDiff": MethodStyle(
+        light="#47750b", dark="#a3d65c", pattern="|", symbol="hourglass", glyph="⧗", dash="dashdot"
+    ),
     "Manual": MethodStyle(
         light="#c14a00", dark="#f08a4b", pattern="+", symbol="star", glyph="★", dash="longdashdot"
     ),

@@ -13,12 +13,15 @@ from dynamickv.decoding.forcing import divergence, forced_logits
 from dynamickv.decoding.reads import Reads, reads
 from dynamickv.memory import OutOfMemory, free_memory, release_memory
 from dynamickv.methods import (
+    CAKE,
     H2O,
     METHODS,
     Capabilities,
     CompressionMethod,
     DynamicKV,
     FullKV,
+    KeyDiff,
+    LAVa,
     Manual,
     PyramidKV,
     ScoredMethod,
@@ -62,6 +65,7 @@ from dynamickv.serve import CompressedCache, compress
 from dynamickv.version import __version__
 
 __all__ = [
+    "CAKE",
     "DEFAULT_MODEL",
     "H2O",
     "KNOWN_MODELS",
@@ -80,7 +84,9 @@ __all__ = [
     "Expected",
     "FullKV",
     "Geometry",
+    "KeyDiff",
     "KnownModel",
+    "LAVa",
     "LayerObservation",
     "LoadedModel",
     "Manual",

@@ -20,7 +20,7 @@ _SAMPLED = 64
 """One value in so many is looked at to guess a threshold."""
 
 
-def window_attention(
+def window_shares(
     queries: Tensor,
     keys: Tensor,
     scaling: float,
@@ -28,7 +28,7 @@ def window_attention(
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Attention mass that the last `window` queries pay to each position before them.
+    """Attention that each of the last `window` queries pays to each position before them.
 
     Args:
         queries: (num_query_heads, window, head_dim), the last positions of the prompt.
@@ -40,15 +40,14 @@ def window_attention(
         bias: added to the logits, (num_query_heads, window, prompt_length).
 
     Returns:
-        (num_query_heads, prompt_length - window) float32: summed over the window's queries. The
-        window's own columns take their share of the softmax and are then dropped, because the
-        window is always kept.
+        (num_query_heads, window, prompt_length - window) float32. The window's own columns take
+        their share of the softmax and are then dropped, because the window is always kept.
 
     Source: SnapKV, arXiv:2404.14469, observation window.
     """
     window, prompt_length = queries.shape[1], keys.shape[1]
     shares = attention_shares(queries, keys, scaling, softcap, sinks, bias)
-    return shares[..., : prompt_length - window].sum(dim=1)
+    return shares[..., : prompt_length - window]
 
 
 def attention_shares(
@@ -64,7 +63,7 @@ def attention_shares(
     float32.
 
     Args:
-        queries, keys, scaling, softcap, sinks, bias: as in `window_attention`.
+        queries, keys, scaling, softcap, sinks, bias: as in `window_shares`.
         visible: which positions each query sees, boolean (window, positions) or
             (num_query_heads, window, positions); by default all up to its own.
     """
@@ -88,6 +87,36 @@ def attention_shares(
     else:
         logits.masked_fill_(~visible, least)
     return softmax_with_sinks(logits, sinks)
+
+
+def window_attention(
+    queries: Tensor,
+    keys: Tensor,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """`window_shares` summed over the window's queries, (num_query_heads, prompt_length - window)
+    float32."""
+    return window_shares(queries, keys, scaling, softcap, sinks, bias).sum(dim=1)
+
+
+def moments(shares: Tensor) -> Tensor:
+    """What CAKE reads of a window's attention.
+
+    Args:
+        shares: (num_query_heads, window, n).
+
+    Returns:
+        (3, num_query_heads, n): per position the mean over the window's queries, their unbiased
+        variance, and the sum of -a ln(a + 1e-10), its part of the attention's dispersion.
+
+    Source: CAKE, arXiv:2503.12491.
+    """
+    variance, mean = torch.var_mean(shares, dim=1)
+    dispersion = (shares + 1e-10).log_().mul_(shares).sum(dim=1).neg_()
+    return torch.stack([mean, variance, dispersion])
 
 
 def softmax_with_sinks(logits: Tensor, sinks: Tensor | None) -> Tensor:
@@ -130,7 +159,7 @@ def attention_mass(
     Args:
         queries: (num_query_heads, last positions, head_dim); for the whole prompt's mass, all.
         keys: (num_kv_heads, prompt_length, head_dim).
-        softcap, sinks: as in `window_attention`.
+        softcap, sinks: as in `window_shares`.
         bias: added to the logits, (num_query_heads, last positions, prompt_length).
 
     Returns:
@@ -280,6 +309,8 @@ def share_among_heads(scores: Tensor, budget: int, floor: float) -> list[int]:
     heads, length = scores.shape
     budget = min(budget, length)
     least = int(floor * budget)
+    if budget == length:
+        return [budget] * heads
     ranked = scores.sort(dim=-1, descending=True).values[:, least:]
     if ranked.shape[1] == 0 or budget == least:
         return [budget] * heads

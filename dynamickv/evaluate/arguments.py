@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from dynamickv.methods import DynamicKV
+from dynamickv.methods import METHODS
 
 SETTINGS: tuple[tuple[str, type, str, str], ...] = (
     ("--window-size", int, "N", "last prompt tokens, which score the others and are kept"),
@@ -14,12 +14,16 @@ SETTINGS: tuple[tuple[str, type, str, str], ...] = (
         "--kernel-size",
         int,
         "N",
-        "neighbours that pool their scores, odd; not given, H2O pools none",
+        "neighbours that pool their scores, odd; H2O pools none, CAKE 5",
     ),
     ("--pooling", str, "max|avg", "by the largest of them or their mean"),
     ("--granularity", str, "kv_head|query_head", "heads that keep tokens of their own"),
     ("--r-max", float, "X", "most of a layer, in capacities; DynamicKV, ShiftKV"),
     ("--update-interval", int, "N", "layers between two updates of the budgets; DynamicKV"),
+    ("--tau1", float, "X", "temperature of a layer's entropy; CAKE"),
+    ("--tau2", float, "X", "temperature of a layer's variance; CAKE"),
+    ("--gamma", float, "X", "weight of a position's variance; CAKE"),
+    ("--alpha", float, "X", "share of a layer's budget that every head keeps; LAVa"),
 )
 """What methods take besides a capacity: option, type, placeholder, explanation."""
 
@@ -32,8 +36,14 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
             option,
             type=number,
             metavar=metavar,
-            help=f"{explanation} (default: {getattr(DynamicKV, name)})",
+            help=f"{explanation} (default: {_default(name)})",
         )
+
+
+def _default(name: str) -> Any:
+    """DynamicKV's, or of what it has not, that of the first method that has it."""
+    kinds = [METHODS["DynamicKV"], *METHODS.values()]
+    return next(getattr(kind, name) for kind in kinds if hasattr(kind, name))
 
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:

@@ -1,10 +1,13 @@
 """What to keep: the methods, each in a file of its own, and their registry."""
 
 from dynamickv.methods.base import CompressionMethod, ScoredMethod
+from dynamickv.methods.cake import CAKE
 from dynamickv.methods.capabilities import Capabilities
 from dynamickv.methods.dynamickv import DynamicKV
 from dynamickv.methods.full import FullKV
 from dynamickv.methods.h2o import H2O
+from dynamickv.methods.keydiff import KeyDiff
+from dynamickv.methods.lava import LAVa
 from dynamickv.methods.manual import Manual
 from dynamickv.methods.pyramidkv import PyramidKV
 from dynamickv.methods.registry import METHODS, build_method, build_methods
@@ -13,12 +16,15 @@ from dynamickv.methods.snapkv import SnapKV
 from dynamickv.methods.streaming_llm import StreamingLLM
 
 __all__ = [
+    "CAKE",
     "H2O",
     "METHODS",
     "Capabilities",
     "CompressionMethod",
     "DynamicKV",
     "FullKV",
+    "KeyDiff",
+    "LAVa",
     "Manual",
     "PyramidKV",
     "ScoredMethod",

@@ -14,7 +14,7 @@ from torch import Tensor
 from dynamickv.methods.capabilities import Capabilities
 from dynamickv.methods.edits import Spans, read_spans, require_apart, whole_prompt
 from dynamickv.methods.parameters import require_choice, require_integer
-from dynamickv.methods.selection import ScoredSelection, Selection
+from dynamickv.methods.selection import HEAD_FLOOR, ScoredSelection, Selection
 from dynamickv.records import LayerObservation, Retention
 from dynamickv.scoring import pool, reduce_group
 
@@ -172,6 +172,11 @@ class ScoredMethod(EvictingMethod):
         """The window's queries."""
         return self.window_size
 
+    @property
+    def head_floor(self) -> float:
+        """Share of its layer's budget that every head keeps where heads compete."""
+        return HEAD_FLOOR
+
     def start(self, num_layers: int) -> Selection:
         """Score, allocate, cut."""
         return ScoredSelection(self, num_layers)
@@ -184,13 +189,17 @@ class ScoredMethod(EvictingMethod):
     def raw_scores(self, layer: LayerObservation) -> Tensor:
         """Importance per query head before reduction and pooling, (num_query_heads, prompt_length -
         window_size)."""
+        self.require_queries(layer)
+        return layer.attention(self.window_size)
+
+    def require_queries(self, layer: LayerObservation) -> None:
+        """Raise ValueError where fewer queries were recorded than the window has."""
         tail = layer.queries.shape[1]
         if tail < self.window_size:
             raise ValueError(
                 f"window_size={self.window_size} needs as many queries, and {tail} were recorded; "
                 f"prefill with tail={self.window_size} or lower window_size"
             )
-        return layer.attention(self.window_size)
 
     def score(self, layer: LayerObservation) -> Tensor:
         """Importance per head and prefix position, (heads, prompt_length - window_size),

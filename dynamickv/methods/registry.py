@@ -7,10 +7,13 @@ from collections.abc import Iterable
 from typing import Any
 
 from dynamickv.methods.base import CompressionMethod
+from dynamickv.methods.cake import CAKE
 from dynamickv.methods.capabilities import Capabilities
 from dynamickv.methods.dynamickv import DynamicKV
 from dynamickv.methods.full import FullKV
 from dynamickv.methods.h2o import H2O
+from dynamickv.methods.keydiff import KeyDiff
+from dynamickv.methods.lava import LAVa
 from dynamickv.methods.manual import Manual
 from dynamickv.methods.pyramidkv import PyramidKV
 from dynamickv.methods.shiftkv import ShiftKV
@@ -24,6 +27,9 @@ METHODS: dict[str, type[CompressionMethod]] = {
     SnapKV.name: SnapKV,
     PyramidKV.name: PyramidKV,
     DynamicKV.name: DynamicKV,
+    CAKE.name: CAKE,
+    LAVa.name: LAVa,
+    KeyDiff.name: KeyDiff,
     ShiftKV.name: ShiftKV,
     Manual.name: Manual,
 }

@@ -17,14 +17,17 @@ def retain(
     method: CompressionMethod,
     queries: Sequence[Tensor],
     keys: Sequence[Tensor],
+    values: Sequence[Tensor] | None = None,
     scaling: float | None = None,
 ) -> Retention:
-    """Which prompt positions a method keeps, given every layer's post-RoPE queries and keys.
+    """Which prompt positions a method keeps, given every layer's post-RoPE queries and keys, and
+    values where it reads them (LAVa).
 
     Args:
         queries: per layer, (1, num_query_heads, n, head_dim); the last `window_size` positions are
             enough for window-scored methods.
         keys: per layer, (1, num_kv_heads, n, head_dim).
+        values: per layer, (1, num_kv_heads, n, value_dim).
         scaling: factor on query-key products; head_dim ** -0.5 by default.
 
     Raises:
@@ -39,8 +42,15 @@ def retain(
         raise ValueError(
             f"queries and keys need one tensor per layer each, got {len(queries)} and {len(keys)}"
         )
-    for layer, (query, key) in enumerate(zip(queries, keys, strict=True)):
+    if values is not None and len(values) != len(keys):
+        raise ValueError(
+            f"values need one tensor per layer, got {len(values)} for {len(keys)} layers"
+        )
+    given = [None] * len(keys) if values is None else values
+    for layer, (query, key, value) in enumerate(zip(queries, keys, given, strict=True)):
         _check_layer(layer, query, key, keys[0].shape)
+        if value is not None:
+            _check_values(layer, key, value)
     factor = keys[0].shape[-1] ** -0.5 if scaling is None else scaling
     return method.select(
         [
@@ -48,11 +58,12 @@ def retain(
                 queries=query[0],
                 keys=key[0],
                 scaling=factor,
+                values=None if value is None else value[0],
                 mass=attention_mass(query[0], key[0], factor)
                 if method.needs_mass and query.shape[2] == key.shape[2]
                 else None,
             )
-            for query, key in zip(queries, keys, strict=True)
+            for query, key, value in zip(queries, keys, given, strict=True)
         ]
     )
 
@@ -82,4 +93,19 @@ def _check_layer(layer: int, query: Tensor, key: Tensor, expected: torch.Size) -
     if not (torch.isfinite(query).all() and torch.isfinite(key).all()):
         raise ValueError(
             f"{where}; they hold NaN or infinity, compute them again in a wider number format"
+        )
+
+
+def _check_values(layer: int, key: Tensor, value: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"layer {layer}: values are {type(value).__name__}; give torch tensors")
+    if value.dim() != 4 or value.shape[:3] != key.shape[:3]:
+        raise ValueError(
+            f"layer {layer}: keys {tuple(key.shape)}, values {tuple(value.shape)}; "
+            "expected (1, num_kv_heads, n, value_dim) for the same heads and positions"
+        )
+    if not torch.isfinite(value).all():
+        raise ValueError(
+            f"layer {layer}: values {tuple(value.shape)} hold NaN or infinity, "
+            "compute them again in a wider number format"
         )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dynamickv.methods.edits import edited_positions
+from dynamickv.methods.edits import Spans, edited_positions
 from dynamickv.records import Heads, LayerObservation, Retention
 from dynamickv.scoring import share_among_heads, top_positions, top_positions_of_layers
 
@@ -71,6 +71,45 @@ class FixedSelection(Selection):
         return Retention(indices=tuple(self._chosen), prompt_length=self._prompt_length)
 
 
+class RankedSelection(Selection):
+    """Every layer keeps the same number of its best positions, wherever in the prompt they are."""
+
+    def __init__(
+        self,
+        score: Callable[[LayerObservation], Tensor],
+        count: int,
+        pinned: Spans = (),
+        evicted: Spans = (),
+    ) -> None:
+        self._score = score
+        self.count = count
+        self._spans = pinned, evicted
+        self.scores: list[Tensor] = []
+
+    def observe(self, observation: LayerObservation) -> range:
+        """Score the next layer."""
+        self.scores.append(self._score(observation))
+        return range(len(self.scores) - 1, len(self.scores))
+
+    def positions(self, layer: int) -> Heads:
+        """That layer's best."""
+        return self.positions_of([layer])[0]
+
+    def positions_of(self, layers: Sequence[int]) -> list[Heads]:
+        """Several layers' best."""
+        scores = [self.scores[layer] for layer in layers]
+        if any(self._spans):
+            return [edited_positions(layer, self.count, *self._spans) for layer in scores]
+        return list(top_positions_of_layers(scores, [self.count] * len(scores)))
+
+    def retention(self) -> Retention:
+        """All layers' best."""
+        return Retention(
+            indices=tuple(self.positions_of(range(len(self.scores)))),
+            prompt_length=self.scores[0].shape[1],
+        )
+
+
 class ScoredSelection(Selection):
     """One prompt's walk through the layers: scores so far, and how many prefix tokens each layer
     still holds.
@@ -121,7 +160,7 @@ class ScoredSelection(Selection):
                 tuple(
                     torch.cat([top_positions(head[None], count)[0], window.to(head.device)])
                     for head, count in zip(
-                        layer, share_among_heads(layer, budget, HEAD_FLOOR), strict=True
+                        layer, share_among_heads(layer, budget, self.method.head_floor), strict=True
                     )
                 )
                 for layer, budget in zip(scores, budgets, strict=True)
@@ -136,7 +175,8 @@ class ScoredSelection(Selection):
         always = scores.new_full((scores.shape[0], window), math.inf)
         count: int | list[int] = budget + window
         if self.method.head_budgets == "adaptive":
-            count = [number + window for number in share_among_heads(scores, budget, HEAD_FLOOR)]
+            shares = share_among_heads(scores, budget, self.method.head_floor)
+            count = [number + window for number in shares]
         whole = torch.cat([scores, always], dim=1)
         return edited_positions(whole, count, self.method.pinned, self.method.evicted)
 

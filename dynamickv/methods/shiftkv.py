@@ -13,9 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
 from dynamickv.methods.base import ScoredMethod
+from dynamickv.methods.claims import ClaimingMethod, shares_of
 from dynamickv.methods.parameters import require_integer, require_positive
-from dynamickv.methods.selection import ScoredSelection, Selection
 from dynamickv.records import LayerObservation
 
 SINKS = 4
@@ -23,7 +25,7 @@ SINKS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShiftKV(ScoredMethod):
+class ShiftKV(ClaimingMethod):
     """Score like SnapKV; share the budget by how far the observation window's attention lies from
     that of the tokens before it.
 
@@ -40,7 +42,7 @@ class ShiftKV(ScoredMethod):
     """A layer keeps at most r_max times the mean budget."""
 
     def __post_init__(self) -> None:
-        ScoredMethod.__post_init__(self)
+        ClaimingMethod.__post_init__(self)
         require_integer("context_size", self.context_size, 1, "token")
         if self.context_size <= self.window_size:
             raise ValueError(
@@ -54,13 +56,28 @@ class ShiftKV(ScoredMethod):
         """The window's queries and those before them."""
         return self.context_size
 
-    def start(self, num_layers: int) -> Selection:
-        """Weigh, score, allocate, cut."""
-        return ShiftSelection(self, num_layers)
-
     def first_budget(self, layer: int, num_layers: int, prefix_length: int) -> int:
         """r_max times the mean budget, or the whole prefix."""
         return min(int(self.r_max * self.mean_budget), prefix_length)
+
+    def weigh(self, layer: LayerObservation) -> tuple[Tensor, float]:
+        """Scores, and the layer's claim."""
+        return self.score(layer), self.claim(layer)
+
+    def score(self, layer: LayerObservation) -> Tensor:
+        """As `ScoredMethod` does."""
+        return ScoredMethod.score(self, layer)
+
+    def budgets_of(self, claims: Sequence[float], num_layers: int, prefix_length: int) -> list[int]:
+        """`first_budget`, and once all layers are seen their shares."""
+        most = self.first_budget(0, num_layers, prefix_length)
+        if len(claims) < num_layers:
+            return [most] * len(claims)
+        weighed = [
+            claim * (0.5 + math.sin(math.pi * place / max(num_layers - 1, 1)))
+            for place, claim in enumerate(claims)
+        ]
+        return proportional_budgets(weighed, self.mean_budget, most)
 
     def claim(self, layer: LayerObservation) -> float:
         """Total variation distance, 0 to 1; 0 for a prompt too short to compare."""
@@ -83,32 +100,6 @@ class ShiftKV(ScoredMethod):
         return float((shares[0] - shares[1]).abs().sum() / 2)
 
 
-class ShiftSelection(ScoredSelection):
-    """One prompt's walk through the layers; the budgets are known after the last."""
-
-    method: ShiftKV
-
-    def __init__(self, method: ShiftKV, num_layers: int) -> None:
-        super().__init__(method, num_layers)
-        self.claims: list[float] = []
-
-    def observe(self, observation: LayerObservation) -> range:
-        """Weigh and score the next layer; all layers are cut after the last."""
-        self.claims.append(self.method.claim(observation))
-        changed = super().observe(observation)
-        if len(self.claims) < self.num_layers:
-            return changed
-        prefix_length = self.scores[0].shape[1]
-        most = self.method.first_budget(0, self.num_layers, prefix_length)
-        claims = [
-            claim * (0.5 + math.sin(math.pi * place / max(self.num_layers - 1, 1)))
-            for place, claim in enumerate(self.claims)
-        ]
-        self.held = proportional_budgets(claims, self.method.mean_budget, most)
-        self.history.append(tuple(self.held))
-        return range(self.num_layers)
-
-
 def proportional_budgets(claims: Sequence[float], mean: int, most: int) -> list[int]:
     """Whole budgets proportional to claims, none above `most`, summing to min(mean, most) x layers.
 
@@ -116,21 +107,7 @@ def proportional_budgets(claims: Sequence[float], mean: int, most: int) -> list[
     earlier layer first.
     """
     total = min(mean, most) * len(claims)
-    shares = [0.0] * len(claims)
-    open_layers = list(range(len(claims)))
-    room = total
-    while open_layers:
-        claimed = sum(claims[layer] for layer in open_layers)
-        for layer in open_layers:
-            part = claims[layer] / claimed if claimed > 0 else 1 / len(open_layers)
-            shares[layer] = room * part
-        full = [layer for layer in open_layers if shares[layer] > most]
-        if not full:
-            break
-        for layer in full:
-            shares[layer] = float(most)
-        room -= most * len(full)
-        open_layers = [layer for layer in open_layers if layer not in full]
+    shares = shares_of(claims, total, most)
     budgets = [int(share) for share in shares]
     remainders = sorted(range(len(claims)), key=lambda layer: budgets[layer] - shares[layer])
     for layer in remainders[: total - sum(budgets)]:

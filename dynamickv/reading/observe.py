@@ -167,7 +167,9 @@ def _observed_attention(
     layer, grown = attended_layer(key, getattr(module, "layer_idx", None))
     watcher = _watching.get()
     if watcher is not None:
-        seen = _seen(module, layer, grown, _attended(query, key, kwargs), attention_mask, kwargs)
+        seen = _seen(
+            module, layer, grown, _attended(query, key, value, kwargs), attention_mask, kwargs
+        )
         if seen is not None:
             watcher(seen)
     if layer is None:
@@ -192,15 +194,16 @@ def _observed_attention(
             _stand_in(backend, module, query, key), query, key, value, attention_mask, **kwargs
         )
     if layer.after_attention is not None and grown:
-        layer.after_attention(layer, _attended(query, key, kwargs))
+        layer.after_attention(layer, _attended(query, key, value, kwargs))
     return output
 
 
-def _attended(query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> Attended:
+def _attended(query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> Attended:
     scaling = kwargs.get("scaling")
     return Attended(
         queries=query,
         keys=key,
+        values=value,
         scaling=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
         softcap=kwargs.get("softcap"),
         sinks=kwargs.get("s_aux", kwargs.get("sinks")),

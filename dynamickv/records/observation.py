@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from dynamickv.scoring import window_attention
+from dynamickv.scoring import moments, window_shares
 
 RECALLED = 4
 """Attentions that a `RecallingLayer` keeps: one takes a few per cent of the layer's keys and
@@ -26,6 +27,8 @@ class Attended:
     keys: Tensor
     """As the attention read them, (rows, heads, positions, head_dim)."""
     scaling: float
+    values: Tensor | None = None
+    """As the attention read them, (rows, heads, positions, value_dim)."""
     softcap: float | None = None
     sinks: Tensor | None = None
     """(num_query_heads,), or of every query, (rows, num_query_heads, new tokens, 1)."""
@@ -65,6 +68,7 @@ class Attended:
             queries=queries,
             keys=keys,
             scaling=self.scaling,
+            values=None if self.values is None else self.values[row, :, first:end],
             mass=mass,
             softcap=self.softcap,
             sinks=self._sinks(row, end, queries.shape[1]),
@@ -108,6 +112,8 @@ class LayerObservation:
     """Post-RoPE keys of the whole prompt, (num_kv_heads, prompt_length, head_dim)."""
     scaling: float
     """Factor on query-key products, usually head_dim ** -0.5."""
+    values: Tensor | None = None
+    """Values of the whole prompt, (num_kv_heads, prompt_length, value_dim), when recorded."""
     mass: Tensor | None = None
     """Attention each position received from all queries, (num_query_heads, prompt_length), float32,
     when recorded."""
@@ -160,6 +166,14 @@ class LayerObservation:
 
     def _paid(self, first: int, last: int) -> Tensor:
         """`attention` of one piece."""
+        return self._shares(first, last).sum(dim=1)
+
+    def moments(self, first: int) -> Tensor:
+        """Mean, variance and dispersion of the attention of the last `first` queries, (3,
+        num_query_heads, prompt_length - first) float32; see `scoring.moments`."""
+        return moments(self._shares(first, 0))
+
+    def _shares(self, first: int, last: int) -> Tensor:
         end = self.queries.shape[1] - last
         queries = self.queries[:, end - (first - last) : end]
         keys = self.keys[:, : self.prompt_length - last]
@@ -169,7 +183,7 @@ class LayerObservation:
         sinks = self.sinks
         if sinks is not None and sinks.dim() > 1:
             sinks = sinks[:, end - (first - last) : end]
-        return window_attention(queries, keys, self.scaling, self.softcap, sinks, bias)
+        return window_shares(queries, keys, self.scaling, self.softcap, sinks, bias)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,7 +193,7 @@ class RecallingLayer(LayerObservation):
     They depend on the window alone: any capacity, kernel or allocation follows from them.
     """
 
-    recalled: OrderedDict[tuple[int, int], Tensor] = field(
+    recalled: OrderedDict[tuple[int, int | str], Tensor] = field(
         default_factory=OrderedDict, compare=False, repr=False
     )
 
@@ -188,12 +202,19 @@ class RecallingLayer(LayerObservation):
 
     def attention(self, first: int, last: int = 0) -> Tensor:
         """The same tensor as `LayerObservation.attention`, computed once; not to be changed."""
+        return self._recall((first, last), lambda: LayerObservation.attention(self, first, last))
+
+    def moments(self, first: int) -> Tensor:
+        """The same tensor as `LayerObservation.moments`, computed once; not to be changed."""
+        return self._recall((first, "moments"), lambda: LayerObservation.moments(self, first))
+
+    def _recall(self, key: tuple[int, int | str], compute: Callable[[], Tensor]) -> Tensor:
         # Taken out and put back, so that threads which ask at once never find it half done.
-        found = self.recalled.pop((first, last), None)
+        found = self.recalled.pop(key, None)
         if found is None:
-            found = LayerObservation.attention(self, first, last)
-        self.recalled[first, last] = found
-        while len(self.recalled) > RECALLED:
+            found = compute()
+        self.recalled[key] = found
+        while _planes(self.recalled.values()) > RECALLED:
             self.recalled.popitem(last=False)
         return found
 
@@ -217,3 +238,8 @@ class RecallingLayer(LayerObservation):
             if (first, last) in self.whole_pieces:
                 self.pieces[first, last] = found
         return found
+
+
+def _planes(recalled: Iterable[Tensor]) -> int:
+    """How many tensors of a value per query head and position these are; moments are three."""
+    return sum(len(found) if found.dim() == 3 else 1 for found in list(recalled))

@@ -146,11 +146,12 @@ class Prefill:
             for tensor in (layer.queries, layer.mass)
             if tensor is not None
         )
-        # Keys that were made from a latent lie beside it.
+        # Keys and values that were made from a latent lie beside it.
         observed += sum(
-            layer.keys.numel() * layer.keys.element_size()
-            for layer, stored in zip(self.layers, self.keys, strict=True)
-            if layer.keys.data_ptr() != stored.data_ptr()
+            tensor.numel() * tensor.element_size()
+            for layer, *stored in zip(self.layers, self.keys, self.values, strict=True)
+            for tensor, held in zip((layer.keys, layer.values), stored, strict=True)
+            if tensor is not None and tensor.data_ptr() != held.data_ptr()
         )
         logits = self.logits.numel() * self.logits.element_size()
         return self.kv_bytes + observed + recalled + logits

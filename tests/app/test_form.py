@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+import dynamickv as dkv
 from app.form import FIELDS, Form, form_of
 from app.settings import SETTINGS
 from dynamickv.record.trace import Expected
@@ -18,10 +19,18 @@ TYPED = {
 }  # fmt: skip
 
 
+RIVALS = {"CAKE": {"tau1": 0.6, "tau2": 1.5, "gamma": 50.0}, "LAVa": {"alpha": 0.4}}
+
+
 def test_every_setting_reaches_the_method_under_its_name() -> None:
-    assert set(TYPED) == set(SETTINGS)
-    job = Form.of(filled(methods=["DynamicKV"], **TYPED)).request()
-    assert TYPED.items() <= job.methods[-1].parameters.items()
+    assert {*TYPED, *RIVALS["CAKE"], *RIVALS["LAVa"]} == set(SETTINGS)
+    typed = TYPED | RIVALS["CAKE"] | RIVALS["LAVa"]
+    job = Form.of(filled(methods=["DynamicKV", *RIVALS], **typed)).request()
+    _, dynamickv, *rivals = job.methods
+    assert TYPED.items() <= dynamickv.parameters.items()
+    for rival in rivals:
+        assert RIVALS[rival.name].items() <= rival.parameters.items()
+        assert rival.parameters["capacity"] == TYPED["capacity"]
 
 
 def test_a_record_puts_every_setting_back_into_its_field() -> None:
@@ -45,6 +54,16 @@ def test_what_is_expected_reaches_the_request_and_comes_back() -> None:
 def test_what_is_expected_must_be_a_text_of_some_length(value: object) -> None:
     with pytest.raises(ValueError, match="What you expect"):
         Form.of(filled(expected=value)).request()
+
+
+def test_a_methods_own_default_does_not_become_every_methods_setting() -> None:
+    """CAKE comes after DynamicKV and pools otherwise; only what was typed goes back."""
+    trace = synthetic_trace(tokens=300)
+    cake = dkv.CAKE(capacity=56, tau1=0.6)
+    trace.runs.append(replace(trace.runs[1], method="CAKE", parameters=cake.parameters))
+    back = form_of(trace, [])
+    assert (back["kernel_size"], back["pooling"]) == (7, "max")
+    assert (back["capacity"], back["tau1"], back["tau2"]) == (56, 0.6, 1.0)
 
 
 def test_a_value_too_many_or_too_few_is_refused() -> None:

@@ -27,3 +27,17 @@ def test_every_offered_method_has_its_own_look() -> None:
 
 def test_methods_listed_are_the_engine_s() -> None:
     assert set(settings.offered_methods()) <= set(dkv.METHODS)
+
+
+def test_the_what_if_panel_offers_no_setting_whose_default_is_not_the_methods() -> None:
+    """LAVa's heads part unasked: a control that reads "uniform" would say otherwise."""
+    form = settings.what_if_form()
+    assert "head_budgets" in form["methods"]["SnapKV"]
+    assert "head_budgets" not in form["methods"]["LAVa"]
+    assert form["methods"]["KeyDiff"] == ["capacity", "granularity"]
+    assert {"tau1", "tau2", "gamma"} <= set(form["methods"]["CAKE"])
+    assert not {"kernel_size", "pooling"} & set(form["methods"]["CAKE"])
+    for name, offered in form["methods"].items():
+        own = settings.defaults(dkv.METHODS[name])
+        for setting in offered:
+            assert setting not in own or own[setting] == form["defaults"].get(setting, own[setting])

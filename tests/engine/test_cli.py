@@ -357,8 +357,8 @@ def test_every_option_is_explained_and_tells_its_default(
     with pytest.raises(SystemExit):
         main([command, "--help"])
     options = capsys.readouterr().out.partition("\noptions:")[2]
-    explained = re.findall(r"^  (--[a-z-]+)(?: \S+)?\s+[^\s-]", options, re.M)
-    assert explained == re.findall(r"^  (--[a-z-]+)", options, re.M)
+    explained = re.findall(r"^  (--[a-z0-9-]+)(?: \S+)?\s+[^\s-]", options, re.M)
+    assert explained == re.findall(r"^  (--[a-z0-9-]+)", options, re.M)
     for name in {"window-size", "capacity", "seed"} & {option[2:] for option in explained}:
         text = options.partition(f"--{name} ")[2].partition("\n  --")[0]
         assert "default: " in text or (command, name) == ("sweep", "capacity")

@@ -12,7 +12,7 @@ import torch
 from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedModel
 
 import dynamickv as dkv
-from tests.engine.tiny import COMPRESSING, SMALL_INSTANCES, method_name, tiny_model
+from tests.engine.tiny import SMALL_INSTANCES, heads_of, method_name, tiny_model
 
 ANSWER = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 LENGTHS = (61, 40, 90)
@@ -52,6 +52,10 @@ def compressed(
         return answers(model, inputs, past_key_values=cache, **settings), cache
 
 
+def positions(cache: dkv.CompressedCache) -> list[list[list[int]]]:
+    return [heads_of(kept) for kept in cache.retention().indices]
+
+
 UNIFORM = [
     method for method in SMALL_INSTANCES if getattr(method, "head_budgets", "") != "adaptive"
 ]
@@ -85,7 +89,7 @@ def test_padding_is_never_kept_and_costs_no_bytes_where_budgets_agree() -> None:
     assert cache.nbytes == len(rows) * single.nbytes
 
 
-@pytest.mark.parametrize("method", COMPRESSING, ids=method_name)
+@pytest.mark.parametrize("method", UNIFORM[1:], ids=method_name)
 def test_several_answers_to_one_prompt_are_rows(method: Any) -> None:
     model, (row,) = tiny_model(), prompts(70)
     inputs = plain(row)
@@ -105,8 +109,7 @@ def test_a_prompt_read_in_chunks_is_compressed_after_the_last(method: Any, chunk
     whole, single = compressed(model, method, plain(row))
     chunked, cache = compressed(model, method, plain(row), prefill_chunk_size=chunk)
     assert chunked == whole
-    pairs = zip(cache.retention().indices, single.retention().indices, strict=True)
-    assert all(torch.equal(mine, own) for mine, own in pairs)
+    assert positions(cache) == positions(single)
     assert cache.nbytes == single.nbytes
 
 
@@ -119,8 +122,7 @@ def test_drafts_from_the_prompt_change_no_answer(method: Any) -> None:
     expected, single = compressed(model, method, inputs, **settings)
     drafted, cache = compressed(model, method, inputs, prompt_lookup_num_tokens=3, **settings)
     assert drafted == expected
-    pairs = zip(cache.retention().indices, single.retention().indices, strict=True)
-    assert all(torch.equal(mine, own) for mine, own in pairs)
+    assert positions(cache) == positions(single)
 
 
 def test_an_assistants_drafts_change_no_answer() -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import accelerate
 import pytest
-import torch
 from transformers import PreTrainedModel
 
 import dynamickv as dkv
@@ -16,6 +15,7 @@ from tests.engine.tiny import (
     DOCUMENT,
     QUESTION,
     SMALL_INSTANCES,
+    heads_of,
     method_name,
     tiny_llm,
     tiny_model,
@@ -48,7 +48,9 @@ PLACES = ["cpu", "disk", "some layers on disk"]
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("method", SMALL_INSTANCES, ids=method_name)
 def test_a_compressed_generate_answers_alike(place: str, method: Any, tmp_path: Path) -> None:
-    inputs = [plain(prompts(70)[0]), left_padded(prompts(*LENGTHS))]
+    inputs = [plain(prompts(70)[0])]
+    if method.name != "LAVa":  # parts heads, which rows cannot
+        inputs.append(left_padded(prompts(*LENGTHS)))
     model = offloaded(place, tmp_path)
     for given in inputs:
         expected, held = compressed(tiny_model(), method, given)
@@ -56,7 +58,7 @@ def test_a_compressed_generate_answers_alike(place: str, method: Any, tmp_path: 
         assert answer == expected
         assert cache.nbytes == held.nbytes
         pairs = zip(cache.retention().indices, held.retention().indices, strict=True)
-        assert all(torch.equal(mine, own) for mine, own in pairs)
+        assert all(heads_of(mine) == heads_of(own) for mine, own in pairs)
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -178,6 +178,19 @@ def random_layers(
     return queries, keys
 
 
+def retain(
+    method: dkv.CompressionMethod, queries: list[Tensor], keys: list[Tensor]
+) -> dkv.Retention:
+    """`dynamickv.retain` with values, for methods that read them; any of the keys' shape will
+    do."""
+    return dkv.retain(method, queries, keys, [key.flip(-1) for key in keys])
+
+
+def heads_of(kept: Any) -> list[list[int]]:
+    """A layer's positions per head, whether heads hold equally many or not."""
+    return [head.tolist() for head in kept]
+
+
 def tiny_sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
     """As Llama 2's and Mistral's: words begin with a mark, unknown characters become bytes."""
     special = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"]

@@ -134,3 +134,19 @@ def test_the_best_scored_positions_before_the_tail_fill_the_blocks(length):
         dropped = torch.ones(plan.tail_start, dtype=torch.bool)
         dropped[positions] = False
         assert scores[head, positions].min() >= scores[head, dropped].max()
+
+
+def test_a_method_without_a_window_fills_the_blocks_with_its_best_too():
+    """Not with the latest of what it keeps: KeyDiff's best lie anywhere."""
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(2, 328, 16, generator=generator)
+    method = dkv.KeyDiff(capacity=100)
+    selection = method.start(1)
+    selection.observe(dkv.LayerObservation(queries=keys[:, -1:], keys=keys, scaling=0.25))
+    plan = BlockPlan.of(method, 328, 32)
+    kept = kept_before_tail(selection, 0, plan)
+    assert kept.shape[1] == plan.blocks_for(100) * 32
+    scores = method.score(dkv.LayerObservation(queries=keys[:, -1:], keys=keys, scaling=0.25))
+    for head, positions in enumerate(kept):
+        best = scores[head, : plan.tail_start].topk(len(positions)).indices
+        assert set(positions.tolist()) == set(best.tolist())

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dynamickv.methods.base import CompressionMethod
-from dynamickv.methods.selection import ScoredSelection, Selection
+from dynamickv.methods.selection import RankedSelection, ScoredSelection, Selection
 from dynamickv.scoring import top_positions
 
 
@@ -56,6 +56,8 @@ def kept_before_tail(selection: Selection, layer: int, plan: BlockPlan) -> Tenso
     if isinstance(selection, ScoredSelection):
         held = selection.held[layer] + selection.method.window_size
         scores = selection.scores[layer][:, : plan.tail_start]
+    elif isinstance(selection, RankedSelection):
+        held, scores = selection.count, selection.scores[layer][:, : plan.tail_start]
     else:
         positions = selection.positions(layer)
         assert isinstance(positions, Tensor)

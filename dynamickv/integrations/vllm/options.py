@@ -46,11 +46,13 @@ def _method(settings: dict[str, Any]) -> CompressionMethod:
             )
     method = build_method(name, **settings)
     if not method.capabilities.vllm:
-        why = "needs the attention of all queries, which vLLM does not keep"
+        why = "does not run in vLLM"
+        if method.needs_mass:
+            why = "needs the attention of all queries, which vLLM does not keep"
+        elif method.capabilities.values:
+            why = "reads the values, which the plugin does not look at"
         others = ", ".join(other for other in METHODS if METHODS[other].capabilities.vllm)
-        raise ValueError(
-            f"{name} {why if method.needs_mass else 'does not run in vLLM'}; choose from {others}"
-        )
+        raise ValueError(f"{name} {why}; choose from {others}")
     for option, only in (("granularity", "kv_head"), ("head_budgets", "uniform")):
         if getattr(method, option, only) != only:
             raise ValueError(

@@ -30,7 +30,7 @@ STEPS = 20
 families = pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gemma3"])
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 METHODS = [
-    *SMALL_INSTANCES,
+    *(m for m in SMALL_INSTANCES if m.name != "LAVa"),  # its heads part, which no graph takes
     *(m for m in small_instances(granularity="query_head") if m.name == "SnapKV"),
 ]
 

@@ -3,6 +3,8 @@ cannot be loaded."""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import logging
 import os
@@ -650,6 +652,34 @@ def test_a_package_that_is_not_installed_has_no_file() -> None:
     known = models.KnownModel(
         name="x", hub_id="a/b", package="no-such-package", licence="", description=""
     )
+    assert models.embedded_file(known) is None
+
+
+def test_a_file_in_parts_is_put_together_once_and_only_if_it_is_the_known_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DYNAMICKV_CACHE", str(tmp_path / "cache"))
+    for number, content in enumerate((b"first, ", b"second"), start=1):
+        part = tmp_path / f"part{number}.bin"
+        part.write_bytes(content)
+    monkeypatch.setattr(sources, "_shipped", lambda name, _: tmp_path / f"{name}.bin")
+    known = models.KnownModel(
+        name="x",
+        hub_id="a/b",
+        parts=("part1", "part2"),
+        sha256=hashlib.sha256(b"first, second").hexdigest(),
+        licence="",
+        description="",
+    )
+    assert models.embedded_file(dataclasses.replace(known, sha256="0" * 64)) is None
+    assert list((tmp_path / "cache" / "joined").iterdir()) == []
+    whole = models.embedded_file(known)
+    assert whole is not None
+    assert whole.read_bytes() == b"first, second"
+    (tmp_path / "part1.bin").write_bytes(b"changed")
+    assert models.embedded_file(known) == whole
+    assert whole.read_bytes() == b"first, second"
+    monkeypatch.setattr(sources, "_shipped", lambda name, _: None)
     assert models.embedded_file(known) is None
 
 

@@ -68,6 +68,8 @@ def test_a_choice_is_the_same_after_any_number_of_others(prefill: dkv.Prefill) -
         dkv.SnapKV(capacity=40, window_size=16, kernel_size=3, pooling="avg"),
         dkv.PyramidKV(capacity=40, granularity="query_head"),
         dkv.ShiftKV(capacity=40),
+        dkv.CAKE(capacity=40, tau1=0.5),
+        dkv.KeyDiff(capacity=40),
         dkv.SnapKV(capacity=40, head_budgets="adaptive", evicted=[[3, 9]]),
     ]
     for method in (*methods, *methods):
@@ -104,6 +106,22 @@ def test_what_is_recalled_is_bounded_and_counted(prefill: dkv.Prefill) -> None:
     assert prefill.nbytes == before
     assert before - prefill.kv_bytes > recalled
     assert len(layers[0].recalled) == RECALLED
+
+
+def test_moments_are_recalled_and_count_as_three(prefill: dkv.Prefill) -> None:
+    before = prefill.nbytes
+    dkv.preview(dkv.SnapKV(capacity=40), prefill)
+    dkv.preview(dkv.SnapKV(capacity=40, window_size=9), prefill)
+    dkv.preview(dkv.CAKE(capacity=40), prefill)
+    layer = prefill.recalling[0]
+    assert list(layer.recalled) == [(9, 0), (8, "moments")]
+    moments = layer.recalled[8, "moments"]
+    dkv.preview(dkv.CAKE(capacity=64, tau1=2.0, gamma=10.0), prefill)
+    assert layer.recalled[8, "moments"] is moments
+    assert sum(found.nbytes for found in layer.recalled.values()) <= (
+        RECALLED * layer.num_query_heads * layer.prompt_length * 4
+    )
+    assert prefill.nbytes == before
 
 
 @pytest.mark.parametrize("scores", [False, True])

@@ -1,0 +1,40 @@
+"""KeyDiff: keep the keys that are least like the others (Park et al., arXiv:2504.15364)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from dynamickv.methods.base import EvictingMethod
+from dynamickv.methods.selection import RankedSelection, Selection
+from dynamickv.records import LayerObservation
+from dynamickv.scoring import reduce_group
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyDiff(EvictingMethod):
+    """Keep the `capacity` positions whose keys point farthest from the mean direction of all keys;
+    neither queries nor the question are looked at, and the end of the prompt has no privilege.
+
+    As in the reference (kvpress) without its block form. Departures: positions are stored in order,
+    scores stay float32.
+    """
+
+    name: ClassVar[str] = "KeyDiff"
+
+    def start(self, num_layers: int) -> Selection:
+        """Every layer by itself."""
+        return RankedSelection(self.score, self.capacity, self.pinned, self.evicted)
+
+    def score(self, layer: LayerObservation) -> Tensor:
+        """Negative cosine between each key and the mean of all normalised keys, (heads,
+        prompt_length) float32."""
+        keys = layer.keys.float()
+        anchor = F.normalize(keys, dim=-1, eps=1e-12).mean(dim=1, keepdim=True)
+        scores = -F.cosine_similarity(keys, anchor, dim=-1)
+        if self.granularity == "kv_head":
+            return reduce_group(scores, layer.num_kv_heads, "mean")
+        return scores.repeat_interleave(layer.num_query_heads // len(scores), dim=0)
