@@ -43,8 +43,8 @@ def test_of_a_prepared_window_only_the_queries_of_no_whole_piece_are_asked(
     before = prefill.nbytes
     recalling.prepare()
     assert prefill.nbytes == before
-    taken = Mock(wraps=observation.window_attention)
-    monkeypatch.setattr(observation, "window_attention", taken)
+    taken = Mock(wraps=observation.window_shares)
+    monkeypatch.setattr(observation, "window_shares", taken)
     assert torch.equal(recalling.attention(first, last), expected)
     assert [call.args[0].shape[1] for call in taken.call_args_list] == asked
 
