@@ -95,7 +95,7 @@ class Example:
 
 def reads_file(run_file: Path) -> Path:
     """Where what an answer read lies beside its recorded run."""
-    return run_file.with_name(run_file.name.replace(".json.gz", ".reads.json.gz"))
+    return run_file.parent.parent / "reads" / run_file.name
 
 
 KINDS = ("find a fact", "needle", "story", "summarise", "few-shot", "code")

@@ -1,8 +1,8 @@
 """python -m benchmarks.record_examples [ID ...]
 
 Runs the example documents on the embedded model at each example's capacity, and keeps
-what happened as assets/runs/ID.json.gz, and what FullKV's answer read as ID.reads.json.gz: what
-the page shows before anyone has pressed Run.
+what happened as assets/runs/ID.json.gz, and what FullKV's answer read as assets/reads/ID.json.gz:
+what the page shows before anyone has pressed Run.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ def main() -> None:
         parser.error(f"there is no example {unknown[0]!r}; choose from {', '.join(known)}")
     llm = dkv.load_model(dkv.DEFAULT_MODEL, device="cpu")
     RUNS.mkdir(exist_ok=True)
+    reads_file(RUNS / "any").parent.mkdir(exist_ok=True)
     for name in chosen:
         example = json.loads((EXAMPLES / f"{name}.json").read_text(encoding="utf-8"))
         path = RUNS / f"{name}.json.gz"
