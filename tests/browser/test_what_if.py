@@ -189,6 +189,7 @@ def long_page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, s
             queries=torch.randn(model.num_query_heads, 64, model.head_dim),
             keys=torch.randn(model.num_kv_heads, length, model.head_dim),
             scaling=model.head_dim**-0.5,
+            values=torch.randn(model.num_kv_heads, length, model.head_dim),
             mass=torch.rand(model.num_query_heads, length),
         )
         for _ in range(model.num_layers)

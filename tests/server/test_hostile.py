@@ -36,7 +36,7 @@ LEAKS = re.compile(
     r"Traceback|File \\?\"|site-packages|/usr/lib|root:x:0|"
     + "|".join(map(re.escape, (str(ROOT), str(Path.home()) + "/", SECRET)))
 )
-DETAILED = 600
+DETAILED = 700
 """Longest answer to something refused, in characters: a sentence and what carries it."""
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.app.pages import filled
 from tests.engine.tiny import DOCUMENT, QUESTION
 from tests.server.conftest import Server
 
@@ -36,7 +37,7 @@ def test_a_run_writes_no_file_and_no_text_to_the_log(
 ) -> None:
     values: list[Any] = [f"{DOCUMENT} {SECRET}", f"{QUESTION} {SECRET}", ["SnapKV"], 40]
     with caplog.at_level(logging.DEBUG, "app"):
-        page = [*values, 8, 7, "max", "kv_head", 10, 4, 4, False, True, "tiny"]
+        page = filled(document=values[0], question=values[1], max_new_tokens=4)
         *_, done = server.call({"fn_index": server.function("run"), "data": page}, "private")[1]
         assert "Done." in str(done["output"])
         body = {"data": [*values, 4, "tiny"]}
@@ -78,7 +79,9 @@ def test_what_the_page_fetches_is_handed_on_when_node_renders_it(server: Server)
     asked = {
         path for s in scripts for path in re.findall(r"\$\{root\}(/[^`\"]+)", s.read_text("utf-8"))
     }
-    assert asked == {"/gradio_api/explorer/plotly.js", "/gradio_api/explorer/offline.html"}
+    assert asked == {
+        f"/gradio_api/explorer/{name}" for name in ("plotly.js", "offline.html", "preview.png")
+    }
     for path in asked:
         assert server.http.get(path).status_code == 200
 

@@ -18,6 +18,7 @@ from gradio_client.exceptions import AppError
 
 import dynamickv as dkv
 from dynamickv.decoding.decode_step import RowSteps
+from tests.app.pages import filled
 from tests.engine.tiny import DOCUMENT, QUESTION
 from tests.server.conftest import Server
 
@@ -72,20 +73,19 @@ def test_twenty_users_at_once_each_get_their_own_right_answer(server: Server) ->
 def test_a_key_of_another_session_is_worth_nothing_unless_known(server: Server) -> None:
     """Keys are random; a session's own record is never offered to another."""
     number = server.function("run")
-    values: list[Any] = [DOCUMENT, QUESTION, ["SnapKV"], 40, 8, 7, "max", "kv_head", 10, 4, 4]
-    done = server.call({"fn_index": number, "data": [*values, False, True, "tiny"]}, "one")[1][-1]
+    values = filled(max_new_tokens=4)
+    done = server.call({"fn_index": number, "data": values}, "one")[1][-1]
     store = json.loads(done["output"]["data"][2])
     assert len(store["key"]) >= 32
-    again = server.call({"fn_index": number, "data": [*values, False, True, "tiny"]}, "two")[1][-1]
+    again = server.call({"fn_index": number, "data": values}, "two")[1][-1]
     assert json.loads(again["output"]["data"][2])["key"] != store["key"]
 
 
 def begin_slow(server: Server, session: str) -> httpx.Response:
     """A long run, as the page starts it."""
-    values: list[Any] = [DOCUMENT, QUESTION, ["SnapKV"], 40, 8, 7, "max", "kv_head", 10, 4, 512]
     body = {
         "fn_index": server.function("run"),
-        "data": [*values, False, True, "tiny"],
+        "data": filled(max_new_tokens=512),
         "session_hash": session,
     }
     return server.http.post("gradio_api/queue/join", json=body)
