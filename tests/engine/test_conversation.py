@@ -33,7 +33,7 @@ def test_the_cache_grows_by_what_is_said_and_nothing_else(
     talk = dkv.Conversation(llm, prefill, method)
     before = talk.kv_bytes
     per_token = before // sum(head.numel() for kept in talk.retention.indices for head in kept)
-    heads = sum(kept.shape[0] for kept in talk.retention.indices)
+    heads = sum(len(kept) for kept in talk.retention.indices)
     talk.answer(max_new_tokens=3)
     talk.ask("and then?", max_new_tokens=1)
     # Of each answer the last token has not been fed yet.
