@@ -21,6 +21,7 @@ FIELDS = (
     "truncate",
     "question_aware",
     "model",
+    "expected",
 )
 """The form's values, in the order in which the page sends them and takes them back."""
 
@@ -38,6 +39,7 @@ class Form:
     truncate: Any
     question_aware: Any
     model: Any
+    expected: Any = ""
 
     @classmethod
     def of(cls, values: Sequence[Any], names: Sequence[str] = FIELDS) -> Form:
@@ -64,6 +66,7 @@ class Form:
             self.settings,
             truncate=self.truncate,
             question_aware=self.question_aware,
+            expected=self.expected,
         )
 
 
@@ -88,6 +91,7 @@ def form_of(trace: dkv.Trace, models: list[str]) -> dict[str, Any]:
         **settings,
         "truncate": trace.prompt.truncated,
         "question_aware": trace.prompt.question_aware,
+        "expected": trace.expected.text if trace.expected else "",
         **model,
     }
 

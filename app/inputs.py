@@ -32,6 +32,8 @@ class Request:
     max_new_tokens: int
     truncate: bool = False
     question_aware: bool = True
+    expected: str = ""
+    """A passage or an answer to look for; empty where nothing is expected."""
 
 
 def check_texts(document: Any, question: Any) -> tuple[str, str]:
@@ -62,6 +64,22 @@ def check_texts(document: Any, question: Any) -> tuple[str, str]:
             "and keep the question short."
         )
     return document, question
+
+
+def check_expected(text: Any) -> str:
+    """What is expected, without white space around it.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    if not isinstance(text, str):
+        raise ValueError("What you expect must be text.")
+    if len(text) > MAX_QUESTION_CHARACTERS:
+        raise ValueError(
+            f"What you expect has {len(text):,} characters and this page looks for at most "
+            f"{MAX_QUESTION_CHARACTERS:,}: shorten it."
+        )
+    return text.strip()
 
 
 def build_methods(names: Any, settings: Mapping[str, Any]) -> list[dkv.CompressionMethod]:
@@ -185,6 +203,7 @@ def build_request(
     *,
     truncate: Any = False,
     question_aware: Any = True,
+    expected: Any = "",
 ) -> Request:
     """Check everything at once.
 
@@ -200,4 +219,5 @@ def build_request(
         max_new_tokens=whole_number("max_new_tokens", max_new_tokens, 1, MAX_NEW_TOKENS),
         truncate=bool(truncate),
         question_aware=bool(question_aware),
+        expected=check_expected(expected),
     )

@@ -54,6 +54,7 @@ def record(llm: dkv.LoadedModel, name: str, plan: dict[str, Any], behind_only: b
     question = plan.get("question", example["question"])
     names = SIX if "question" not in plan else QUESTIONS
     methods = dkv.build_methods(names, capacity=example["capacity"])
+    facts = [] if "question" in plan else example.get("expected", [])
     prefill = dkv.prefill(llm, document, question, mass="H2O" in names and not behind_only)
     if not behind_only:
         trace = dkv.compare(
@@ -62,6 +63,7 @@ def record(llm: dkv.LoadedModel, name: str, plan: dict[str, Any], behind_only: b
             methods=methods,
             max_new_tokens=plan.get("max_new_tokens", example["max_new_tokens"]),
             scores=True,
+            expected=facts[0] if len(facts) == 1 else "",
         )
         trace.save(LESSONS / f"{name}.json.gz")
         print(f"{name}: {trace.prompt.length:,} tokens")

@@ -9,6 +9,7 @@ from dynamickv.answer import Preview, preview
 from dynamickv.compare import compare, compare_stream
 from dynamickv.conversation import Conversation
 from dynamickv.decoding.forcing import divergence, forced_logits
+from dynamickv.decoding.reads import Reads, reads
 from dynamickv.memory import OutOfMemory, free_memory, release_memory
 from dynamickv.methods import (
     H2O,
@@ -42,9 +43,12 @@ from dynamickv.record.events import (
     RunFinished,
     Token,
 )
+from dynamickv.record.expected import find_expected
 from dynamickv.record.trace import (
     Agreement,
+    Aligned,
     Divergence,
+    Expected,
     ModelInfo,
     Prompt,
     Retained,
@@ -62,6 +66,7 @@ __all__ = [
     "KNOWN_MODELS",
     "METHODS",
     "Agreement",
+    "Aligned",
     "Capabilities",
     "ComparisonFinished",
     "Compressed",
@@ -71,6 +76,7 @@ __all__ = [
     "Divergence",
     "DynamicKV",
     "Event",
+    "Expected",
     "FullKV",
     "Geometry",
     "KnownModel",
@@ -85,6 +91,7 @@ __all__ = [
     "Progress",
     "Prompt",
     "PyramidKV",
+    "Reads",
     "Retained",
     "Retention",
     "Run",
@@ -105,12 +112,14 @@ __all__ = [
     "compress",
     "divergence",
     "evaluate",
+    "find_expected",
     "forced_logits",
     "free_memory",
     "load_model",
     "prefill",
     "prefill_text",
     "preview",
+    "reads",
     "release_memory",
     "require_longer_document",
     "retain",

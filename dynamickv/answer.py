@@ -141,6 +141,7 @@ class Answer:
             prune_seconds=self._prune_seconds,
             decode_seconds=[step.seconds for step in self._done],
             decoded_together=self._together.size if self._member and self._together else 1,
+            erased=int((~self._mask.any(axis=(0, 1))).sum()),
         )
 
 

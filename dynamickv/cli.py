@@ -29,8 +29,11 @@ from dynamickv.models import (
     load_model,
 )
 from dynamickv.models.catalogue import KnownModel
+from dynamickv.models.precision import PRECISIONS, require_precision
 from dynamickv.reading.prompt import require_longer_document, require_text
+from dynamickv.record.aligned import Aligned
 from dynamickv.record.events import ComparisonFinished, Progress, Token
+from dynamickv.record.expected import require_expected
 from dynamickv.record.trace import Run, Trace, seconds_per_token
 from dynamickv.version import __version__
 
@@ -100,6 +103,15 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--quantization", metavar="|".join(QUANTIZATIONS), help="pack the weights (bitsandbytes)"
     )
+    compare.add_argument(
+        "--precision",
+        default="auto",
+        metavar="|".join(PRECISIONS),
+        help="of products on a CPU: fast rounds them as bfloat16",
+    )
+    compare.add_argument(
+        "--expected", default="", metavar="TEXT", help="looked for in the document and the answers"
+    )
     compare.add_argument("--output", metavar="FILE", help="the run record, .json or .json.gz")
     add_commands(commands, _read_text)
     models = commands.add_parser("models", help="list what can be loaded here, or prepare one")
@@ -125,7 +137,9 @@ def _compare(options: argparse.Namespace) -> None:
     require_longer_document(document, options.question)
     if options.output is not None:
         output_file(options.output)
-    llm = load_model(options.model, quantization=options.quantization)
+    require_expected(options.expected)
+    require_precision(options.precision)
+    llm = load_model(options.model, quantization=options.quantization, precision=options.precision)
     with ExitStack() as bars:
         trace = _followed(llm, document, methods, options, bars)
     print(report(trace))
@@ -153,6 +167,7 @@ def _followed(
         methods=methods,
         max_new_tokens=options.max_new_tokens,
         truncate=options.truncate,
+        expected=options.expected,
     ):
         if isinstance(event, Progress):
             layers.update(event.completed - layers.n)
@@ -170,7 +185,7 @@ def report(trace: Trace) -> str:
     """Answers and a small table, as text."""
     prompt, model = trace.prompt, trace.model
     lines = [
-        f"{model.name} ({model.dtype} on {model.device}, {model.attention}), "
+        f"{model.name} ({model.dtype} on {model.device}, {model.precision}, {model.attention}), "
         f"prompt {prompt.length:,} tokens, prefill {trace.prefill_seconds:.2f} s"
     ]
     if prompt.truncated:
@@ -184,33 +199,51 @@ def report(trace: Trace) -> str:
                 f"NOTHING TO COMPRESS: {run.method} may keep {run.parameters['capacity']:,} tokens "
                 f"per layer and the prompt has {prompt.length:,}."
             )
-    lines += ["", _row("method", "kept", "KV MiB", "ms/token", "same tokens", "first difference")]
-    lines += [_row(*_figures(run)) for run in trace.runs]
+    sought = trace.expected
+    if sought is not None:
+        where = "in the document" if sought.document_utf16_span else "NOT in the document"
+        lines.append(f"Expected {sought.text!r}: {where}.")
+    heads = ("method", "kept", "KV MiB", "ms/token", "first difference", "survives", "lost word")
+    lines += ["", _row(*heads)]
+    lines += [_row(*_figures(run, trace)) for run in trace.runs]
     for run in trace.runs:
-        lines += ["", f"{run.method}:", run.answer.strip()]
+        found = {True: " (holds what is expected)", False: " (misses what is expected)", None: ""}
+        lines += ["", f"{run.method}{found[run.expected_found]}:", run.answer.strip()]
     return "\n".join(lines)
 
 
-def _figures(run: Run) -> tuple[str, ...]:
-    match, difference = "-", "-"
+def _figures(run: Run, trace: Trace) -> tuple[str, ...]:
+    difference, survives, word = "-", "-", "-"
     if run.agreement is not None:
-        match, first = f"{run.agreement.token_match:.0%}", run.agreement.first_divergence
+        first = run.agreement.first_divergence
         difference = "none" if first is None else f"token {first + 1}"
+    if run.aligned is not None:
+        survives, word = f"{run.aligned.surviving:.1%}", "none"
+        if run.aligned.loss is not None:
+            word = lost_words(run.aligned, trace.run("FullKV"))
     return (
         run.method,
         f"{run.kept_fraction:.1%}",
         f"{run.kv_bytes / 2**20:.2f}",
         f"{1000 * (seconds_per_token(run.decode_seconds) or 0):.1f}",
-        match,
         difference,
+        survives,
+        word,
     )
+
+
+def lost_words(aligned: Aligned, full: Run) -> str:
+    """The word that carries the loss, with its probability under both caches."""
+    place = aligned.loss or 0
+    before, after = aligned.probabilities_full[place], aligned.probabilities[place]
+    first, last = aligned.token_spans[place]
+    return f"{''.join(full.pieces[first:last]).strip()} {before:.0%} -> {after:.0%}"
 
 
 def _row(*cells: str) -> str:
-    widths = (8, 10, 10, 13, 18)
-    return f"{cells[0]:<14}" + "".join(
-        f"{cell:>{width}}" for cell, width in zip(cells[1:], widths, strict=True)
-    )
+    widths = (8, 10, 10, 18, 10)
+    numbers = "".join(f"{cell:>{width}}" for cell, width in zip(cells[1:-1], widths, strict=True))
+    return f"{cells[0]:<14}{numbers}  {cells[-1]}"
 
 
 def _models(options: argparse.Namespace) -> None:

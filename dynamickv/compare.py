@@ -5,25 +5,26 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import replace
 from datetime import datetime, timezone
 
 import torch
 import transformers
 
 from dynamickv.answer import Answer, recording_for
+from dynamickv.decoding.alignment import with_alignment
 from dynamickv.decoding.cuda_graph import graphable
-from dynamickv.decoding.forcing import with_divergences
 from dynamickv.decoding.together import Together
 from dynamickv.memory import ANSWERING, CHOOSING, READING, memory_watched
 from dynamickv.methods import METHODS, CompressionMethod
 from dynamickv.models import LoadedModel
 from dynamickv.models.geometry import require_choosable
 from dynamickv.reading.prefill import prefill as run_prefill
+from dynamickv.reading.prefill import whole_prompt
 from dynamickv.reading.prefill_stream import prefill_stream
-from dynamickv.reading.prompt import encode_prompt, require_text
+from dynamickv.reading.prompt import require_text
 from dynamickv.record.agreement import with_agreement
 from dynamickv.record.events import ComparisonFinished, Event, RunFinished
+from dynamickv.record.expected import require_expected, with_expected
 from dynamickv.record.trace import ModelInfo, Prompt, Run, Trace
 from dynamickv.records import EncodedPrompt, Prefill
 from dynamickv.version import engine_version
@@ -40,6 +41,7 @@ def compare(
     question_aware: bool = True,
     truncate: bool = False,
     scores: bool = False,
+    expected: str = "",
 ) -> Trace:
     """Answer one question with every method and record what each kept, took and said.
 
@@ -55,6 +57,7 @@ def compare(
         question_aware=question_aware,
         truncate=truncate,
         scores=scores,
+        expected=expected,
     ):
         if isinstance(event, ComparisonFinished):
             return event.trace
@@ -72,6 +75,7 @@ def compare_stream(
     question_aware: bool = True,
     truncate: bool = False,
     scores: bool = False,
+    expected: str = "",
     earlier: Sequence[Run] = (),
     full_apart: bool = True,
     on_prefill: Callable[[Prefill], None] | None = None,
@@ -93,6 +97,7 @@ def compare_stream(
         truncate: cut the middle out of a document that is too long instead of refusing it, with
             room left for the answer.
         scores: record every scored method's importance per layer and position.
+        expected: a passage or an answer to look for in the document and in every answer.
         earlier: runs of this `prefill` that are done; the record holds them before the new ones,
             and a FullKV among them is what the new ones are compared with.
         full_apart: decode FullKV apart from the others, so that its answer is `generate`'s to the
@@ -106,6 +111,7 @@ def compare_stream(
         OutOfMemory: what to lower, in one sentence; nothing is left behind.
     """
     _validate(document, question, methods, prefill, max_new_tokens)
+    require_expected(expected)
     for method in methods:
         require_choosable(llm.geometry, method.parameters)
     stop = should_stop or (lambda: False)
@@ -129,7 +135,7 @@ def compare_stream(
             return
     if on_prefill is not None:
         on_prefill(prefill)
-    prompt = prefill.prompt if prefill.question_aware else _with_question(llm, prefill, question)
+    prompt = whole_prompt(llm, prefill, question)
     # With two compressed runs there is little to share, and alone each is timed by itself.
     together = Together(llm) if len(methods) > 3 and not graphable(llm) else None
     with memory_watched(CHOOSING):
@@ -162,10 +168,8 @@ def compare_stream(
                     yield RunFinished(index, finished[index])
         runs = [*earlier, *(finished[index] for index in range(len(answers)))]
         runs = with_agreement(runs, len(earlier))
-        runs = with_divergences(
-            llm, prefill, prompt, [answer.retention for answer in answers], runs
-        )
-        yield ComparisonFinished(_trace(llm, prefill, prompt, runs))
+        runs = with_alignment(llm, prefill, prompt, [answer.retention for answer in answers], runs)
+        yield ComparisonFinished(_trace(llm, prefill, prompt, runs, expected))
     finally:
         # Closed outside of any block, Python 3.12 would keep all this as long as the generator.
         answers.clear()
@@ -206,26 +210,11 @@ def _validate(
         raise ValueError("this prefill holds a document alone; give a question")
 
 
-def _with_question(llm: LoadedModel, prefill: Prefill, question: str | None) -> EncodedPrompt:
-    """The whole prompt for a prefill of its document alone."""
-    start, end = prefill.prompt.document_characters
-    prompt = encode_prompt(
-        llm.tokenizer,
-        prefill.prompt.text[start:end],
-        question or prefill.prompt.question,
-        limit=llm.geometry.max_positions,
-        chat_template=prefill.prompt.chat_template,
-    )
-    if prompt.token_ids[: prefill.length] != prefill.prompt.token_ids:
-        raise ValueError(
-            "this question changes how the document is tokenized; prefill them together"
-        )
-    cut = prefill.prompt.original_length - prefill.length
-    return replace(prompt, original_length=prompt.length + cut)
-
-
-def _trace(llm: LoadedModel, prefill: Prefill, prompt: EncodedPrompt, runs: list[Run]) -> Trace:
+def _trace(
+    llm: LoadedModel, prefill: Prefill, prompt: EncodedPrompt, runs: list[Run], expected: str
+) -> Trace:
     geometry = llm.geometry
+    sought, runs = with_expected(prompt.text, prompt.document_characters, expected, runs)
     return Trace(
         created=datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z"),
         versions={
@@ -247,6 +236,7 @@ def _trace(llm: LoadedModel, prefill: Prefill, prompt: EncodedPrompt, runs: list
             max_positions=geometry.max_positions,
             sliding_layers=sorted(geometry.windows),
             layer_kinds=list(geometry.kinds),
+            precision=llm.precision,
         ),
         prompt=Prompt(
             length=prompt.length,
@@ -262,4 +252,5 @@ def _trace(llm: LoadedModel, prefill: Prefill, prompt: EncodedPrompt, runs: list
         ),
         prefill_seconds=prefill.seconds,
         runs=runs,
+        expected=sought,
     )

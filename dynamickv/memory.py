@@ -15,10 +15,12 @@ import torch
 
 CGROUP = Path("/sys/fs/cgroup")
 READING, CHOOSING, ANSWERING = "reading the prompt", "choosing what to keep", "answering"
+ATTENDING = "reading what the answer attends to"
 REMEDIES = {
     READING: "shorten the document",
     CHOOSING: "choose fewer methods or lower the capacity",
     ANSWERING: "choose fewer methods, or lower the capacity or max_new_tokens",
+    ATTENDING: "answer with fewer methods, or a lower max_new_tokens",
 }
 
 

@@ -46,23 +46,48 @@ def window_attention(
 
     Source: SnapKV, arXiv:2404.14469, observation window.
     """
+    window, prompt_length = queries.shape[1], keys.shape[1]
+    shares = attention_shares(queries, keys, scaling, softcap, sinks, bias)
+    return shares[..., : prompt_length - window].sum(dim=1)
+
+
+def attention_shares(
+    queries: Tensor,
+    keys: Tensor,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+    visible: Tensor | None = None,
+) -> Tensor:
+    """The attention weights of the last `window` queries, (num_query_heads, window, positions),
+    float32.
+
+    Args:
+        queries, keys, scaling, softcap, sinks, bias: as in `window_attention`.
+        visible: which positions each query sees, boolean (window, positions) or
+            (num_query_heads, window, positions); by default all up to its own.
+    """
     num_query_heads, window, head_dim = queries.shape
-    num_kv_heads, prompt_length, _ = keys.shape
+    num_kv_heads, positions, _ = keys.shape
     group = num_query_heads // num_kv_heads
     grouped = queries.reshape(num_kv_heads, group * window, head_dim)
     logits = (
         _wide_products(grouped, keys.transpose(1, 2))
         .mul_(scaling)
-        .view(num_query_heads, window, prompt_length)
+        .view(num_query_heads, window, positions)
     )
     if softcap is not None:
         logits.div_(softcap).tanh_().mul_(softcap)
     if bias is not None:
         logits += bias
-    future = torch.ones(window, window, dtype=torch.bool, device=keys.device).triu_(1)
-    logits[..., prompt_length - window :].masked_fill_(future, torch.finfo(torch.float32).min)
-    shares = softmax_with_sinks(logits, sinks)
-    return shares[..., : prompt_length - window].sum(dim=1)
+    least = torch.finfo(torch.float32).min
+    if visible is None:
+        future = torch.ones(window, window, dtype=torch.bool, device=keys.device).triu_(1)
+        logits[..., positions - window :].masked_fill_(future, least)
+    else:
+        logits.masked_fill_(~visible, least)
+    return softmax_with_sinks(logits, sinks)
 
 
 def softmax_with_sinks(logits: Tensor, sinks: Tensor | None) -> Tensor:

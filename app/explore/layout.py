@@ -113,6 +113,15 @@ def build_form(
             placeholder="What do you want to know about it?",
             elem_id="dkv-question",
         )
+        sought = first.trace.expected if first and first.trace else None
+        made["expected"] = gr.Textbox(
+            sought.text if sought else "",
+            label="Expected answer or passage (optional)",
+            lines=1,
+            max_lines=4,
+            placeholder="Looked for in the document and in every answer.",
+            elem_id="dkv-expected",
+        )
         made["methods"] = gr.CheckboxGroup(
             offered_methods(), value=shown_methods(first), label="Methods", elem_id="dkv-methods"
         )
@@ -200,6 +209,9 @@ def build_results(handlers: ExploreHandlers, shown: Shown, first: Example | None
     def scores(asked: Any) -> dict[str, Any]:
         return handlers.evidence.scores(asked)
 
+    def reads(asked: Any) -> dict[str, Any]:
+        return handlers.evidence.reads(asked)
+
     made: Widgets = {}
     with gr.Column(scale=9, min_width=320, elem_id="dkv-views"):
         made["cards"] = AnswerCards(cards, elem_id="dkv-answers")
@@ -213,7 +225,7 @@ def build_results(handlers: ExploreHandlers, shown: Shown, first: Example | None
                     elem_id="dkv-figures",
                     elem_classes=["dkv-fill"],
                 )
-        Evidence(elem_id="dkv-evidence", server_functions=[scores])
+        Evidence(elem_id="dkv-evidence", server_functions=[scores, reads])
         LayerMap(elem_id="dkv-map")
         made["store"] = TraceStore(store, elem_id="dkv-store")
     return made

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from app.examples import ASSETS
+from app.record.aligned_words import words_of
 from app.record.cards import cards, partings
 from app.record.payload import trace_payload
 from app.record.words import source_label
@@ -40,6 +41,7 @@ def lesson_payload(lesson: Lesson) -> dict[str, Any]:
         "film": VIEWS["budgets"].render(shown).to_json(),
         "cards": cards(trace),
         "partings": partings(trace),
+        "words": words_of(trace),
         "scores": lesson.behind["log_scores"],
         "attention": lesson.behind["attention"],
         "spans": lesson.spans,

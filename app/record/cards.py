@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from app.theme import method_style
-from app.wording import count, ending, mebibytes, milliseconds, percent, seconds
+from app.wording import count, ending, mebibytes, milliseconds, percent, seconds, shortened
 from dynamickv.record.trace import Run, Trace, seconds_per_token
 
 from .words import circumstances, compressed_layers, compressed_words, finish_words, run_names
@@ -20,6 +20,9 @@ CARD_HINTS = {
     "Prefill": "Reading the prompt once. The same prefill serves every method here.",
     "Score + prune": "Choosing the tokens and copying them into the smaller cache.",
     "Decode": "Mean time for each answer token.",
+    "Survives": "Mean surviving probability: every cache is fed FullKV's answer, and each of its "
+    "words keeps a part of the probability it had. 100 %: as probable as with FullKV.",
+    "Erased": "Tokens that no layer and no head keeps: no attention brings them back.",
     "Token match": "Agreement with FullKV's answer: share of positions, over the longer answer, "
     "that hold the same token, and the first that differs. It says nothing about truth.",
 }
@@ -39,6 +42,7 @@ def cards_payload(
         "notice": fits_notice(trace),
         "cards": cards(trace, found),
         "partings": partings(trace),
+        "expected": expected_words(trace),
     }
 
 
@@ -59,6 +63,8 @@ def fits_notice(trace: Trace) -> str:
 
 def cards(trace: Trace, found: Sequence[Sequence[bool]] | None = None) -> list[dict[str, Any]]:
     """Every finished answer, with what is said of it where an answer is expected."""
+    if found is None and trace.expected is not None:
+        found = [[run.expected_found is True] for run in trace.runs]
     said = verdicts(trace.runs, found) if found is not None else [[] for _ in trace.runs]
     return [
         card(run, trace) | named(*names) | {"verdict": verdict}
@@ -125,6 +131,33 @@ def partings(trace: Trace) -> list[dict[str, Any]]:
     return found
 
 
+def expected_words(trace: Trace) -> str:
+    """Whether the document holds what is expected; empty where nothing is."""
+    if trace.expected is None:
+        return ""
+    if trace.expected.document_utf16_span is None:
+        return "What you expect is not in the document, as it is worded."
+    return "What you expect is in the document."
+
+
+def survival_row(run: Run, trace: Trace) -> tuple[str, str]:
+    """The mean surviving probability, and the word that carries the loss."""
+    if run.aligned is None:
+        return NOTHING, "reference" if run.method == "FullKV" else "not recorded"
+    if run.aligned.loss is None:
+        return percent(run.aligned.surviving), "no word lost"
+    first, last = run.aligned.token_spans[run.aligned.loss]
+    word = "".join(trace.run("FullKV").pieces[first:last]).strip()
+    return percent(run.aligned.surviving), f"lost: {shortened(word)}"
+
+
+def erased_row(run: Run) -> tuple[str, str]:
+    """Positions that are nowhere any more."""
+    if run.erased is None:
+        return NOTHING, "not recorded"
+    return f"{run.erased:,}", "tokens everywhere"
+
+
 def token_words(piece: str, token_id: int) -> str:
     """A token's text, or its number where it has none of its own."""
     return piece or f"token {token_id}"
@@ -180,6 +213,8 @@ def receipts(run: Run, trace: Trace) -> list[dict[str, str]]:
         "Prefill": (seconds(trace.prefill_seconds), "shared"),
         "Score + prune": compression_row(run),
         "Decode": decode_row(run.decode_seconds, run.decoded_together),
+        "Survives": survival_row(run, trace),
+        "Erased": erased_row(run),
         "Token match": agreement_row(run),
     }
     return [

@@ -30,7 +30,8 @@ def trace_payload(
     The record travels nearly whole, so that the page can save it: its token offsets are replaced by
     `starts` and `ends` (see `encode_offsets`), bits that are all ones are left out, and so are the
     scores, which the page fetches with `key` when somebody asks for them. `example` names a
-    built-in example; `ready` says that the server still holds the prefill.
+    built-in example; `ready` says that the server still holds the prefill,
+    `lacks` what an older record does not hold.
     """
     record = trace.to_dict()
     starts, ends = encode_offsets(record["prompt"].pop("text_utf16_offsets"))
@@ -45,6 +46,7 @@ def trace_payload(
         "example": example,
         "ready": ready,
         "record": record,
+        "lacks": trace.lacks,
         "starts": starts,
         "ends": ends,
         "looks": [

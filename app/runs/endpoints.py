@@ -80,7 +80,7 @@ def endpoints(
         request: gr.Request = None,  # type: ignore[assignment]
     ) -> dict[str, Any]:
         """Answer a question about a document with several methods over one prefill; returns the run
-        record, schema 1.
+        record, schema 2.
         """
         try:
             settings = {"capacity": capacity}

@@ -51,9 +51,10 @@ class RunsHandlers:
             note = {"value": "Not opened.", "note": sentence_of(error), "tone": "loud"}
             return placed(OPENED, {"note": note})
         methods = ", ".join(run.method for run in trace.runs) or "no runs"
+        lacks = f" An older file, without {', '.join(trace.lacks)}." if trace.lacks else ""
         note = {
             "value": "Opened.",
-            "note": f"{methods} on {trace.prompt.length:,} tokens, shown on Explore.",
+            "note": f"{methods} on {trace.prompt.length:,} tokens, shown on Explore.{lacks}",
         }
         cards, store = self._shown.record(trace, "file", self._shelf.put(trace, "file"))
         changes = {

@@ -97,6 +97,7 @@ class Comparisons:
             on_prefill=on_prefill,
             should_stop=should_stop,
             question_aware=job.question_aware,
+            expected=job.expected,
         )
 
     def _gpu_events(

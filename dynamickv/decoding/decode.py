@@ -113,8 +113,24 @@ def extend(llm: LoadedModel, cache: KVCache, token_ids: Sequence[int], position:
     count = 1 if llm.geometry.stepwise else len(token_ids)
     for start in range(0, len(token_ids), count):
         part = list(token_ids[start : start + count])
-        logits = _forward(llm, cache, [part], [position + start])[0]
+        logits = _forward(llm, cache, [part], [position + start])[0, -1]
     return logits
+
+
+@torch.inference_mode()
+def follow(
+    llm: LoadedModel,
+    cache: KVCache,
+    token_ids: Sequence[int],
+    position: int,
+    block: int = 64,
+) -> Iterator[Tensor]:
+    """Feed given tokens as `extend` does, at most `block` at a time, and yield each block's
+    next-token logits, (tokens, vocabulary)."""
+    count = 1 if llm.geometry.stepwise else block
+    for start in range(0, len(token_ids), count):
+        part = list(token_ids[start : start + count])
+        yield _forward(llm, cache, [part], [position + start], last=len(part))[0]
 
 
 def has_mkl() -> bool:
@@ -140,7 +156,7 @@ def _feed(
     llm: LoadedModel, caches: Sequence[KVCache], token_ids: Sequence[int], positions: Sequence[int]
 ) -> Tensor:
     cache = caches[0] if len(caches) == 1 else BatchedCache(caches)
-    return _forward(llm, cache, [[token_id] for token_id in token_ids], positions)
+    return _forward(llm, cache, [[token_id] for token_id in token_ids], positions)[:, -1]
 
 
 def _forward(
@@ -148,9 +164,10 @@ def _forward(
     cache: KVCache | BatchedCache,
     token_ids: list[list[int]],
     positions: Sequence[int],
+    last: int = 1,
 ) -> Tensor:
-    """The model's own forward pass of as many tokens in each row; logits after the last ones,
-    (rows, vocabulary)."""
+    """The model's own forward pass of as many tokens in each row; logits after the `last` ones,
+    (rows, last, vocabulary)."""
     device = llm.device
     first = torch.tensor(positions, device=device)[:, None]
     fast = nullcontext() if llm.packed is None else FastProducts(llm.packed)
@@ -162,9 +179,9 @@ def _forward(
             position_ids=first + torch.arange(len(token_ids[0]), device=device),
             **cache_argument(llm.model, cache),
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=last,
         )
-    logits: Tensor = output.logits[:, -1]
+    logits: Tensor = output.logits[:, -last:]
     return logits
 
 

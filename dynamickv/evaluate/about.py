@@ -21,6 +21,7 @@ def circumstances(llm: LoadedModel) -> dict[str, str]:
         "model": llm.name,
         "revision": llm.revision,
         "dtype": llm.dtype,
+        "precision": llm.precision,
         "attention": llm.attention,
         "device": _device(llm),
         "cores": str(os.cpu_count()),

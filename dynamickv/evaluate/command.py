@@ -37,7 +37,7 @@ from dynamickv.evaluate.tasks import (
 from dynamickv.methods import CompressionMethod
 from dynamickv.models import LoadedModel, load_model
 from dynamickv.reading.prompt import require_longer_document, require_text
-from dynamickv.record.agreement import YARDSTICK
+from dynamickv.record.checks import YARDSTICK
 
 
 def needle(options: argparse.Namespace) -> None:
@@ -175,6 +175,7 @@ def _load(options: argparse.Namespace, share: Share) -> LoadedModel:
         dtype=options.dtype,
         device_map=spread,
         quantization=options.quantization,
+        precision=options.precision,
     )
 
 

@@ -209,7 +209,7 @@ def answers(
                 raise Stopped
             finished[event.run] = event.record
         if len(finished) == len(methods):
-            # What follows explains each divergence, at the price of two more passes a method.
+            # What follows holds every cache against FullKV's words, one more pass each.
             break
     events.close()
     return with_agreement([finished[index] for index in range(len(methods))])
@@ -217,7 +217,9 @@ def answers(
 
 def of_model(llm: LoadedModel) -> dict[str, str]:
     """What every experiment's settings say of the model."""
-    return {"model": llm.name, "revision": llm.revision, "dtype": llm.dtype}
+    known = {"model": llm.name, "revision": llm.revision, "dtype": llm.dtype}
+    # Journals from before it could be chosen are of exact products and go on as they are.
+    return known if llm.precision == "exact" else {**known, "precision": llm.precision}
 
 
 def entry(run: Run) -> Row:

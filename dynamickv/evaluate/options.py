@@ -10,6 +10,7 @@ from dynamickv.evaluate.arguments import add_settings
 from dynamickv.evaluate.tables import ORDER
 from dynamickv.methods import METHODS
 from dynamickv.models import DEFAULT_MODEL, QUANTIZATIONS
+from dynamickv.models.precision import PRECISIONS
 
 SIX = ",".join(ORDER)
 """The methods of the paper's tables, in its order."""
@@ -46,6 +47,12 @@ def add_commands(commands: Any, read_text: Callable[[str], str]) -> None:
             "--quantization",
             metavar="|".join(QUANTIZATIONS),
             help="pack the weights (bitsandbytes)",
+        )
+        parser.add_argument(
+            "--precision",
+            default="auto",
+            metavar="|".join(PRECISIONS),
+            help="of products on a CPU: fast rounds them as bfloat16",
         )
         add(parser)
 

@@ -14,6 +14,8 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +39,35 @@ MASKED_BACKENDS = ("eager", "sdpa")
 """Backends that take a mask tensor; the flash kinds align causality to the end by themselves."""
 
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """One attention of one pass, as a watcher is told."""
+
+    place: int
+    """The layer, by its place in the model."""
+    source: int | None
+    """The layer of ours whose keys were read, by its place; None where no method compresses
+    them."""
+    attended: Attended
+    visible: Tensor | None
+    """Which positions each new token sees, boolean (1 or query heads, new, positions); None: all
+    up to its own."""
+
+
+Watcher = Callable[[Seen], None]
+_watching: ContextVar[Watcher | None] = ContextVar("watching", default=None)
+
+
+@contextmanager
+def watched(watcher: Watcher) -> Iterator[None]:
+    """Tell of every attention that is computed inside the block, in this thread."""
+    token = _watching.set(watcher)
+    try:
+        yield
+    finally:
+        _watching.reset(token)
 
 
 def backend_of(model: PreTrainedModel) -> str:
@@ -134,6 +165,11 @@ def _observed_attention(
     # Each model file defines its own eager attention, which is not in the registry.
     attention = attention or sys.modules[type(module).__module__].eager_attention_forward
     layer, grown = attended_layer(key, getattr(module, "layer_idx", None))
+    watcher = _watching.get()
+    if watcher is not None:
+        seen = _seen(module, layer, grown, _attended(query, key, kwargs), attention_mask, kwargs)
+        if seen is not None:
+            watcher(seen)
     if layer is None:
         return attention(
             _stand_in(backend, module, query, key), query, key, value, attention_mask, **kwargs
@@ -156,17 +192,43 @@ def _observed_attention(
             _stand_in(backend, module, query, key), query, key, value, attention_mask, **kwargs
         )
     if layer.after_attention is not None and grown:
-        scaling = kwargs.get("scaling")
-        attended = Attended(
-            queries=query,
-            keys=key,
-            scaling=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
-            softcap=kwargs.get("softcap"),
-            sinks=kwargs.get("s_aux", kwargs.get("sinks")),
-            bias=kwargs.get("position_bias"),
-        )
-        layer.after_attention(layer, attended)
+        layer.after_attention(layer, _attended(query, key, kwargs))
     return output
+
+
+def _attended(query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> Attended:
+    scaling = kwargs.get("scaling")
+    return Attended(
+        queries=query,
+        keys=key,
+        scaling=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+        softcap=kwargs.get("softcap"),
+        sinks=kwargs.get("s_aux", kwargs.get("sinks")),
+        bias=kwargs.get("position_bias"),
+    )
+
+
+def _seen(
+    module: nn.Module,
+    layer: KVLayer | None,
+    grown: bool,
+    attended: Attended,
+    mask: Tensor | None,
+    kwargs: dict[str, Any],
+) -> Seen | None:
+    """What a watcher is told; nothing of a layer that does not know its place."""
+    place = layer.index if layer is not None and grown else getattr(module, "layer_idx", None)
+    if place is None:
+        return None
+    new, held = attended.queries.shape[2], attended.keys.shape[2]
+    visible = None
+    if layer is None and mask is not None:
+        given = mask[0, :, -new:, -held:]
+        visible = given if given.dtype == torch.bool else given == 0
+    elif layer is None and kwargs.get("sliding_window"):
+        ones = torch.ones(new, held, dtype=torch.bool, device=attended.queries.device)
+        visible = ones.tril(held - new).triu(held - new - kwargs["sliding_window"] + 1)
+    return Seen(place, None if layer is None else layer.index, attended, visible)
 
 
 def _of_head(

@@ -73,6 +73,31 @@ def prefill(
     return prefill_prompt(llm, prompt, tail=tail, mass=mass, on_layer=on_layer)
 
 
+def whole_prompt(llm: LoadedModel, prefill: Prefill, question: str | None = None) -> EncodedPrompt:
+    """The prompt of a prefill, its question included, which a prefill of a document alone takes
+    here or when it was made.
+
+    Raises:
+        ValueError: the question changes how the document is tokenized.
+    """
+    if prefill.question_aware:
+        return prefill.prompt
+    start, end = prefill.prompt.document_characters
+    prompt = encode_prompt(
+        llm.tokenizer,
+        prefill.prompt.text[start:end],
+        question or prefill.prompt.question,
+        limit=llm.geometry.max_positions,
+        chat_template=prefill.prompt.chat_template,
+    )
+    if prompt.token_ids[: prefill.length] != prefill.prompt.token_ids:
+        raise ValueError(
+            "this question changes how the document is tokenized; prefill them together"
+        )
+    cut = prefill.prompt.original_length - prefill.length
+    return replace(prompt, original_length=prompt.length + cut)
+
+
 def prefill_text(
     llm: LoadedModel,
     text: str,

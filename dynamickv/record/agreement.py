@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from dynamickv.record.checks import YARDSTICK
 from dynamickv.record.trace import Agreement, Run
-
-YARDSTICK = "FullKV"
-"""The method whose answer the others are held against."""
 
 
 def yardstick_of(runs: Sequence[Run]) -> Run | None:

@@ -13,9 +13,11 @@ import types
 import typing
 from typing import TYPE_CHECKING, Any
 
+from dynamickv.record.expected import MAX_EXPECTED
 from dynamickv.record.kinds import KINDS
 
 if TYPE_CHECKING:
+    from dynamickv.record.aligned import Aligned
     from dynamickv.record.trace import Divergence, ModelInfo, Run, Trace
 
 MAX_POSITIONS = 2**20
@@ -25,7 +27,10 @@ MAX_RUNS = 64
 MAX_COUNT = 2**53
 """Largest count; JavaScript reads no larger whole number exactly."""
 NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+YARDSTICK = "FullKV"
+"""The method whose answer the others are held against."""
 FINISH_REASONS = ("stop", "length", "cancelled")
+PRECISIONS = ("", "exact", "fast")
 
 
 def check(trace: Trace) -> None:
@@ -43,6 +48,8 @@ def check(trace: Trace) -> None:
     for kind in model.layer_kinds:
         if kind not in KINDS:
             _misfit("a kind in model.layer_kinds", kind, f"one of {', '.join(KINDS)}")
+    if model.precision not in PRECISIONS:
+        _misfit("model.precision", model.precision, "exact, fast or nothing")
     _within("prefill_seconds", trace.prefill_seconds, 0, MAX_COUNT)
     _within("prompt.length", prompt.length, 1, MAX_POSITIONS)
     _within("prompt.original_length", prompt.original_length, prompt.length, MAX_COUNT)
@@ -55,9 +62,16 @@ def check(trace: Trace) -> None:
     _span("prompt.document_span", prompt.document_span, prompt.length)
     _span("prompt.question_span", prompt.question_span, prompt.length)
     _span("prompt.document_utf16_span", prompt.document_utf16_span, end)
+    if trace.expected is not None:
+        _within("the length of expected.text", len(trace.expected.text), 1, MAX_EXPECTED)
+        if trace.expected.document_utf16_span is not None:
+            _span("expected.document_utf16_span", trace.expected.document_utf16_span, end)
     _within("the number of runs", len(trace.runs), 0, MAX_RUNS)
+    full = next((run for run in trace.runs if run.method == YARDSTICK), None)
     for index, run in enumerate(trace.runs):
         _check_run(run, f"runs[{index}]", model, prompt.length)
+        if run.aligned is not None:
+            _check_aligned(run.aligned, f"runs[{index}].aligned", full)
 
 
 def _check_run(run: Run, where: str, model: ModelInfo, length: int) -> None:
@@ -96,7 +110,9 @@ def _check_run(run: Run, where: str, model: ModelInfo, length: int) -> None:
         json.dumps(run.parameters, allow_nan=False, ensure_ascii=False).encode("utf-8")
     except (TypeError, ValueError, RecursionError):
         _misfit(f"{where}.parameters", run.parameters, "finite numbers and plain text")
-    run.retained.unpack(model.num_layers, length)
+    mask = run.retained.unpack(model.num_layers, length)
+    if run.erased is not None:
+        _within(f"{where}.erased", run.erased, int((~mask.any(axis=(0, 1))).sum()))
     if run.scores is not None:
         run.scores.unpack(model.num_layers, length)
 
@@ -107,6 +123,28 @@ def _check_divergence(divergence: Divergence, where: str) -> None:
     _within(f"the least of {where}.token_ids", min(divergence.token_ids), 0, MAX_COUNT)
     for share in (*divergence.probabilities, *divergence.probabilities_full):
         _within(f"a probability of {where}", share, 0, 1)
+
+
+def _check_aligned(aligned: Aligned, where: str, full: Run | None) -> None:
+    if full is None:
+        _misfit(where, "there", f"none without a run of {YARDSTICK}")
+    words = len(aligned.utf16_spans)
+    _within(f"the number of {where}.utf16_spans", words, 1, MAX_COUNT)
+    for name in ("token_spans", "probabilities", "probabilities_full", "instead"):
+        _within(f"the number of {where}.{name}", len(getattr(aligned, name)), words)
+    shares = aligned.instead_probabilities
+    _within(f"the number of {where}.instead_probabilities", len(shares), words)
+    units = len(full.answer.encode("utf-16-le", "surrogatepass")) // 2
+    for name, limit in (("utf16_spans", units), ("token_spans", len(full.token_ids))):
+        end = 0
+        for index, span in enumerate(getattr(aligned, name)):
+            _span(f"{where}.{name}[{index}]", span, limit)
+            _within(f"the start of {where}.{name}[{index}]", span[0], end, MAX_COUNT)
+            end = span[1]
+    for share in (*aligned.probabilities, *aligned.probabilities_full, *shares):
+        _within(f"a probability of {where}", share, 0, 1)
+    _within(f"{where}.surviving", aligned.surviving, 0, 1)
+    _within(f"{where}.loss", aligned.loss or 0, 0, words - 1)
 
 
 def _within(where: str, value: float, least: int, most: int | None = None) -> None:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dynamickv.record.aligned import Aligned
 from dynamickv.record.checks import (
     FINISH_REASONS,
     MAX_COUNT,
@@ -32,6 +33,7 @@ from dynamickv.record.checks import (
     read,
     show,
 )
+from dynamickv.record.expected import Expected
 from dynamickv.record.kinds import KINDS
 from dynamickv.record.packed import Retained, Scores
 
@@ -47,7 +49,9 @@ __all__ = [
     "NAMES",
     "SCHEMA",
     "Agreement",
+    "Aligned",
     "Divergence",
+    "Expected",
     "ModelInfo",
     "Prompt",
     "Retained",
@@ -57,7 +61,9 @@ __all__ = [
     "seconds_per_token",
 ]
 
-SCHEMA = 1
+SCHEMA = 2
+"""What is written. Schema 1 is read too; see `Trace.lacks`."""
+READ = (1, SCHEMA)
 MAX_BYTES = 64 * 2**20
 """Largest record that is read, in bytes after decompression."""
 
@@ -82,6 +88,9 @@ class ModelInfo:
     layer_kinds: list[str] = field(default_factory=list)
     """Every layer's kind, as in `record.kinds.KINDS`; empty in older records, whose other layers
     attend to the whole prompt."""
+    precision: str = ""
+    """ "exact" where products are the model's own, "fast" where they round as bfloat16 ones do;
+    empty where it was not recorded."""
 
     @property
     def uncompressed(self) -> dict[int, str]:
@@ -184,6 +193,12 @@ class Run:
     decoded_together: int = 1
     """Runs that shared each decoding pass; with more than one, its time is theirs together."""
     agreement: Agreement | None = None
+    aligned: Aligned | None = None
+    """FullKV's words under this run's cache; None for FullKV itself and where it is not there."""
+    erased: int | None = None
+    """Prompt positions that no layer and no head keeps; None where it was not recorded."""
+    expected_found: bool | None = None
+    """Whether the answer holds what was expected; None where nothing was."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,7 +211,20 @@ class Trace:
     prompt: Prompt
     prefill_seconds: float
     runs: list[Run] = field(default_factory=list)
+    expected: Expected | None = None
+    """What a person expects in the answers, if they said so."""
     schema: int = SCHEMA
+
+    @property
+    def lacks(self) -> list[str]:
+        """What records of today hold and this older one does not, in words."""
+        if self.schema >= SCHEMA:
+            return []
+        return [
+            "each word's probability under both caches",
+            "positions erased everywhere",
+            "the precision of the model's products",
+        ]
 
     def run(self, method: str) -> Run:
         """The first run of that method.
@@ -230,10 +258,11 @@ class Trace:
             raise ValueError(
                 "this file has no schema, so it is no run record; choose a file saved here"
             )
-        if data.get("schema") != SCHEMA:
+        if type(data["schema"]) is not int or data["schema"] not in READ:
             raise ValueError(
-                f"this record has schema {show(data.get('schema'))}, and schema {SCHEMA} is read "
-                "here; open it with the version that wrote it"
+                f"this record has schema {show(data['schema'])}, and schemas "
+                f"{' and '.join(map(str, READ))} are read here; open it with the version that "
+                "wrote it"
             )
         trace: Trace = read(cls, data, "record")
         check(trace)

@@ -32,6 +32,7 @@ DEFAULTS: dict[str, Any] = {
     "truncate": False,
     "question_aware": True,
     "model": "tiny",
+    "expected": "",
 }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dynamickv.record.trace import Agreement, ModelInfo, Prompt, Retained, Run, Trace
+from dynamickv.record.trace import Agreement, Aligned, ModelInfo, Prompt, Retained, Run, Trace
 
 HEADS, HEAD_DIM = 3, 64
 WORDS = [
@@ -33,6 +33,17 @@ WORDS = [
     "northern",
     "bank",
 ]
+WORDS_KEPT = Aligned(
+    utf16_spans=[[1, 4], [5, 13], [14, 18], [19, 22], [23, 33], [33, 34]],
+    token_spans=[[at, at + 1] for at in range(6)],
+    probabilities=[0.9, 0.01, 0.8, 0.8, 0.9, 0.9],
+    probabilities_full=[0.9, 0.95, 0.8, 0.8, 0.9, 0.8],
+    instead=["", " old", "", "", "", ""],
+    instead_probabilities=[0.0, 0.7, 0.0, 0.0, 0.0, 0.0],
+    surviving=0.835,
+    loss=1,
+)
+"""FullKV's answer under the other caches: "northern" is lost."""
 BEFORE, AFTER = (
     "<|im_start|>user\n",
     "\n\nWhich bank was reinforced?<|im_end|>\n<|im_start|>assistant\n",
@@ -68,6 +79,7 @@ def synthetic_trace(
         device="cpu",
         attention="sdpa",
         max_positions=8192,
+        precision="exact",
     )
     prompt = Prompt(
         length=length,
@@ -141,6 +153,8 @@ def make_run(method: str, length: int, layers: int, capacity: int, window: int) 
         agreement=Agreement(first_divergence=None, token_match=1.0, rouge_l=1.0)
         if keeps_all
         else Agreement(first_divergence=1, token_match=0.25, rouge_l=0.4),
+        aligned=None if keeps_all else WORDS_KEPT,
+        erased=int((~mask.any(axis=(0, 1))).sum()),
     )
 
 

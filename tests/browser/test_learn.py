@@ -267,7 +267,13 @@ def test_a_link_opens_its_lesson(page: Page, page_url: str) -> None:
     question.locator("summary").click()
     expect(question.locator("p")).to_be_visible()
     figure(page, "lost", "method").select_option("PyramidKV")
-    expect(figure(page, "lost", "answer").locator("mark")).to_have_text("1")
+    held = lesson.trace.run("PyramidKV").aligned
+    assert held is not None
+    assert held.loss is not None
+    first, last = held.token_spans[held.loss]
+    lost = "".join(lesson.trace.run("FullKV").pieces[first:last]).strip()
+    expect(figure(page, "lost", "answer").locator("mark")).to_have_text(lost)
+    expect(figure(page, "lost", "lost-note")).to_contain_text(f"carried by “{lost}”")
     expect(figure(page, "lost", "answer")).to_contain_text(lesson.trace.run("PyramidKV").answer)
     expect(figure(page, "lost", "lost-note")).to_contain_text("They part at token 14")
     link = figure(page, "lost", "lost-note").get_by_role("link")

@@ -406,6 +406,11 @@ def test_a_run_saved_without_its_text_keeps_every_number(
     text = json.dumps(bare.to_dict(), ensure_ascii=False)
     assert "river" not in text
     assert "northern" not in text
+    held, whole = bare.runs[1].aligned, trace.runs[1].aligned
+    assert held is not None
+    assert whole is not None
+    assert held.instead == ["", " ···", "", "", "", ""]
+    assert held.probabilities == whole.probabilities
     assert bare.prompt.text_utf16_offsets == trace.prompt.text_utf16_offsets
     assert [run.retained for run in bare.runs] == [run.retained for run in trace.runs]
     assert [run.kv_bytes for run in bare.runs] == [run.kv_bytes for run in trace.runs]

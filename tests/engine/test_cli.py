@@ -362,3 +362,32 @@ def test_every_option_is_explained_and_tells_its_default(
     for name in {"window-size", "capacity", "seed"} & {option[2:] for option in explained}:
         text = options.partition(f"--{name} ")[2].partition("\n  --")[0]
         assert "default: " in text or (command, name) == ("sweep", "capacity")
+
+
+def test_the_table_says_what_survives_and_which_word_is_lost(run: Any, tmp_path: Path) -> None:
+    _, out, _ = run(max_new_tokens="12", output=str(tmp_path / "run.json"))
+    trace = dkv.Trace.load(tmp_path / "run.json")
+    full, held = trace.runs[0], trace.runs[1].aligned
+    assert held is not None
+    row = next(line for line in out.splitlines() if line.startswith("DynamicKV "))
+    assert f"{held.surviving:.1%}" in row
+    assert held.loss is not None
+    first, last = held.token_spans[held.loss]
+    word = "".join(full.pieces[first:last]).strip()
+    share = f"{held.probabilities_full[held.loss]:.0%} -> {held.probabilities[held.loss]:.0%}"
+    assert row.endswith(f"{word} {share}")
+    assert trace.model.precision in out.splitlines()[0]
+
+
+def test_what_is_expected_is_looked_for(run: Any) -> None:
+    _, out, _ = run(expected="ms okafor")
+    assert "Expected 'ms okafor': in the document." in out
+    assert "FullKV (misses what is expected):" in out
+    _, out, _ = run(expected="nobody said this")
+    assert "NOT in the document" in out
+
+
+def test_an_unknown_precision_is_refused_before_the_model_is_loaded(run: Any) -> None:
+    code, out, err = run(precision="rough", model="no such model")
+    assert (code, out) == (2, "")
+    assert "precision must be auto, exact, fast, got 'rough'" in err

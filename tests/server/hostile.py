@@ -90,7 +90,7 @@ def run_files() -> dict[str, tuple[str, bytes]]:
         return json.dumps(copy).encode()
 
     lies: dict[str, tuple[str, Any]] = {
-        "another schema": ("schema", 2),
+        "another schema": ("schema", 3),
         "schema as text": ("schema", "1"),
         "no runs list": ("runs", {"0": 1}),
         "a million layers": ("model.num_layers", 10**6),

@@ -118,8 +118,10 @@
       ...run,
       answer: dotted(run.answer), pieces: run.pieces.map(dotted), token_ids: run.token_ids.map(() => 0),
       agreement: run.agreement && { ...run.agreement, divergence: null },
+      aligned: run.aligned && { ...run.aligned, instead: run.aligned.instead.map(dotted) },
     }));
-    return { ...record, prompt: { ...record.prompt, text: dotted(record.prompt.text), question: dotted(record.prompt.question) }, runs };
+    const expected = record.expected && { ...record.expected, text: dotted(record.expected.text) };
+    return { ...record, expected, prompt: { ...record.prompt, text: dotted(record.prompt.text), question: dotted(record.prompt.question) }, runs };
   }
 
   async function saveRun(text = true) {
@@ -194,7 +196,7 @@
   // Called by every gr.HTML component when Gradio has put its static template on the page; `link` has its server's functions
   // and its events.
   function mount(name, element, props, watch, link = {}) {
-    store.server = { ...store.server, ...Object.fromEntries(["scores", "predict"].filter((key) => link.server?.[key]).map((key) => [key, link.server[key]])) };
+    store.server = { ...store.server, ...Object.fromEntries(["scores", "predict", "reads"].filter((key) => link.server?.[key]).map((key) => [key, link.server[key]])) };
     const update = views[name](element, props, link);
     const show = () => update(parse(props.value));
     watch("value", show);

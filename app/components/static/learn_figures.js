@@ -263,13 +263,22 @@
       if (!lesson) return;
       const card = lesson.cards.find((item) => item.method === find("method").value);
       const parting = lesson.partings.find((item) => item.method === card.method);
-      const [same, differs, rest] = card.answer;
+      const held = lesson.words.find((item) => item.method === card.method);
+      const lost = held && held.loss !== null ? held.words[held.loss] : null;
+      const word = ({ text, survives, here, full, instead }, i) => {
+        const title = `${full} with the full cache, ${here} with this one${instead ? `, which would rather say “${visible(instead)}”` : ""}`;
+        const node = make(i === held.loss ? "mark" : "span", { className: "dkv-survives", title }, text.trimStart());
+        node.style.setProperty("--lost", 1 - survives);
+        return [text.slice(0, text.length - text.trimStart().length), node];
+      };
       find("answer").dataset.method = card.method;
       find("answer").replaceChildren(
-        make("p", {}, make("b", {}, "FullKV "), lesson.cards[0].answer.join("")),
-        make("p", {}, make("b", {}, `${card.method} `), same, ...(differs ? [make("mark", { title: "The first token that differs" }, differs)] : []), rest));
+        make("p", {}, make("b", {}, "FullKV "), ...(held ? held.words.flatMap(word) : [lesson.cards[0].answer.join("")])),
+        make("p", {}, make("b", {}, `${card.method} `), card.answer.join("")));
       const names = parting ? parting.tokens.map((token) => `“${visible(token)}”`) : [];
+      const carries = lost ? `The loss is carried by “${visible(lost.text.trim())}”: ${lost.full} with the full cache, ${lost.here} with this one. ` : held ? "No word loses half of its probability. " : "";
       find("lost-note").replaceChildren(
+        held ? `On average ${held.survives} of a word's probability survives. ${carries}` : "",
         parting ? `They part at token ${parting.at}: with this cache ${names[0]} has ${parting.here[0]} and ${names[1]} ${parting.here[1]}; with the full cache ${parting.full[0]} and ${parting.full[1]}. ` : card.method === "FullKV" ? "The yardstick. " : "This answer never leaves FullKV's. ",
         make("a", { href: tools.exploreLink({ method: ["SnapKV", "DynamicKV"].includes(card.method) ? card.method.toLowerCase() : "dynamickv" }) }, "See what was kept in Explore"));
       for (const line of find("survival").querySelectorAll("tr")) line.classList.toggle("dkv-chosen", line.dataset.method === card.method);

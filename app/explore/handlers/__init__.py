@@ -51,7 +51,7 @@ class ExploreHandlers:
             form=FormHandlers(host, examples, shown),
             run=run,
             what_if=WhatIfHandlers(host, predictions, run.guarded, shelf, shown),
-            evidence=EvidenceHandlers(predictions),
+            evidence=EvidenceHandlers(predictions, host, turns),
         )
 
 

@@ -76,7 +76,12 @@ class FormHandlers:
 
     def _picked(self, example_id: str) -> dict[str, Any]:
         if example_id == OWN_TEXT:
-            return {"status": idle("Paste or upload your text."), "document": "", "question": ""}
+            return {
+                "status": idle("Paste or upload your text."),
+                "document": "",
+                "question": "",
+                "expected": "",
+            }
         example = self._example(example_id)
         if example is None:
             return {}

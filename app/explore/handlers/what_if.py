@@ -104,6 +104,7 @@ class WhatIfHandlers:
             max_new_tokens=longest,
             scores=True,
             earlier=earlier,
+            expected=trace.expected.text if trace.expected else "",
             should_stop=stop.is_set,
         )
         start = time.perf_counter()

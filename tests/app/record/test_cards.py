@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 
+from app.record.aligned_words import words_of
 from app.record.cards import card, cards_payload, partings, verdicts
 from app.record.words import finish_words
-from dynamickv.record.trace import Divergence, Trace
+from dynamickv.record.trace import Divergence, Expected, Trace
 from tests.app.synthetic import synthetic_trace
 
 
@@ -72,6 +73,40 @@ def test_cards_say_whether_the_expected_answer_is_there(
     payload = cards_payload(trace, "label", found)
     assert [card["verdict"] for card in payload["cards"]] == said
     assert [card["verdict"] for card in cards_payload(trace, "label")["cards"]] == [[], []]
+
+
+def test_cards_say_how_much_survives_and_which_word_is_lost(trace: Trace) -> None:
+    rows = [{row["label"]: row for row in card(run, trace)["receipts"]} for run in trace.runs]
+    assert [row["Survives"]["note"] for row in rows] == ["reference", "lost: northern"]
+    assert rows[1]["Survives"]["value"] == "84 %"
+    assert [row["Erased"]["value"] for row in rows] == ["0", f"{trace.runs[1].erased:,}"]
+    old = replace(trace.runs[1], aligned=None, erased=None)
+    notes = {row["label"]: row["note"] for row in card(old, trace)["receipts"]}
+    assert (notes["Survives"], notes["Erased"]) == ("not recorded", "not recorded")
+
+
+def test_words_carry_their_spaces_and_join_to_full_kvs_answer(trace: Trace) -> None:
+    (found,) = words_of(trace)
+    texts = [word["text"] for word in found["words"]]
+    assert "".join(texts) == trace.runs[0].answer
+    assert texts[found["loss"]] == " northern"
+    lost = found["words"][1]
+    assert (lost["full"], lost["here"], lost["instead"]) == ("95 %", "1.0 %", " old")
+    assert words_of(replace(trace, runs=trace.runs[:1])) == []
+
+
+def test_own_texts_are_judged_by_what_is_expected(trace: Trace) -> None:
+    full, run = trace.runs
+    runs = [replace(full, expected_found=True), replace(run, expected_found=False)]
+    for span, said in (([20, 30], "is in the document"), (None, "is not in the document")):
+        sought = Expected(text="northern bank", document_utf16_span=span)
+        payload = cards_payload(replace(trace, runs=runs, expected=sought), "label")
+        assert said in payload["expected"]
+        assert [card["verdict"] for card in payload["cards"]] == [
+            ["contains the expected answer"],
+            ["misses the expected answer"],
+        ]
+    assert cards_payload(trace, "label")["expected"] == ""
 
 
 def test_a_stopped_answer_is_not_called_wrong(trace: Trace) -> None:

@@ -40,7 +40,8 @@ def test_spans_of_a_strange_record_are_no_words(trace: Trace, spans: object) -> 
 def test_circumstances_name_model_versions_and_commit(trace: Trace) -> None:
     words = circumstances(trace)
     assert words == (
-        "synthetic-model, revision none, float32 on cpu, attention sdpa, dynamickv 0.1.0"
+        "synthetic-model, revision none, float32 on cpu, exact products, attention sdpa, "
+        "dynamickv 0.1.0"
     )
     versions = {"dynamickv": "0.2.0", "commit": "0123456789abcdef" * 4, "torch": "2.13.0+cpu"}
     assert version_words(versions) == "torch 2.13.0+cpu, dynamickv 0.2.0 (commit 01234567)"

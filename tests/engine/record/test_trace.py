@@ -28,7 +28,13 @@ DOCUMENT = "Rain 🌧️, 港口, e\u0301 and <b>markup</b>. " * 8
 def recorded(llm: dkv.LoadedModel) -> Trace:
     """A real comparison with every optional part present."""
     return dkv.compare(
-        llm, DOCUMENT, QUESTION, methods=SMALL_INSTANCES, max_new_tokens=4, scores=True
+        llm,
+        DOCUMENT,
+        QUESTION,
+        methods=SMALL_INSTANCES,
+        max_new_tokens=4,
+        scores=True,
+        expected="港口",
     )
 
 
@@ -61,7 +67,7 @@ def test_a_gz_file_is_compressed_and_a_json_file_plain(recorded: Trace, tmp_path
     packed = (tmp_path / "run.json.gz").read_bytes()
     assert gzip.decompress(packed) == plain
     assert len(packed) < len(plain) / 2
-    assert json.loads(plain)["schema"] == 1
+    assert json.loads(plain)["schema"] == 2
 
 
 def test_saving_twice_gives_the_same_bytes(
@@ -88,6 +94,7 @@ def test_the_record_uses_the_documented_names(data: dict[str, Any]) -> None:
         "prompt",
         "prefill_seconds",
         "runs",
+        "expected",
     }
     assert {
         "name",
@@ -100,6 +107,7 @@ def test_the_record_uses_the_documented_names(data: dict[str, Any]) -> None:
         "device",
         "attention",
         "max_positions",
+        "precision",
     } <= set(data["model"])
     assert {
         "length",
@@ -132,6 +140,9 @@ def test_the_record_uses_the_documented_names(data: dict[str, Any]) -> None:
         "prune_seconds",
         "decode_seconds",
         "agreement",
+        "aligned",
+        "erased",
+        "expected_found",
     } <= set(data["runs"][0])
     assert set(data["runs"][0]["agreement"]) == {
         "first_divergence",
@@ -301,6 +312,24 @@ FIELDS: dict[str, str] = {
     "runs.1.agreement.first_divergence": "optional whole",
     "runs.1.agreement.token_match": "number",
     "runs.1.agreement.rouge_l": "number",
+    "model.precision": "text",
+    "expected": "optional object",
+    "expected.text": "text",
+    "expected.document_utf16_span": "optional list",
+    "runs.1.erased": "optional whole",
+    "runs.1.expected_found": "optional flag",
+    "runs.1.aligned": "optional object",
+    "runs.1.aligned.utf16_spans": "list",
+    "runs.1.aligned.utf16_spans.0": "list",
+    "runs.1.aligned.token_spans.0.0": "whole",
+    "runs.1.aligned.probabilities": "list",
+    "runs.1.aligned.probabilities.0": "number",
+    "runs.1.aligned.probabilities_full.0": "number",
+    "runs.1.aligned.instead": "list",
+    "runs.1.aligned.instead.0": "text",
+    "runs.1.aligned.instead_probabilities.0": "number",
+    "runs.1.aligned.surviving": "number",
+    "runs.1.aligned.loss": "optional whole",
 }
 
 
@@ -310,6 +339,11 @@ OPTIONAL = (
     "runs.1.scores",
     "runs.1.agreement",
     "runs.1.decoded_together",
+    "model.precision",
+    "expected",
+    "runs.1.erased",
+    "runs.1.expected_found",
+    "runs.1.aligned",
 )
 
 
@@ -441,6 +475,29 @@ RANGES: list[tuple[str, Any]] = [
     ("runs.1.agreement.first_divergence", -1),
     ("runs.1.agreement.token_match", 1.5),
     ("runs.1.agreement.rouge_l", -0.5),
+    ("model.precision", "rough"),
+    ("expected.text", ""),
+    ("expected.text", "a" * (2**16 + 1)),
+    ("expected.document_utf16_span", [3]),
+    ("expected.document_utf16_span", [3, 10**6]),
+    ("runs.1.erased", -1),
+    ("runs.1.erased", 10**6),
+    ("runs.1.aligned.utf16_spans", []),
+    ("runs.1.aligned.utf16_spans.0", [0, 10**6]),
+    ("runs.1.aligned.utf16_spans.0", [2, 1]),
+    ("runs.1.aligned.token_spans", [[0, 1]] * 9),
+    ("runs.1.aligned.token_spans.0", [0, 9]),
+    ("runs.1.aligned.token_spans.0", [-1, 1]),
+    ("runs.1.aligned.probabilities", []),
+    ("runs.1.aligned.probabilities.0", 1.5),
+    ("runs.1.aligned.probabilities_full.0", -0.1),
+    ("runs.1.aligned.instead", []),
+    ("runs.1.aligned.instead_probabilities", []),
+    ("runs.1.aligned.instead_probabilities.0", 2.0),
+    ("runs.1.aligned.surviving", 1.01),
+    ("runs.1.aligned.loss", -1),
+    ("runs.1.aligned.loss", 9),
+    ("runs.0.method", "SnapKV"),
     ("runs.1.agreement.divergence", DIVERGENCE | {"token_ids": [1]}),
     ("runs.1.agreement.divergence", DIVERGENCE | {"token_ids": [1, -2]}),
     ("runs.1.agreement.divergence", DIVERGENCE | {"pieces": ["a", "b", "c"]}),
@@ -471,7 +528,26 @@ def test_numbers_that_are_not_finite_are_refused(
     refusal_of(data)
 
 
-@pytest.mark.parametrize("schema", [0, 2, None, "1", 1.5, [], True])
+def test_a_record_of_schema_1_opens_and_says_what_it_lacks(
+    recorded: Trace, data: dict[str, Any], tmp_path: Path
+) -> None:
+    assert recorded.lacks == []
+    data["schema"] = 1
+    del data["expected"], data["model"]["precision"]
+    for run in data["runs"]:
+        del run["aligned"], run["erased"], run["expected_found"]
+    old = Trace.from_dict(data)
+    assert old.lacks == [
+        "each word's probability under both caches",
+        "positions erased everywhere",
+        "the precision of the model's products",
+    ]
+    assert {(run.aligned, run.erased) for run in old.runs} == {(None, None)}
+    old.save(tmp_path / "old.json")
+    assert Trace.load(tmp_path / "old.json") == old
+
+
+@pytest.mark.parametrize("schema", [0, 3, None, "1", 1.5, [], True])
 def test_another_schema_is_refused_by_number(data: dict[str, Any], schema: Any) -> None:
     data["schema"] = schema
     assert "schema" in refusal_of(data)
