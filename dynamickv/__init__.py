@@ -27,6 +27,7 @@ from dynamickv.methods import (
     build_method,
     build_methods,
 )
+from dynamickv.methods.decoding import Decoding
 from dynamickv.methods.registry import capabilities
 from dynamickv.methods.retain import retain
 from dynamickv.models import Geometry, LoadedModel, load_model
@@ -73,6 +74,7 @@ __all__ = [
     "CompressedCache",
     "CompressionMethod",
     "Conversation",
+    "Decoding",
     "Divergence",
     "DynamicKV",
     "Event",

@@ -13,10 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
 from dynamickv.methods.base import ScoredMethod
 from dynamickv.methods.parameters import require_integer, require_positive
 from dynamickv.methods.selection import ScoredSelection, Selection
-from dynamickv.records import LayerObservation
+from dynamickv.records import HeldLayer, LayerObservation
 
 SINKS = 4
 """First tokens left out of the comparison: they take attention in every layer, whatever is read."""
@@ -62,6 +64,20 @@ class ShiftKV(ScoredMethod):
         """r_max times the mean budget, or the whole prefix."""
         return min(int(self.r_max * self.mean_budget), prefix_length)
 
+    def budgets_again(self, layers: Sequence[HeldLayer], scores: Sequence[Tensor]) -> list[int]:
+        """By what the last queries attend to among what is held, as for a prompt."""
+        most = [self.first_budget(0, len(layers), held.shape[1]) for held in scores]
+        return self.shares_of([self.claim(layer) for layer in layers], most)
+
+    def shares_of(self, distances: Sequence[float], most: int | Sequence[int]) -> list[int]:
+        """Budgets of all layers, given how far the window's attention lies in each."""
+        depth = max(len(distances) - 1, 1)
+        claims = [
+            distance * (0.5 + math.sin(math.pi * place / depth))
+            for place, distance in enumerate(distances)
+        ]
+        return proportional_budgets(claims, self.mean_budget, most)
+
     def claim(self, layer: LayerObservation) -> float:
         """Total variation distance, 0 to 1; 0 for a prompt too short to compare."""
         tail = min(layer.prompt_length, self.context_size)
@@ -100,22 +116,22 @@ class ShiftSelection(ScoredSelection):
             return changed
         prefix_length = self.scores[0].shape[1]
         most = self.method.first_budget(0, self.num_layers, prefix_length)
-        claims = [
-            claim * (0.5 + math.sin(math.pi * place / max(self.num_layers - 1, 1)))
-            for place, claim in enumerate(self.claims)
-        ]
-        self.held = proportional_budgets(claims, self.method.mean_budget, most)
+        self.held = self.method.shares_of(self.claims, most)
         self.history.append(tuple(self.held))
         return range(self.num_layers)
 
 
-def proportional_budgets(claims: Sequence[float], mean: int, most: int) -> list[int]:
-    """Whole budgets proportional to claims, none above `most`, summing to min(mean, most) x layers.
+def proportional_budgets(
+    claims: Sequence[float], mean: int, most: int | Sequence[int]
+) -> list[int]:
+    """Whole budgets proportional to claims, none above `most` (of all layers, or of each), summing
+    to mean x layers where `most` allows.
 
     What a full layer cannot take goes to the others; the largest remainders are rounded up, the
     earlier layer first.
     """
-    total = min(mean, most) * len(claims)
+    limits = [most] * len(claims) if isinstance(most, int) else list(most)
+    total = min(mean * len(claims), sum(limits))
     shares = [0.0] * len(claims)
     open_layers = list(range(len(claims)))
     room = total
@@ -124,12 +140,12 @@ def proportional_budgets(claims: Sequence[float], mean: int, most: int) -> list[
         for layer in open_layers:
             part = claims[layer] / claimed if claimed > 0 else 1 / len(open_layers)
             shares[layer] = room * part
-        full = [layer for layer in open_layers if shares[layer] > most]
+        full = [layer for layer in open_layers if shares[layer] > limits[layer]]
         if not full:
             break
         for layer in full:
-            shares[layer] = float(most)
-        room -= most * len(full)
+            shares[layer] = float(limits[layer])
+        room -= sum(limits[layer] for layer in full)
         open_layers = [layer for layer in open_layers if layer not in full]
     budgets = [int(share) for share in shares]
     remainders = sorted(range(len(claims)), key=lambda layer: budgets[layer] - shares[layer])
