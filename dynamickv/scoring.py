@@ -312,13 +312,13 @@ def count_global_top(scores: Sequence[Tensor], count: int) -> list[int]:
     """
     device = scores[0].device
     longest = max(layer.shape[1] for layer in scores)
-    equal = [
+    padded = [
         layer
         if (short := longest - layer.shape[1]) == 0
         else F.pad(layer, (0, short), value=-math.inf)
         for layer in scores
     ]
-    table = torch.stack([layer.to(device).reshape(-1) for layer in equal])
+    table = torch.stack([layer.to(device).reshape(-1) for layer in padded])
     if count >= table.numel():
         return [table.shape[1]] * table.shape[0]
     threshold = _least_of_best(table.reshape(-1), count)

@@ -12,17 +12,18 @@ DecodingPress and, for DynamicKV, a reallocation between layers that its paper l
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dynamickv.cache import KVCache
 from dynamickv.layers.kv import BLOCK, KVLayer
 from dynamickv.methods import CompressionMethod
 from dynamickv.methods.decoding import Decoding
-from dynamickv.records import Attended, HeldLayer, LayerObservation
+from dynamickv.records import Attended, HeldLayer, LayerObservation, Prefill
 from dynamickv.scoring import attention_mass
 
 
@@ -37,6 +38,43 @@ class Choice:
     seconds: float
 
 
+OnChoice = Callable[[Choice], None]
+
+
+def forgetting_of(
+    method: CompressionMethod,
+    decoding: Decoding | None,
+    prefill: Prefill,
+    cache: KVCache,
+    on_choice: OnChoice | None = None,
+) -> Forgetting | None:
+    """What goes on choosing in a cache that `decoding.of_prompt(method)` pruned, which is observed
+    from now on; None without `decoding`, and for a method that keeps everything anyway.
+
+    Raises:
+        ValueError: the method cannot choose again, or the prefill did not record what it reads.
+    """
+    if decoding is None or not method.capabilities.capacity:
+        return None
+    forgetting = Forgetting(method, decoding, on_choice)
+    forgetting.read(zip(prefill.places, prefill.layers, strict=True))
+    layers = [cache.layers[place] for place in prefill.places]
+    masses = {
+        place: [layer.mass]
+        for place, layer in zip(prefill.places, prefill.layers, strict=True)
+        if layer.mass is not None
+    }
+    if forgetting.needs_mass and not masses:
+        raise ValueError(
+            f"{method.name} needs the attention of all tokens, and none was recorded; "
+            "prefill with mass=True"
+        )
+    forgetting.begin(layers, masses=masses)
+    for layer in layers:
+        layer.after_attention = forgetting.saw
+    return forgetting
+
+
 @dataclass(frozen=True, slots=True)
 class _Traits:
     """How a layer computes attention."""
@@ -49,14 +87,19 @@ class _Traits:
 class Forgetting:
     """The choices of one cache, from the end of the prompt on."""
 
-    def __init__(self, method: CompressionMethod, decoding: Decoding) -> None:
+    def __init__(
+        self, method: CompressionMethod, decoding: Decoding, on_choice: OnChoice | None = None
+    ) -> None:
         """Nothing is chosen yet.
+
+        Args:
+            on_choice: called after each choice.
 
         Raises:
             ValueError: the method cannot choose again.
         """
         self._method = decoding.of_answer(method)
-        self._decoding = decoding
+        self._decoding, self._on_choice = decoding, on_choice
         self.needs_mass = self._method.needs_mass
         self.choices: list[Choice] = []
         self._layers: list[KVLayer] = []
@@ -163,6 +206,13 @@ class Forgetting:
         self._rooms = [room - fed for room in self._rooms]
         self._since += fed
 
+    def end(self) -> None:
+        """No more tokens come."""
+        for layer in self._layers:
+            # Else the layers and this hold each other until the garbage collector comes by.
+            layer.after_attention = None
+        self._layers = []
+
     def crop(self, count: int) -> None:
         """The last `count` positions were taken back."""
         if not self._layers or not count:
@@ -180,9 +230,9 @@ class Forgetting:
         kept = [[_every_place(one) for one in layer] for layer in observed]
         for row in rows:
             chosen = self._method.choose_again([layer[row] for layer in observed])
-            for layer, places in zip(kept, chosen, strict=True):
-                layer[row] = places
-        self._measure([[places.numel() for places in layer] for layer in kept])
+            for places_of, places in zip(kept, chosen, strict=True):
+                places_of[row] = places
+        self._measure([[places.numel() for places in places_of] for places_of in kept])
         # Memory is taken for a block at a time, and never for more than will be held.
         room = min(self.room, BLOCK)
         for layer, places_of, seen in zip(self._layers, kept, observed, strict=True):
@@ -194,9 +244,10 @@ class Forgetting:
                 ]
             layer.limit = layer.length + self.room
         self._since = 0
-        self.choices.append(
-            Choice(seen=self._layers[0].seen, rows=tuple(rows), seconds=time.perf_counter() - start)
-        )
+        seconds = time.perf_counter() - start
+        self.choices.append(Choice(seen=self._layers[0].seen, rows=tuple(rows), seconds=seconds))
+        if self._on_choice is not None:
+            self._on_choice(self.choices[-1])
 
     def _observations(self, layer: KVLayer) -> list[HeldLayer]:
         """What one layer holds, row by row."""
