@@ -311,10 +311,10 @@ def count_global_top(scores: Sequence[Tensor], count: int) -> list[int]:
         earlier layer.
     """
     device = scores[0].device
-    longest = max(layer.shape[1] for layer in scores)
+    longest = max(layer.shape[-1] for layer in scores)
     padded = [
         layer
-        if (short := longest - layer.shape[1]) == 0
+        if (short := longest - layer.shape[-1]) == 0
         else F.pad(layer, (0, short), value=-math.inf)
         for layer in scores
     ]
