@@ -268,6 +268,7 @@ class KVLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Forget everything and free the memory."""
         self.keys = self.values = self._buffers = self._positions = None
         self.seen = self.chosen = 0
+        self.limit = None
         self.is_initialized = False
 
 

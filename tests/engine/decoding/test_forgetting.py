@@ -250,6 +250,18 @@ def test_eager_and_sdpa_choose_alike() -> None:
     assert [c.retained for c in runs[0].forgotten] == [c.retained for c in runs[1].forgotten]
 
 
+@pytest.mark.parametrize(
+    "method", [dkv.H2O(capacity=24), dkv.DynamicKV(capacity=24)], ids=method_name
+)
+def test_runs_that_share_the_models_own_pass_keep_what_each_keeps_alone(method: Any) -> None:
+    llm = tiny_llm(attention="eager")
+    others = [dkv.SnapKV(capacity=30), dkv.SnapKV(capacity=31), dkv.H2O(capacity=29)]
+    alone, together = answered(llm, method), answered(llm, method, *others)
+    assert together.decoded_together == 4
+    assert alone.token_ids == together.token_ids
+    assert [c.retained for c in alone.forgotten] == [c.retained for c in together.forgotten]
+
+
 @every_method
 def test_rows_of_a_batch_answer_and_keep_as_each_prompt_alone(method: Any) -> None:
     model, rows = tiny_model(), prompts(*LENGTHS)
