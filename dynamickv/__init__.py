@@ -31,6 +31,7 @@ from dynamickv.methods import (
     build_method,
     build_methods,
 )
+from dynamickv.methods.decoding import Decoding
 from dynamickv.methods.registry import capabilities
 from dynamickv.methods.retain import retain
 from dynamickv.models import Geometry, LoadedModel, load_model
@@ -53,6 +54,7 @@ from dynamickv.record.trace import (
     Aligned,
     Divergence,
     Expected,
+    Forgotten,
     ModelInfo,
     Prompt,
     Retained,
@@ -78,10 +80,12 @@ __all__ = [
     "CompressedCache",
     "CompressionMethod",
     "Conversation",
+    "Decoding",
     "Divergence",
     "DynamicKV",
     "Event",
     "Expected",
+    "Forgotten",
     "FullKV",
     "Geometry",
     "KeyDiff",

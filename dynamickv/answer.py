@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TypedDict
 
@@ -13,14 +13,17 @@ import torch
 from torch import Tensor
 
 from dynamickv.cache import KVCache, prune
+from dynamickv.decoding.alignment import Growing
 from dynamickv.decoding.decode import Step, TextStream, decode, extend
+from dynamickv.decoding.forgetting import Choice, forgetting_of
 from dynamickv.decoding.together import Member, Together
 from dynamickv.methods import CompressionMethod, ScoredMethod
+from dynamickv.methods.decoding import Decoding
 from dynamickv.models import LoadedModel
 from dynamickv.models.geometry import require_choosable
 from dynamickv.reading.prefill import TAIL
 from dynamickv.record.events import Compressed, Token
-from dynamickv.record.trace import Retained, Run, Scores
+from dynamickv.record.trace import Forgotten, Retained, Run, Scores
 from dynamickv.records import EncodedPrompt, Prefill, Retention
 
 
@@ -50,8 +53,13 @@ class Answer:
         method: CompressionMethod,
         max_new_tokens: int,
         scores: bool,
+        decoding: Decoding | None = None,
     ) -> None:
+        if not method.capabilities.capacity:
+            decoding = None
+        method = method if decoding is None else decoding.of_prompt(method)
         self._prefill, self._prompt, self._method = prefill, prompt, method
+        self._decoding = decoding
         start = time.perf_counter()
         self.retention = select(method, prefill)
         llm.synchronize()
@@ -61,10 +69,18 @@ class Answer:
         start = time.perf_counter()
         room = min(max_new_tokens, max(llm.geometry.max_positions - prompt.length, 0))
         later = prompt.token_ids[prefill.length :]
-        cache = prune(prefill, self.retention, room + len(later))
+        # What chooses again takes memory as it grows.
+        cache = prune(prefill, self.retention, room + len(later) if decoding is None else 0)
         llm.synchronize()
         self._prune_seconds = time.perf_counter() - start
-        logits = extend(llm, cache, later, prefill.length) if later else prefill.logits
+        self._cache: KVCache | None = cache
+        self._forgotten: list[Forgotten] = []
+        self._choosing = 0.0
+        """Seconds of choices that no token's time holds yet."""
+        self._forgetting = forgetting_of(method, decoding, prefill, cache, self._note_choice)
+        logits = prefill.logits
+        if later:
+            logits = extend(llm, cache, later, prefill.length, self._forgetting)
         self._kv_bytes = cache.nbytes
         whole = prefill.whole_bytes // prefill.length * prompt.length
         others = cache.others(llm.geometry.kinds)
@@ -76,7 +92,6 @@ class Answer:
         self._budgets = in_place_order(self.retention.budgets, prefill.places, held)
         self._scores = layer_scores(method, prefill, prompt.length) if scores else None
         self.keeps_everything = bool(self._mask.all())
-        self._cache: KVCache | None = cache
         self._together: Together | None = None
         self._member: Member | None = None
         self._decode = partial(decode, llm, cache, logits, prompt.length, max_new_tokens)
@@ -84,6 +99,12 @@ class Answer:
         self._text = TextStream(llm)
         self._done: list[Step] = []
         self.finish_reason: str | None = None
+
+    def again(self, room: int) -> Growing:
+        """The cache as it was before the first token, anew, with room for as many."""
+        room = room if self._decoding is None else 0
+        cache = prune(self._prefill, self.retention, room)
+        return cache, forgetting_of(self._method, self._decoding, self._prefill, cache)
 
     def join(self, together: Together) -> None:
         """Decode in one pass with the other runs that join, before the first step; nothing changes
@@ -108,15 +129,35 @@ class Answer:
     def step(self, index: int) -> Token:
         """Decode one token."""
         step = next(self._steps)
+        step = replace(step, seconds=step.seconds + self._choosing)
+        self._choosing = 0.0
         self._done.append(step)
         self._text.push(step.token_id, final=step.last is not None)
         self.finish_reason = step.last
+        if self._forgetting is not None and step.last is None:
+            self._forgetting.make_room(1)
         if self._member is not None and step.last is None:
             self._member.announce(step.token_id)
         return Token(index, self._method.name, step.token_id, self._text.text, step.seconds)
 
+    def _note_choice(self, choice: Choice) -> None:
+        """Record what a choice while answering left."""
+        assert self._cache is not None
+        self._choosing += choice.seconds
+        length = max(choice.seen, self._prompt.length)
+        held = held_mask(self._cache, self._prefill.places, choice.seen, length)
+        self._forgotten.append(
+            Forgotten(
+                position=length - self._prompt.length,
+                retained=Retained.pack(held),
+                seconds=choice.seconds,
+            )
+        )
+
     def finish(self) -> Run:
         """The record of this answer; its cache is freed."""
+        if self._forgetting is not None:
+            self._forgetting.end()
         self._cache = None
         self._decode = partial(iter, ())
         self._steps = self._decode()
@@ -142,6 +183,8 @@ class Answer:
             decode_seconds=[step.seconds for step in self._done],
             decoded_together=self._together.size if self._member and self._together else 1,
             erased=int((~self._mask.any(axis=(0, 1))).sum()),
+            decoding=None if self._decoding is None else asdict(self._decoding),
+            forgotten=self._forgotten,
         )
 
 
@@ -233,6 +276,18 @@ def retained_mask(retention: Retention, length: int, least_heads: int = 1) -> np
         for head in range(heads):
             mask[layer, head, kept[head * len(kept) // heads].cpu().numpy()] = True
     return mask
+
+
+def held_mask(cache: KVCache, places: Sequence[int], seen: int, length: int) -> np.ndarray:
+    """Boolean (layers, heads, length): what a cache holds of the `seen` positions fed to it; those
+    after them are held."""
+    rows = [cache.layers[place].rows_held()[0][1] for place in places]
+    retention = Retention(indices=tuple(rows), prompt_length=seen)
+    layers = enumerate(cache.layers)
+    keys = {place: getattr(layer, "keys", None) for place, layer in layers if place not in places}
+    held = {place: 0 if tensor is None else tensor.shape[2] for place, tensor in keys.items()}
+    mask = retained_mask(retention, length)
+    return of_all_layers(mask, places, {place: length - seen + held[place] for place in held})
 
 
 def of_all_layers(mask: np.ndarray, places: Sequence[int], held: Mapping[int, int]) -> np.ndarray:

@@ -18,6 +18,7 @@ from dynamickv.evaluate.arguments import add_settings, listed, output_file, sett
 from dynamickv.evaluate.options import Help, add_commands
 from dynamickv.memory import bytes_per_value, free_memory
 from dynamickv.methods import METHODS, CompressionMethod, build_methods
+from dynamickv.methods.decoding import Decoding, require_decodable
 from dynamickv.models import (
     DEFAULT_MODEL,
     KNOWN_MODELS,
@@ -98,6 +99,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_settings(compare)
     compare.add_argument(
+        "--decode-budget",
+        type=int,
+        metavar="N",
+        help="go on compressing while answering, down to N tokens per layer",
+    )
+    compare.add_argument(
+        "--decode-buffer",
+        type=int,
+        metavar="N",
+        help=f"tokens held beyond it between two choices (default: {Decoding().buffer})",
+    )
+    compare.add_argument(
         "--truncate", action="store_true", help="cut the middle out of a long document"
     )
     compare.add_argument(
@@ -131,6 +144,10 @@ def _compare(options: argparse.Namespace) -> None:
         capacity=options.capacity,
         **settings_of(options),
     )
+    decoding = _decoding(options)
+    for method in methods:
+        if method.capabilities.capacity:
+            require_decodable(decoding, method)
     document = _read_text(options.document)
     require_text("document", document)
     require_text("question", options.question)
@@ -141,17 +158,28 @@ def _compare(options: argparse.Namespace) -> None:
     require_precision(options.precision)
     llm = load_model(options.model, quantization=options.quantization, precision=options.precision)
     with ExitStack() as bars:
-        trace = _followed(llm, document, methods, options, bars)
+        trace = _followed(llm, document, methods, decoding, options, bars)
     print(report(trace))
     if options.output is not None:
         trace.save(options.output)
         print(f"Record saved to {options.output}", file=sys.stderr)
 
 
+def _decoding(options: argparse.Namespace) -> Decoding | None:
+    """What was asked of the time of the answer."""
+    budget, buffer = options.decode_budget, options.decode_buffer
+    if budget is None:
+        if buffer is not None:
+            raise ValueError("--decode-buffer needs a budget; give --decode-budget too")
+        return None
+    return Decoding(budget=budget) if buffer is None else Decoding(budget=budget, buffer=buffer)
+
+
 def _followed(
     llm: LoadedModel,
     document: str,
     methods: list[CompressionMethod],
+    decoding: Decoding | None,
     options: argparse.Namespace,
     bars: ExitStack,
 ) -> Trace:
@@ -168,6 +196,7 @@ def _followed(
         max_new_tokens=options.max_new_tokens,
         truncate=options.truncate,
         expected=options.expected,
+        decoding=decoding,
     ):
         if isinstance(event, Progress):
             layers.update(event.completed - layers.n)
@@ -209,6 +238,12 @@ def report(trace: Trace) -> str:
     for run in trace.runs:
         found = {True: " (holds what is expected)", False: " (misses what is expected)", None: ""}
         lines += ["", f"{run.method}{found[run.expected_found]}:", run.answer.strip()]
+        if run.decoding is not None:
+            times = len(run.forgotten)
+            lines.append(
+                f"(chose again {times} time{'' if times == 1 else 's'} while answering, down to "
+                f"{run.decoding['budget']:,} tokens per layer)"
+            )
     return "\n".join(lines)
 
 

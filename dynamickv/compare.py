@@ -16,6 +16,7 @@ from dynamickv.decoding.cuda_graph import graphable
 from dynamickv.decoding.together import Together
 from dynamickv.memory import ANSWERING, CHOOSING, READING, memory_watched
 from dynamickv.methods import METHODS, CompressionMethod
+from dynamickv.methods.decoding import Decoding, require_decodable
 from dynamickv.models import LoadedModel
 from dynamickv.models.geometry import require_choosable
 from dynamickv.reading.prefill import prefill as run_prefill
@@ -42,6 +43,7 @@ def compare(
     truncate: bool = False,
     scores: bool = False,
     expected: str = "",
+    decoding: Decoding | None = None,
 ) -> Trace:
     """Answer one question with every method and record what each kept, took and said.
 
@@ -58,6 +60,7 @@ def compare(
         truncate=truncate,
         scores=scores,
         expected=expected,
+        decoding=decoding,
     ):
         if isinstance(event, ComparisonFinished):
             return event.trace
@@ -76,6 +79,7 @@ def compare_stream(
     truncate: bool = False,
     scores: bool = False,
     expected: str = "",
+    decoding: Decoding | None = None,
     earlier: Sequence[Run] = (),
     full_apart: bool = True,
     on_prefill: Callable[[Prefill], None] | None = None,
@@ -98,6 +102,7 @@ def compare_stream(
             room left for the answer.
         scores: record every scored method's importance per layer and position.
         expected: a passage or an answer to look for in the document and in every answer.
+        decoding: go on compressing while answering; FullKV keeps everything all the same.
         earlier: runs of this `prefill` that are done; the record holds them before the new ones,
             and a FullKV among them is what the new ones are compared with.
         full_apart: decode FullKV apart from the others, so that its answer is `generate`'s to the
@@ -114,6 +119,8 @@ def compare_stream(
     require_expected(expected)
     for method in methods:
         require_choosable(llm.geometry, method.parameters)
+        if method.capabilities.capacity:
+            require_decodable(decoding, method, llm.geometry.joint)
     stop = should_stop or (lambda: False)
     if prefill is None:
         with memory_watched(READING):
@@ -140,7 +147,8 @@ def compare_stream(
     together = Together(llm) if len(methods) > 3 and not graphable(llm) else None
     with memory_watched(CHOOSING):
         answers = [
-            Answer(llm, prefill, prompt, method, max_new_tokens, scores) for method in methods
+            Answer(llm, prefill, prompt, method, max_new_tokens, scores, decoding)
+            for method in methods
         ]
     if together is not None:
         # Runs that keep everything must say the same to the last bit, which a shared pass cannot
@@ -168,7 +176,8 @@ def compare_stream(
                     yield RunFinished(index, finished[index])
         runs = [*earlier, *(finished[index] for index in range(len(answers)))]
         runs = with_agreement(runs, len(earlier))
-        runs = with_alignment(llm, prefill, prompt, [answer.retention for answer in answers], runs)
+        caches = [answer.again for answer in answers]
+        runs = with_alignment(llm, prefill, prompt, caches, runs)
         yield ComparisonFinished(_trace(llm, prefill, prompt, runs, expected))
     finally:
         # Closed outside of any block, Python 3.12 would keep all this as long as the generator.

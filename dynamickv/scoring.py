@@ -7,6 +7,7 @@ attention mass in float32, so they may be compared across heads and layers, as D
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -334,14 +335,21 @@ def count_global_top(scores: Sequence[Tensor], count: int) -> list[int]:
     """How many of the `count` best scores over all layers together lie in each layer.
 
     Args:
-        scores: per layer, (heads, n); all layers of one shape.
+        scores: per layer, (heads, n); n may differ, where `count` is not more than all of them.
 
     Returns:
         One number per layer; they sum to min(count, all scores). Scores equal at the cut go to the
         earlier layer.
     """
     device = scores[0].device
-    table = torch.stack([layer.to(device).reshape(-1) for layer in scores])
+    longest = max(layer.shape[-1] for layer in scores)
+    padded = [
+        layer
+        if (short := longest - layer.shape[-1]) == 0
+        else F.pad(layer, (0, short), value=-math.inf)
+        for layer in scores
+    ]
+    table = torch.stack([layer.to(device).reshape(-1) for layer in padded])
     if count >= table.numel():
         return [table.shape[1]] * table.shape[0]
     threshold = _least_of_best(table.reshape(-1), count)

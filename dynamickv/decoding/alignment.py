@@ -8,27 +8,33 @@ the same words.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from dynamickv.cache import prune
+from dynamickv.cache import KVCache, prune
 from dynamickv.decoding.decode import extend, follow
+from dynamickv.decoding.forgetting import Forgetting
 from dynamickv.methods import FullKV
 from dynamickv.models import LoadedModel
 from dynamickv.record.agreement import yardstick_of
 from dynamickv.record.aligned import Forced, aligned
 from dynamickv.record.trace import Divergence, Run
-from dynamickv.records import EncodedPrompt, Prefill, Retention
+from dynamickv.records import EncodedPrompt, Prefill
+
+Growing = tuple[KVCache, Forgetting | None]
+"""A cache, and what goes on choosing in it."""
+MakeCache = Callable[[int], Growing]
+"""One with room for so many more tokens."""
 
 
 def with_alignment(
     llm: LoadedModel,
     prefill: Prefill,
     prompt: EncodedPrompt,
-    retentions: Sequence[Retention],
+    caches: Sequence[MakeCache],
     runs: Sequence[Run],
 ) -> list[Run]:
     """Add to the last runs how FullKV's answer fares under their caches.
@@ -37,12 +43,12 @@ def with_alignment(
     (2,843 tokens, six methods, answers of up to 64): 4.5 % of the run.
 
     Args:
-        retentions: what each of the last runs kept of the prompt.
+        caches: each of the last runs' cache, anew.
         runs: with their agreement, FullKV among them; without it nothing is added.
     """
     made = list(runs)
     full = yardstick_of(runs)
-    first = len(runs) - len(retentions)
+    first = len(runs) - len(caches)
     others = [index for index in range(first, len(runs)) if runs[index] is not full]
     if full is None or not full.token_ids or not others:
         return made
@@ -54,10 +60,17 @@ def with_alignment(
         for index, place in places.items()
     }
     every = FullKV().select(prefill.layers)
-    whole = _along(llm, prefill, prompt, every, full.token_ids, pairs)
+    whole = _along(
+        llm,
+        prefill,
+        prompt,
+        lambda room: (prune(prefill, every, room), None),
+        full.token_ids,
+        pairs,
+    )
     for index in others:
         pair = {index: pairs[index]} if index in pairs else {}
-        own = _along(llm, prefill, prompt, retentions[index - first], full.token_ids, pair)
+        own = _along(llm, prefill, prompt, caches[index - first], full.token_ids, pair)
         texts = [
             str(llm.tokenizer.decode([token], clean_up_tokenization_spaces=False))
             for token in own.forced.likeliest
@@ -96,22 +109,26 @@ def _along(
     llm: LoadedModel,
     prefill: Prefill,
     prompt: EncodedPrompt,
-    retention: Retention,
+    make_cache: MakeCache,
     answer: Sequence[int],
     asked: Mapping[int, tuple[int, list[int]]],
 ) -> _Pass:
-    """One pass of a retention's cache over an answer.
+    """One pass of a cache over an answer.
 
     Args:
         asked: (place in the answer, token ids) whose probabilities are wanted too, by any key.
     """
     later = prompt.token_ids[prefill.length :]
-    cache = prune(prefill, retention, len(later) + len(answer))
-    start = extend(llm, cache, later, prefill.length) if later else prefill.logits
+    cache, forgetting = make_cache(len(later) + len(answer))
+    start = prefill.logits
+    if later:
+        start = extend(llm, cache, later, prefill.length, forgetting)
     made = _Pass(Forced(probabilities=[], likeliest=[], likeliest_probabilities=[]))
     _take(made, start[None], answer, asked)
-    for logits in follow(llm, cache, answer[:-1], prompt.length):
+    for logits in follow(llm, cache, answer[:-1], prompt.length, forgetting=forgetting):
         _take(made, logits, answer, asked)
+    if forgetting is not None:
+        forgetting.end()
     return made
 
 

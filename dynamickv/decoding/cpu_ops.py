@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dynamickv.fast.decoder import HeadNorms, Ops, Rotation
 from dynamickv.fast.packed import PackedWeights
 from dynamickv.layers.kv import KVLayer
+from dynamickv.records import Attended
 
 LONG = 1024
 """Positions from which on sharing one head's among the threads pays."""
@@ -57,6 +58,7 @@ class CpuOps(Ops[Sequence[KVLayer]]):
             grouped = query[row].view(1, keys.shape[1], -1, dim)
             attended = F.scaled_dot_product_attention(grouped, keys, values, scale=scaling)
             output[row] = attended.reshape(-1)
+            _show(layer, query[row], keys, scaling)
         return output
 
 
@@ -141,7 +143,15 @@ class FastOps(CpuOps):
             keys, values = layer.held()
             grouped = query[row].view(keys.shape[1], -1, dim)
             output[row] = attend_in_parts(grouped, keys[0], values[0], scaling).reshape(-1)
+            _show(layer, query[row], keys, scaling)
         return output
+
+
+def _show(layer: KVLayer, query: Tensor, keys: Tensor, scaling: float) -> None:
+    """Let a layer that asks for it see the query of its token, (query_heads, head_dim)."""
+    if layer.after_attention is not None:
+        queries = query[None, :, None]
+        layer.after_attention(layer, Attended(queries=queries, keys=keys, scaling=scaling))
 
 
 def attend_in_parts(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from dynamickv.cache import BatchedCache, KVCache
 from dynamickv.decoding.cuda_graph import LEAST_STEPS, DecodeGraph, graphable
 from dynamickv.decoding.decode_step import RowSteps
+from dynamickv.decoding.forgetting import Forgetting
 from dynamickv.fast.decoder import steppable
 from dynamickv.fast.packed import FastProducts
 from dynamickv.models import LoadedModel
@@ -79,7 +80,9 @@ def decode(
 
 def _stepper(llm: LoadedModel, cache: KVCache, position: int, steps: int) -> Advance:
     """Feed tokens one after another from `position` on."""
-    if steps >= LEAST_STEPS and cache.plain and graphable(llm):
+    # A graph's launches are fixed, and a layer that is observed while answering is cut again.
+    seen = any(layer.after_attention is not None for layer in cache.whole_layers())
+    if steps >= LEAST_STEPS and cache.plain and graphable(llm) and not seen:
         step = DecodeGraph(llm, cache, position, steps).advance
     else:
         feed = feeder(llm, cache.plain)
@@ -104,17 +107,40 @@ def choose(logits: Tensor) -> tuple[int, float]:
 
 
 @torch.inference_mode()
-def extend(llm: LoadedModel, cache: KVCache, token_ids: Sequence[int], position: int) -> Tensor:
+def extend(
+    llm: LoadedModel,
+    cache: KVCache,
+    token_ids: Sequence[int],
+    position: int,
+    forgetting: Forgetting | None = None,
+) -> Tensor:
     """Feed tokens from their true position on; next-token logits, (vocabulary,).
 
     Layers may hold different numbers of positions: each attends to what it holds and, causally, to
     the new tokens.
+
+    Args:
+        forgetting: of a cache whose method chooses again while it grows.
     """
-    count = 1 if llm.geometry.stepwise else len(token_ids)
-    for start in range(0, len(token_ids), count):
-        part = list(token_ids[start : start + count])
+    for start, part in _parts(llm, token_ids, len(token_ids), forgetting):
         logits = _forward(llm, cache, [part], [position + start])[0, -1]
     return logits
+
+
+def _parts(
+    llm: LoadedModel, token_ids: Sequence[int], block: int, forgetting: Forgetting | None
+) -> Iterator[tuple[int, list[int]]]:
+    """Tokens in parts that can be fed at once, and where each begins; room is made for them."""
+    start = 0
+    while start < len(token_ids):
+        count = 1 if llm.geometry.stepwise else min(block, len(token_ids) - start)
+        if forgetting is not None:
+            forgetting.make_room(1)
+            # What the one token does not take of the room.
+            count = min(count, 1 + forgetting.room)
+            forgetting.make_room(count - 1)
+        yield start, list(token_ids[start : start + count])
+        start += count
 
 
 @torch.inference_mode()
@@ -124,12 +150,11 @@ def follow(
     token_ids: Sequence[int],
     position: int,
     block: int = 64,
+    forgetting: Forgetting | None = None,
 ) -> Iterator[Tensor]:
     """Feed given tokens as `extend` does, at most `block` at a time, and yield each block's
     next-token logits, (tokens, vocabulary)."""
-    count = 1 if llm.geometry.stepwise else block
-    for start in range(0, len(token_ids), count):
-        part = list(token_ids[start : start + count])
+    for start, part in _parts(llm, token_ids, block, forgetting):
         yield _forward(llm, cache, [part], [position + start], last=len(part))[0]
 
 

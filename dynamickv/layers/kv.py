@@ -6,7 +6,7 @@ which is the next token's position however much was dropped. Decides nothing abo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any
 from weakref import ReferenceType, ref
@@ -60,6 +60,8 @@ class KVLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Positions that went through this layer, kept or not."""
         self.chosen = 0
         """Of those held, positions that a choice was made about; the rest follow them."""
+        self.limit: int | None = None
+        """Most positions that memory is taken for; None: as many as come."""
         self._buffers: tuple[Tensor, Tensor] | None = None
         self._positions: Tensor | None = None
 
@@ -111,6 +113,8 @@ class KVLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             length = self.length
             if length + new > self._buffers[0].shape[2]:
                 room = -(-new // BLOCK) * BLOCK
+                if self.limit is not None:
+                    room = max(new, min(room, self.limit - length))
                 self._buffers = (_roomy(self.keys, room), _roomy(self.values, room))
             self.show(length + new)
             self.keys[:, :, length:] = key_states
@@ -141,6 +145,26 @@ class KVLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self._buffers = (gather(keys[0], places, 0), gather(values[0], places, 0))
         self.choose(positions)
         self.show(positions.shape[1])
+
+    def rows_held(self) -> list[tuple[Tensor, Tensor]]:
+        """For every row the keys that it holds, (heads, held, head_dim), and where they stand,
+        counted from its first token, (heads, held)."""
+        keys, _ = self.held()
+        positions = self.held_positions()
+        if positions is None:
+            every = torch.arange(self.length, device=keys.device)
+            return [(keys[0], every.expand(keys.shape[1], -1))]
+        return [(keys[0], positions[0])]
+
+    def keep_places(self, rows: Sequence[Tensor], room: int) -> None:
+        """Of what is held keep these places, (heads, kept) ascending for every row, with memory for
+        `room` more positions, and drop the rest."""
+        (places,) = rows
+        ((keys, positions),) = self.rows_held()
+        _, values = self.held()
+        self._buffers = (gather(keys, places, room), gather(values[0], places, room))
+        self.choose(positions.gather(1, places))
+        self.show(places.shape[1])
 
     def choose(self, positions: Tensor) -> None:
         """Remember that these positions, (heads, kept), are what is held."""
@@ -244,6 +268,7 @@ class KVLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Forget everything and free the memory."""
         self.keys = self.values = self._buffers = self._positions = None
         self.seen = self.chosen = 0
+        self.limit = None
         self.is_initialized = False
 
 

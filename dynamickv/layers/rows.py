@@ -48,13 +48,48 @@ class RowsLayer(KVLayer):  # type: ignore[no-untyped-call]
             else:
                 before, unused = self._rows[row], keys.shape[2] - self._rows[row].shape[1]
                 places.append(torch.searchsorted(before, kept.contiguous()) + unused)
-        longest = max(kept.shape[1] for kept in positions)
-        self._buffers = (_gathered(keys, places, longest), _gathered(values, places, longest))
-        self._rows = list(positions)
-        lengths = torch.tensor([kept.shape[1] for kept in positions], device=keys.device)
+        self._fill(keys, values, places, list(positions))
+
+    def _fill(
+        self, keys: Tensor, values: Tensor, places: list[Tensor], kept: list[Tensor], room: int = 0
+    ) -> None:
+        """Hold these slots of every row, which stand for the positions `kept`."""
+        longest = max(held.shape[1] for held in kept)
+        self._buffers = (
+            _gathered(keys, places, longest, room),
+            _gathered(values, places, longest, room),
+        )
+        self._rows = kept
+        lengths = torch.tensor([held.shape[1] for held in kept], device=keys.device)
         self._unused = longest - lengths if int(lengths.min()) < longest else None
         self.show(longest)
         self.chosen = longest
+
+    def rows_held(self) -> list[tuple[Tensor, Tensor]]:
+        """As `KVLayer` does, without unused slots."""
+        keys, _ = self.held()
+        positions = self.held_positions()
+        if positions is None:
+            every = torch.arange(self.length, device=keys.device)
+            positions = every.expand(*keys.shape[:2], -1)
+        return [
+            (keys[row, :, start:], positions[row, :, start:] - int(self.padding[row]))
+            for row, start in enumerate(self._starts())
+        ]
+
+    def keep_places(self, rows: Sequence[Tensor], room: int) -> None:
+        """As `KVLayer` does; rows end together."""
+        keys, values = self.held()
+        kept = [
+            positions.gather(1, places)
+            for (_, positions), places in zip(self.rows_held(), rows, strict=True)
+        ]
+        places = [place + start for place, start in zip(rows, self._starts(), strict=True)]
+        self._fill(keys, values, places, kept, room)
+
+    def _starts(self) -> list[int]:
+        """Each row's first slot in use."""
+        return [0] * len(self.padding) if self._unused is None else self._unused.tolist()
 
     def held_positions(self) -> Tensor | None:
         """As `KVLayer` does, padding counted; unused slots read 0."""
@@ -103,11 +138,12 @@ def in_rows(layer: Any, padding: Tensor) -> Any:
     return layer
 
 
-def _gathered(states: Tensor, places: Sequence[Tensor], longest: int) -> Tensor:
-    """Each row's `places`, (heads, kept), ending together in (rows, heads, longest, dim)."""
+def _gathered(states: Tensor, places: Sequence[Tensor], longest: int, room: int) -> Tensor:
+    """Each row's `places`, (heads, kept), ending together in (rows, heads, longest + room, dim),
+    behind them zeros."""
     rows, heads, _, dim = states.shape
     stored = max(heads, *(place.shape[0] for place in places))
-    buffer = states.new_zeros(rows, stored, longest, dim)
+    buffer = states.new_zeros(rows, stored, longest + room, dim)
     for row, place in enumerate(places):
-        buffer[row, :, longest - place.shape[1] :] = gather(states[row], place, 0)[0]
+        buffer[row, :, longest - place.shape[1] : longest] = gather(states[row], place, 0)[0]
     return buffer

@@ -9,14 +9,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from dynamickv.methods.capabilities import Capabilities
 from dynamickv.methods.edits import Spans, read_spans, require_apart, whole_prompt
 from dynamickv.methods.parameters import require_choice, require_integer
 from dynamickv.methods.selection import HEAD_FLOOR, ScoredSelection, Selection
-from dynamickv.records import LayerObservation, Retention
-from dynamickv.scoring import pool, reduce_group
+from dynamickv.records import HeldLayer, LayerObservation, Retention
+from dynamickv.scoring import pool, reduce_group, top_positions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +108,14 @@ class EvictingMethod(CompressionMethod):
         """Whether a person pinned or evicted something."""
         return bool(self.pinned or self.evicted)
 
+    def choose_again(self, layers: Sequence[HeldLayer]) -> list[Tensor]:
+        """While answering: which of the places of all that each layer holds are kept, (heads,
+        kept) ascending, `capacity` of them in the mean. Asked only where `capabilities.decoding`.
+        """
+        raise ValueError(
+            f"{self.name} does not choose again while answering; override choose_again"
+        )
+
     def fits(self, prompt_length: int) -> bool:
         """A prompt no longer than `capacity` is kept whole, but for what is evicted."""
         return prompt_length <= self.capacity
@@ -131,7 +140,7 @@ class ScoredMethod(EvictingMethod):
     the budget, cut."""
 
     capabilities: ClassVar[Capabilities] = replace(
-        EvictingMethod.capabilities, window=True, adaptive_heads=True
+        EvictingMethod.capabilities, window=True, adaptive_heads=True, decoding=True
     )
     window_size: int = 8
     """Trailing prompt tokens whose queries vote and which are always kept."""
@@ -223,3 +232,23 @@ class ScoredMethod(EvictingMethod):
         raise ValueError(
             f"{self.name} has no re-allocation; override allocate together with updates_after"
         )
+
+    def choose_again(self, layers: Sequence[HeldLayer]) -> list[Tensor]:
+        """The best of what is held before the window, and the window."""
+        scores = [self.score(layer) for layer in layers]
+        budgets = self.budgets_again(layers, scores)
+        chosen = []
+        for layer, scored, budget in zip(layers, scores, budgets, strict=True):
+            window = torch.arange(scored.shape[1], layer.prompt_length, device=scored.device)
+            kept = top_positions(scored, budget)
+            chosen.append(torch.cat([kept, window.expand(len(kept), -1)], dim=1))
+        return chosen
+
+    def budgets_again(self, layers: Sequence[HeldLayer], scores: Sequence[Tensor]) -> list[int]:
+        """While answering: how many places before the window each layer keeps, no more than
+        mean_budget x layers together. Uniform unless overridden.
+
+        Args:
+            scores: per layer, (heads, places before the window), which differ between layers.
+        """
+        return [min(self.mean_budget, scored.shape[1]) for scored in scores]

@@ -6,12 +6,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor
 
 from dynamickv.methods.base import ScoredMethod
+from dynamickv.methods.capabilities import Capabilities
 from dynamickv.methods.selection import ScoredSelection, Selection
 from dynamickv.records import LayerObservation
 
@@ -20,6 +21,7 @@ from dynamickv.records import LayerObservation
 class ClaimingMethod(ScoredMethod):
     """Score every layer and weigh it; share the budget by weight."""
 
+    capabilities: ClassVar[Capabilities] = replace(ScoredMethod.capabilities, decoding=False)
     cascades: ClassVar[bool] = False
     """Whether the record tells the budgets after every layer, or only the last."""
 
@@ -66,22 +68,24 @@ class ClaimSelection(ScoredSelection):
         return range(next(fell, seen - 1), seen)
 
 
-def shares_of(claims: Sequence[float], total: int, most: int) -> list[float]:
-    """Parts of `total` proportional to claims, none above `most`; what a full layer cannot take
-    goes to the others in proportion. They sum to min(total, most x layers)."""
+def shares_of(claims: Sequence[float], total: int, most: int | Sequence[int]) -> list[float]:
+    """Parts of `total` proportional to claims, none above `most` (of all layers, or of each); what
+    a full layer cannot take goes to the others in proportion. They sum to `total` where `most`
+    allows."""
+    limits = [most] * len(claims) if isinstance(most, int) else list(most)
     shares = [0.0] * len(claims)
     open_layers = list(range(len(claims)))
-    room = min(total, most * len(claims))
+    room = min(total, sum(limits))
     while open_layers:
         claimed = sum(claims[layer] for layer in open_layers)
         for layer in open_layers:
             part = claims[layer] / claimed if claimed > 0 else 1 / len(open_layers)
             shares[layer] = room * part
-        full = [layer for layer in open_layers if shares[layer] > most]
+        full = [layer for layer in open_layers if shares[layer] > limits[layer]]
         if not full:
             break
         for layer in full:
-            shares[layer] = float(most)
-        room -= most * len(full)
+            shares[layer] = float(limits[layer])
+        room -= sum(limits[layer] for layer in full)
         open_layers = [layer for layer in open_layers if layer not in full]
     return shares

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dynamickv.methods.base import ScoredMethod
 from dynamickv.methods.parameters import require_integer, require_positive
+from dynamickv.records import HeldLayer
 from dynamickv.scoring import count_global_top
 
 
@@ -121,31 +122,35 @@ class DynamicKV(ScoredMethod):
             counts=list(counts), shares=shares, claims=claims, excess=excess, budgets=budgets
         )
 
+    def budgets_again(self, layers: Sequence[HeldLayer], scores: Sequence[Tensor]) -> list[int]:
+        """While answering all layers are known at once: one allocation, to the last token."""
+        return self._exact_budgets(scores)
+
     def _exact_budgets(self, scores: Sequence[Tensor]) -> list[int]:
         """Prefix budgets by the best scores of all layers together, summing to mean_budget x
-        layers, none above `first_budget`."""
-        heads, prefix_length = scores[0].shape
-        most = self.first_budget(0, len(scores), prefix_length)
+        layers, none above `first_budget`. Layers may hold different numbers."""
+        heads = scores[0].shape[0]
+        most = [self.first_budget(0, len(scores), layer.shape[1]) for layer in scores]
         budgets: dict[int, float] = {}
-        room = min(self.mean_budget, most) * len(scores)
+        total = room = min(self.mean_budget * len(scores), sum(most))
         open_layers = list(range(len(scores)))
         while open_layers:
             counts = count_global_top([scores[layer] for layer in open_layers], room * heads)
             full = [
                 layer
                 for layer, count in zip(open_layers, counts, strict=True)
-                if count > most * heads
+                if count > most[layer] * heads
             ]
             if not full:
                 budgets |= {
                     layer: count / heads for layer, count in zip(open_layers, counts, strict=True)
                 }
                 break
-            budgets |= dict.fromkeys(full, float(most))
-            room -= most * len(full)
+            budgets |= {layer: float(most[layer]) for layer in full}
+            room -= sum(most[layer] for layer in full)
             open_layers = [layer for layer in open_layers if layer not in full]
         whole = [int(budgets[layer]) for layer in range(len(scores))]
-        missing = min(self.mean_budget, most) * len(scores) - sum(whole)
+        missing = total - sum(whole)
         remainders = sorted(open_layers, key=lambda layer: whole[layer] - budgets[layer])
         for layer in remainders[:missing]:
             whole[layer] += 1

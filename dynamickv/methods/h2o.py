@@ -20,7 +20,8 @@ class H2O(ScoredMethod):
     layer keeps `capacity`.
 
     As in the reference (KVCache-Factory) the sum is not normalised, which favours early positions,
-    nothing is evicted while decoding, and kernel_size and pooling are ignored. Departures: a prompt
+    nothing is evicted while decoding (unless `Decoding` asks for it: then attention that answer
+    tokens pay counts too), and kernel_size and pooling are ignored. Departures: a prompt
     with n <= capacity is kept whole, scores stay float32, kept positions are stored in position
     order, the default granularity is the KV head.
     """

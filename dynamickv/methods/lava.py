@@ -12,7 +12,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dynamickv.methods.base import ScoredMethod
 from dynamickv.methods.capabilities import Capabilities
 from dynamickv.methods.claims import ClaimingMethod, shares_of
 from dynamickv.records import LayerObservation
@@ -36,7 +35,7 @@ class LAVa(ClaimingMethod):
 
     name: ClassVar[str] = "LAVa"
     capabilities: ClassVar[Capabilities] = replace(
-        ScoredMethod.capabilities, values=True, vllm=False
+        ClaimingMethod.capabilities, values=True, vllm=False
     )
     cascades: ClassVar[bool] = True
     group_reduction: str = "max"

@@ -20,7 +20,9 @@ class Manual(ScoredMethod):
     """
 
     name: ClassVar[str] = "Manual"
-    capabilities: ClassVar[Capabilities] = replace(ScoredMethod.capabilities, layer_budgets=True)
+    capabilities: ClassVar[Capabilities] = replace(
+        ScoredMethod.capabilities, layer_budgets=True, decoding=False
+    )
     capacity: int = 0
     budgets: Sequence[int] = ()
     """Prompt tokens kept per layer and head, one number per layer."""

@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
 from dynamickv.methods.base import ScoredMethod
 from dynamickv.methods.parameters import require_integer
+from dynamickv.records import HeldLayer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,3 +44,14 @@ class PyramidKV(ScoredMethod):
             high = prefix_length
             low = 2 * mean - high
         return high - layer * ((high - low) // max(num_layers - 1, 1))
+
+    def budgets_again(self, layers: Sequence[HeldLayer], scores: Sequence[Tensor]) -> list[int]:
+        """The straight line for as many tokens as were seen, no layer above what it holds. What
+        rounding the step down gives beyond the mean is taken from the largest."""
+        budgets = [
+            min(self.first_budget(place, len(layers), layer.seen - self.window_size), held.shape[1])
+            for place, (layer, held) in enumerate(zip(layers, scores, strict=True))
+        ]
+        for _ in range(sum(budgets) - self.mean_budget * len(budgets)):
+            budgets[budgets.index(max(budgets))] -= 1
+        return budgets

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor
 
 from dynamickv.methods.base import ScoredMethod
+from dynamickv.methods.capabilities import Capabilities
 from dynamickv.methods.claims import ClaimingMethod, shares_of
 from dynamickv.methods.parameters import require_integer, require_positive
-from dynamickv.records import LayerObservation
+from dynamickv.records import HeldLayer, LayerObservation
 
 SINKS = 4
 """First tokens left out of the comparison: they take attention in every layer, whatever is read."""
@@ -36,6 +37,7 @@ class ShiftKV(ClaimingMethod):
     """
 
     name: ClassVar[str] = "ShiftKV"
+    capabilities: ClassVar[Capabilities] = replace(ClaimingMethod.capabilities, decoding=True)
     context_size: int = 64
     """Trailing prompt tokens that are compared: the window, and those before it."""
     r_max: float = 10.0
@@ -73,8 +75,17 @@ class ShiftKV(ClaimingMethod):
         most = self.first_budget(0, num_layers, prefix_length)
         if len(claims) < num_layers:
             return [most] * len(claims)
+        return self._by_depth(claims, most)
+
+    def budgets_again(self, layers: Sequence[HeldLayer], scores: Sequence[Tensor]) -> list[int]:
+        """By what the last queries attend to among what is held, as for a prompt."""
+        most = [self.first_budget(0, len(layers), held.shape[1]) for held in scores]
+        return self._by_depth([self.claim(layer) for layer in layers], most)
+
+    def _by_depth(self, claims: Sequence[float], most: int | Sequence[int]) -> list[int]:
+        """Budgets of all layers; the middle ones' claims count for more."""
         weighed = [
-            claim * (0.5 + math.sin(math.pi * place / max(num_layers - 1, 1)))
+            claim * (0.5 + math.sin(math.pi * place / max(len(claims) - 1, 1)))
             for place, claim in enumerate(claims)
         ]
         return proportional_budgets(weighed, self.mean_budget, most)
@@ -100,14 +111,18 @@ class ShiftKV(ClaimingMethod):
         return float((shares[0] - shares[1]).abs().sum() / 2)
 
 
-def proportional_budgets(claims: Sequence[float], mean: int, most: int) -> list[int]:
-    """Whole budgets proportional to claims, none above `most`, summing to min(mean, most) x layers.
+def proportional_budgets(
+    claims: Sequence[float], mean: int, most: int | Sequence[int]
+) -> list[int]:
+    """Whole budgets proportional to claims, none above `most` (of all layers, or of each), summing
+    to mean x layers where `most` allows.
 
     What a full layer cannot take goes to the others; the largest remainders are rounded up, the
     earlier layer first.
     """
-    total = min(mean, most) * len(claims)
-    shares = shares_of(claims, total, most)
+    limits = [most] * len(claims) if isinstance(most, int) else list(most)
+    total = min(mean * len(claims), sum(limits))
+    shares = shares_of(claims, total, limits)
     budgets = [int(share) for share in shares]
     remainders = sorted(range(len(claims)), key=lambda layer: budgets[layer] - shares[layer])
     for layer in remainders[: total - sum(budgets)]:

@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from dynamickv.methods.base import EvictingMethod
+from dynamickv.methods.capabilities import Capabilities
 from dynamickv.methods.edits import edited_positions
 from dynamickv.methods.parameters import require_integer
 from dynamickv.methods.selection import FixedSelection, Selection
-from dynamickv.records import Heads, LayerObservation
+from dynamickv.records import Heads, HeldLayer, LayerObservation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +27,7 @@ class StreamingLLM(EvictingMethod):
     """
 
     name: ClassVar[str] = "StreamingLLM"
+    capabilities: ClassVar[Capabilities] = replace(EvictingMethod.capabilities, decoding=True)
     sinks: int = 4
     """Tokens kept at the start of the prompt."""
 
@@ -37,12 +41,21 @@ class StreamingLLM(EvictingMethod):
         """The same positions in every layer."""
         return FixedSelection(self._positions)
 
+    def choose_again(self, layers: Sequence[HeldLayer]) -> list[Tensor]:
+        """The sinks, and what is most recent now."""
+        return [self._recent(layer) for layer in layers]
+
     def _positions(self, layer: LayerObservation) -> Heads:
+        if not self.edited:
+            return self._recent(layer)
         heads = layer.num_kv_heads if self.granularity == "kv_head" else layer.num_query_heads
         positions = torch.arange(layer.prompt_length, device=layer.keys.device)
-        if self.edited:
-            order = positions.float().expand(heads, -1).clone()
-            order[:, : self.sinks] += layer.prompt_length
-            return edited_positions(order, self.capacity, self.pinned, self.evicted)
+        order = positions.float().expand(heads, -1).clone()
+        order[:, : self.sinks] += layer.prompt_length
+        return edited_positions(order, self.capacity, self.pinned, self.evicted)
+
+    def _recent(self, layer: LayerObservation) -> Tensor:
+        heads = layer.num_kv_heads if self.granularity == "kv_head" else layer.num_query_heads
+        positions = torch.arange(layer.prompt_length, device=layer.keys.device)
         recent = positions[layer.prompt_length - (self.capacity - self.sinks) :]
         return torch.cat([positions[: self.sinks], recent]).expand(heads, -1)

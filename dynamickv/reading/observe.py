@@ -186,6 +186,8 @@ def _observed_attention(
             held = part.held()
             given = _of_head(module, kwargs, number, len(parts)) if by_head else (module, kwargs)
             outputs.append(_continue(backend, attention, part, given, asked, *held)[0])
+            if part.after_attention is not None and not by_head:
+                part.after_attention(part, _attended(asked, *held, kwargs))
         output = torch.cat(outputs, dim=2 if by_head else 0), None
     elif query.shape[2] < key.shape[2]:
         output = _continue(backend, attention, layer, (module, kwargs), query, key, value)

@@ -19,7 +19,9 @@ from dynamickv.scoring import attention_mass
 class PromptRow:
     """One method's choice for one prompt, layer by layer."""
 
-    def __init__(self, method: CompressionMethod, num_layers: int) -> None:
+    def __init__(
+        self, method: CompressionMethod, num_layers: int, keeps_masses: bool = False
+    ) -> None:
         self._method, self._num_layers = method, num_layers
         self._selection: Selection | None = None
         """Scores so far, until all layers were observed."""
@@ -31,6 +33,10 @@ class PromptRow:
         """Layers that have been observed."""
         self._tails: dict[int, Tensor] = {}
         self._masses: dict[int, Tensor] = {}
+        self._keeps_masses = keeps_masses
+        self.masses: dict[int, Tensor] = {}
+        """Where they are asked to be kept, by layer the attention that the prompt's positions
+        received, (num_query_heads, prompt_length)."""
 
     @property
     def done(self) -> bool:
@@ -44,7 +50,7 @@ class PromptRow:
         earlier = self._tails.get(layer)
         joined = queries if earlier is None else torch.cat([earlier, queries], dim=1)
         self._tails[layer] = joined[:, -self._method.tail :].clone()
-        if self._method.needs_mass and not self._method.fits(length):
+        if self._needs_mass(length):
             self._masses[layer] = self._mass(layer, attended, row, queries, 0, None)
 
     def observe(
@@ -60,8 +66,10 @@ class PromptRow:
         queries = attended.queries[row, :, : attended.queries.shape[2] - behind]
         self._length = last - first
         mass = None
-        if self._method.needs_mass and not self._method.fits(self._length):
+        if self._needs_mass(self._length):
             mass = self._mass(layer, attended, row, queries[:, -self._length :], first, last)
+            if self._keeps_masses:
+                self.masses[layer] = mass
         observation = attended.row(
             row,
             stored,
@@ -78,6 +86,9 @@ class PromptRow:
         if self._selection is None:
             self._selection = self._method.start(self._num_layers)
         return self._selection.observe(observation)
+
+    def _needs_mass(self, length: int) -> bool:
+        return self._method.needs_mass and (self._keeps_masses or not self._method.fits(length))
 
     def _mass(
         self,

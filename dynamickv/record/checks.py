@@ -17,6 +17,8 @@ from dynamickv.record.expected import MAX_EXPECTED
 from dynamickv.record.kinds import KINDS
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from dynamickv.record.aligned import Aligned
     from dynamickv.record.trace import Divergence, ModelInfo, Run, Trace
 
@@ -113,8 +115,33 @@ def _check_run(run: Run, where: str, model: ModelInfo, length: int) -> None:
     mask = run.retained.unpack(model.num_layers, length)
     if run.erased is not None:
         _within(f"{where}.erased", run.erased, int((~mask.any(axis=(0, 1))).sum()))
+    _check_forgotten(run, where, model, mask)
     if run.scores is not None:
         run.scores.unpack(model.num_layers, length)
+
+
+def _check_forgotten(run: Run, where: str, model: ModelInfo, before: np.ndarray) -> None:
+    """Choices follow one another, each among what is held: `before`, (layers, heads, positions),
+    and what was answered since."""
+    if run.decoding is not None:
+        names = sorted(run.decoding)
+        if names != ["budget", "buffer"]:
+            _misfit(f"{where}.decoding", names, "budget and buffer")
+        for name in names:
+            _within(f"{where}.decoding.{name}", run.decoding[name], 1, MAX_COUNT)
+    elif run.forgotten:
+        _misfit(f"the number of {where}.forgotten", len(run.forgotten), "none without decoding")
+    length, last = before.shape[2], 0
+    for index, choice in enumerate(run.forgotten):
+        here = f"{where}.forgotten[{index}]"
+        _within(f"{here}.position", choice.position, last, len(run.token_ids))
+        _within(f"{here}.seconds", choice.seconds, 0, MAX_COUNT)
+        if choice.retained.heads != before.shape[1]:
+            _misfit(f"{here}.retained.heads", choice.retained.heads, "as many as the prompt's")
+        mask = choice.retained.unpack(model.num_layers, length + choice.position)
+        if (mask[..., : before.shape[2]] & ~before).any():
+            _misfit(f"{here}.retained", "more than was held", "a choice among what was")
+        before, last = mask, choice.position
 
 
 def _check_divergence(divergence: Divergence, where: str) -> None:

@@ -52,6 +52,7 @@ __all__ = [
     "Aligned",
     "Divergence",
     "Expected",
+    "Forgotten",
     "ModelInfo",
     "Prompt",
     "Retained",
@@ -152,6 +153,17 @@ class Agreement:
     """What happened at `first_divergence`; None where one of the answers has no token there."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forgotten:
+    """One choice that a method made anew while it answered."""
+
+    position: int
+    """Answer tokens that had been read by then; 0 where the question was still being read."""
+    retained: Retained
+    """What was kept of the prompt and of those answer tokens."""
+    seconds: float
+
+
 def seconds_per_token(decode_seconds: Sequence[float]) -> float | None:
     """Median of a run's decoding steps; the first token comes free with the prefill."""
     steps = decode_seconds[1:]
@@ -197,6 +209,10 @@ class Run:
     """FullKV's words under this run's cache; None for FullKV itself and where it is not there."""
     erased: int | None = None
     """Prompt positions that no layer and no head keeps; None where it was not recorded."""
+    decoding: dict[str, int] | None = None
+    """`budget` and `buffer`, where compression went on while answering."""
+    forgotten: list[Forgotten] = field(default_factory=list)
+    """The choices that were made then, in order."""
     expected_found: bool | None = None
     """Whether the answer holds what was expected; None where nothing was."""
 

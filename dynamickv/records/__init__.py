@@ -4,7 +4,13 @@ kept, what a prefill left behind.
 Tensors here have no batch dimension: the engine reads one prompt at a time.
 """
 
-from dynamickv.records.observation import RECALLED, Attended, LayerObservation, RecallingLayer
+from dynamickv.records.observation import (
+    RECALLED,
+    Attended,
+    HeldLayer,
+    LayerObservation,
+    RecallingLayer,
+)
 from dynamickv.records.prefill import OtherLayer, Prefill
 from dynamickv.records.prompt import EncodedPrompt
 from dynamickv.records.retention import Heads, Retention
@@ -14,6 +20,7 @@ __all__ = [
     "Attended",
     "EncodedPrompt",
     "Heads",
+    "HeldLayer",
     "LayerObservation",
     "OtherLayer",
     "Prefill",

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dynamickv.scoring import moments, window_shares
+from dynamickv.scoring import attention_shares, moments, window_shares
 
 RECALLED = 4
 """Attentions that a `RecallingLayer` keeps: one takes a few per cent of the layer's keys and
@@ -243,3 +243,31 @@ class RecallingLayer(LayerObservation):
 def _planes(recalled: Iterable[Tensor]) -> int:
     """How many tensors of a value per query head and position these are; moments are three."""
     return sum(len(found) if found.dim() == 3 else 1 for found in list(recalled))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldLayer(LayerObservation):
+    """What one layer holds while the answer grows, for a choice among it. A place stands for
+    whatever position it holds: `prompt_length` counts places, of `keys` and `mass` alike."""
+
+    positions: Tensor
+    """Where what is held stands in prompt and answer, (num_kv_heads, places) ascending; the last
+    ones are held by every head."""
+
+    @property
+    def seen(self) -> int:
+        """Positions so far, held or not."""
+        return int(self.positions[0, -1]) + 1
+
+    def attention(self, first: int, last: int = 0) -> Tensor:
+        """As `LayerObservation.attention`, over what is held now: (num_query_heads, places -
+        first). A query sees what stands at or before its own position."""
+        end = self.queries.shape[1] - last
+        queries = self.queries[:, end - (first - last) : end]
+        asked = torch.arange(self.seen - first, self.seen - last, device=self.keys.device)
+        visible = self.positions[:, None, :] <= asked[:, None]
+        visible = visible.repeat_interleave(self.num_query_heads // len(visible), dim=0)
+        shares = attention_shares(
+            queries, self.keys, self.scaling, self.softcap, self.sinks, visible=visible
+        )
+        return shares[..., : self.prompt_length - first].sum(dim=1)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dynamickv.methods import CompressionMethod
+from dynamickv.methods.decoding import Decoding
 from dynamickv.models.rope import longer_sequences_forgotten
 from dynamickv.reading.generate_call import generate_call
 from dynamickv.reading.observe import cache_argument, observed
@@ -29,7 +30,9 @@ _opening = Lock()
 
 
 @contextmanager
-def compress(model: PreTrainedModel, method: CompressionMethod) -> Iterator[CompressedCache]:
+def compress(
+    model: PreTrainedModel, method: CompressionMethod, decoding: Decoding | None = None
+) -> Iterator[CompressedCache]:
     """A cache to pass to `generate(..., past_key_values=cache)`.
 
         with compress(model, DynamicKV(capacity=512)) as cache:
@@ -37,15 +40,16 @@ def compress(model: PreTrainedModel, method: CompressionMethod) -> Iterator[Comp
 
     The prompt is what `generate` is given, or what the first forward pass feeds; several prompts
     are the rows of a batch, padded on the left, each compressed by itself. Later tokens, of the
-    answer or of a follow-up question, are kept. `cache.reset()` makes it ready for other prompts.
-    When the block ends the model is as it was, and the cache serves no more.
+    answer or of a follow-up question, are kept; with `decoding` the method chooses again among all
+    that is held whenever its budget and buffer are full. `cache.reset()` makes it ready for other
+    prompts. When the block ends the model is as it was, and the cache serves no more.
 
     Raises:
         ValueError: before any work, for a model or a request that cannot be served.
     """
     if not isinstance(method, CompressionMethod):
         raise ValueError(f"{method!r} is not a method; give one such as DynamicKV(capacity=512)")
-    cache = CompressedCache(method, model.config)
+    cache = CompressedCache(method, model.config, decoding)
     other = getattr(model.generation_config, "cache_implementation", None)
     if other is not None:
         raise ValueError(

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from dynamickv.cache import KVCache, fresh_layers
+from dynamickv.decoding.forgetting import Choice, Forgetting
 from dynamickv.layers.kv import KVLayer
 from dynamickv.layers.parts import HeadwiseLayer
 from dynamickv.layers.rows import RowsLayer, in_rows
 from dynamickv.methods import CompressionMethod
+from dynamickv.methods.decoding import Decoding, require_decodable
 from dynamickv.models import Geometry
 from dynamickv.models.geometry import require_choosable
 from dynamickv.reading.generate_call import GenerateCall
@@ -37,12 +39,17 @@ class CompressedCache(KVCache):
     """A KV cache that keeps what a method chooses of the first prompts fed through it, one prompt
     per row."""
 
-    def __init__(self, method: CompressionMethod, config: Any) -> None:
+    def __init__(
+        self, method: CompressionMethod, config: Any, decoding: Decoding | None = None
+    ) -> None:
         self._config = config
         self._geometry = Geometry.of(config)
         require_choosable(self._geometry, method.parameters)
+        require_decodable(decoding, method, self._geometry.joint)
         super().__init__(fresh_layers(config, self._after_attention))
-        self.method = method
+        self.method, self.decoding = method, decoding
+        self._of_prompt = method if decoding is None else decoding.of_prompt(method)
+        self._forgetting = self._fresh_forgetting()
         self.peak_bytes = 0
         """Most bytes of keys, values and states held at once so far. Scores, which a method needs
         until the prompt is through all layers, are not among them."""
@@ -76,8 +83,22 @@ class CompressedCache(KVCache):
         by_place = sorted(zip(self._order, kept.indices, strict=True), key=lambda pair: pair[0])
         return replace(kept, indices=tuple(positions for _, positions in by_place))
 
+    @property
+    def choices(self) -> list[Choice]:
+        """With decoding, the choices since the prompt, in order."""
+        return [] if self._forgetting is None else self._forgetting.choices
+
+    def held_positions(self, row: int = 0) -> list[Tensor]:
+        """What is held of a row's prompt and answer, counted from its first token after padding:
+        per compressed layer, (heads, held) ascending. Not with head_budgets="adaptive"."""
+        return [layer.rows_held()[row][1] for layer in self.whole_layers()]
+
+    def _fresh_forgetting(self) -> Forgetting | None:
+        return None if self.decoding is None else Forgetting(self.method, self.decoding)
+
     def reset(self) -> None:
         """Forget the prompt; the next one is compressed anew."""
+        self._forgetting = self._fresh_forgetting()
         self.layers = fresh_layers(self._config, self._after_attention)
         self._rows, self.prompt_end, self._seen = [], 0, 0
         self._fed, self._call, self._order, self._waiting = [], None, [], []
@@ -109,6 +130,8 @@ class CompressedCache(KVCache):
         super().crop(tokens_to_remove)
         count = abs(tokens_to_remove)
         self._seen -= count
+        if self._forgetting is not None:
+            self._forgetting.crop(count)
         if self._fed:
             whole = torch.cat(self._fed, dim=1)
             self._fed = [whole[:, : max(whole.shape[1] - count, 0)]]
@@ -159,6 +182,8 @@ class CompressedCache(KVCache):
                 f"this model's state starts anew when {width} tokens follow on a filled cache; "
                 "leave out prefill_chunk_size, or feed them one at a time"
             )
+        if self._forgetting is not None and self._rows[0].done:
+            self._forgetting.make_room(width)
         self._reading = True
         self._seen += width
         self._fed = [*self._fed, token_ids] if token_ids is not None else []
@@ -195,13 +220,16 @@ class CompressedCache(KVCache):
         require_readable(padding, width, self.prompt_end, adaptive)
         self._padding = padding
         layers = len(self._geometry.compressed_layers)
-        self._rows = [PromptRow(self.method, layers) for _ in range(rows)]
+        mass = self._forgetting is not None and self._forgetting.needs_mass
+        self._rows = [PromptRow(self._of_prompt, layers, mass) for _ in range(rows)]
         if rows > 1 or bool(padding.any()):
             self.layers = [in_rows(layer, padding) for layer in self.layers]
 
     @torch.no_grad()
     def _after_attention(self, layer: KVLayer, attended: Attended) -> None:
         self.peak_bytes = max(self.peak_bytes, self.nbytes)
+        if self._forgetting is not None:
+            self._forgetting.saw(layer, attended)
         if not self._rows or self._rows[0].done:
             return
         stored = 1 if self._geometry.joint else layer.held()[0].shape[1]
@@ -224,6 +252,15 @@ class CompressedCache(KVCache):
             self._cut(self._waiting)
             for row in self._rows:
                 row.settle()
+            if self._forgetting is not None:
+                masses = {
+                    place: [row.masses[place] for row in self._rows]
+                    for place in (self._order if self._forgetting.needs_mass else ())
+                }
+                layers = [self.layers[place] for place in self._order]
+                self._forgetting.begin(layers, self._padding.tolist(), masses)
+                for row in self._rows:
+                    row.masses.clear()
 
     def _cut(self, layers: Sequence[int]) -> None:
         """Let layers hold no more than they are to hold now."""

@@ -243,6 +243,11 @@ def assert_refused(result: tuple[int, str, str], *words: str) -> None:
         ({"r_max": "0"}, ["r_max", "0"]),
         ({"r_max": "nan"}, ["r_max", "nan"]),
         ({"update_interval": "0"}, ["update_interval", "0"]),
+        ({"decode_budget": "0"}, ["budget must be at least 1 token, got 0"]),
+        ({"decode_budget": "8"}, ["decoding budget 8", "window_size=8"]),
+        ({"decode_budget": "24", "decode_buffer": "0"}, ["buffer must be at least 1", "got 0"]),
+        ({"decode_buffer": "16"}, ["give --decode-budget too"]),
+        ({"decode_budget": "24", "methods": "Manual"}, ["Manual does not choose again"]),
         ({"max_new_tokens": "0"}, ["max_new_tokens", "0"]),
         ({"model": "gpt-five"}, ["no model 'gpt-five'", "smollm2-135m"]),
         ({"model": "missing.gguf"}, ["no file missing.gguf"]),
@@ -377,6 +382,19 @@ def test_the_table_says_what_survives_and_which_word_is_lost(run: Any, tmp_path:
     share = f"{held.probabilities_full[held.loss]:.0%} -> {held.probabilities[held.loss]:.0%}"
     assert row.endswith(f"{word} {share}")
     assert trace.model.precision in out.splitlines()[0]
+
+
+def test_compression_while_answering_is_said_and_recorded(run: Any, tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+    options = {"decode_budget": "24", "decode_buffer": "4", "max_new_tokens": "10"}
+    code, out, _ = run(output=str(file), **options)
+    assert code == 0
+    full, compressed = dkv.Trace.load(file).runs
+    assert full.forgotten == []
+    assert compressed.decoding == {"budget": 24, "buffer": 4}
+    assert [choice.position for choice in compressed.forgotten] == [4, 8]
+    assert out.count("chose again") == 1
+    assert "(chose again 2 times while answering, down to 24 tokens per layer)" in out
 
 
 def test_what_is_expected_is_looked_for(run: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import copy
+import dataclasses
 import gzip
 import json
 import os
@@ -142,6 +143,8 @@ def test_the_record_uses_the_documented_names(data: dict[str, Any]) -> None:
         "agreement",
         "aligned",
         "erased",
+        "decoding",
+        "forgotten",
         "expected_found",
     } <= set(data["runs"][0])
     assert set(data["runs"][0]["agreement"]) == {
@@ -526,6 +529,54 @@ def test_numbers_that_are_not_finite_are_refused(
 ) -> None:
     put(data, path, value)
     refusal_of(data)
+
+
+@pytest.fixture(scope="module")
+def forgetful(llm: dkv.LoadedModel) -> dict[str, Any]:
+    """The record of a run that went on compressing while it answered."""
+    trace = dkv.compare(
+        llm,
+        DOCUMENT,
+        QUESTION,
+        methods=[dkv.SnapKV(capacity=12)],
+        max_new_tokens=12,
+        decoding=dkv.Decoding(budget=12, buffer=4),
+    )
+    read: dict[str, Any] = json.loads(json.dumps(trace.to_dict()))
+    return read
+
+
+def test_choices_while_answering_are_read_as_written(forgetful: dict[str, Any]) -> None:
+    (run,) = Trace.from_dict(forgetful).runs
+    assert run.decoding == {"budget": 12, "buffer": 4}
+    assert [choice.position for choice in run.forgotten] == [4, 8]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("decoding", None, "none without decoding"),
+        ("decoding", {"budget": 12}, "budget and buffer"),
+        ("decoding.buffer", 0, "decoding.buffer is 0"),
+        ("forgotten.0.position", 9, "retained.bits holds"),
+        ("forgotten.1.position", 3, "forgotten[1].position is 3"),
+        ("forgotten.1.position", 13, "forgotten[1].position is 13"),
+        ("forgotten.0.position", "4", "forgotten[0].position is '4'"),
+        ("forgotten.0.seconds", -1.0, "forgotten[0].seconds is -1.0"),
+        ("forgotten.0.retained.heads", 6, "as many as the prompt's"),
+        ("forgotten.0.retained.bits", "AA==", "retained.bits holds 1 bytes"),
+        ("forgotten.1.retained", "everything", "more than was held"),
+    ],
+)
+def test_choices_that_cannot_have_been_are_refused(
+    forgetful: dict[str, Any], path: str, value: Any, words: str
+) -> None:
+    data = copy.deepcopy(forgetful)
+    if value == "everything":
+        shape = (data["model"]["num_layers"], 2, data["prompt"]["length"] + 8)
+        value = dataclasses.asdict(Retained.pack(np.ones(shape, bool)))
+    put(data, f"runs.0.{path}", value)
+    assert words in refusal_of(data)
 
 
 def test_a_record_of_schema_1_opens_and_says_what_it_lacks(
