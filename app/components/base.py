@@ -32,6 +32,7 @@ SCRIPTS = (
     "what_if",
     "figure_view",
     "layer_map",
+    "film",
     "answer_cards",
     "status_line",
     "model_chip",
@@ -108,4 +109,4 @@ def head() -> str:
 
 def styles() -> str:
     """The palette and the sizes."""
-    return f"{css_variables()}\n{read('explorer.css')}\n{read('stage.css')}"
+    return f"{css_variables()}\n{read('explorer.css')}\n{read('stage.css')}\n{read('film.css')}"

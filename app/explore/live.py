@@ -14,6 +14,8 @@ from app.serving.speed import Estimate
 from app.serving.status import reading, running
 from app.wording import count, mebibytes, percent, seconds
 
+from .film import Film
+
 PREFILL_SHARE = 0.6
 """Part of the progress bar that reading the prompt takes; answering takes the rest."""
 
@@ -31,6 +33,7 @@ class LiveRun:
         *,
         before: Sequence[dict[str, Any]] = (),
         others: Mapping[int, str] | None = None,
+        film: Film | None = None,
     ) -> None:
         self.before = list(before)
         """Finished cards that stay on screen before the new ones."""
@@ -49,9 +52,18 @@ class LiveRun:
         self._tokens = [0] * len(methods)
         self._decode_seconds: list[list[float]] = [[] for _ in methods]
         self._status = running("Starting")
+        self._film = film
 
     def add(self, event: Any) -> bool:
         """Take one event in; True when it is worth showing at once."""
+        seen = self._film is not None and self._film.add(event)
+        return self._add(event) or seen
+
+    def film(self, now: float, at_once: bool) -> dict[str, Any] | None:
+        """What the film has to show, at a time in seconds."""
+        return None if self._film is None else self._film.picture(now, at_once)
+
+    def _add(self, event: Any) -> bool:
         if isinstance(event, dkv.Progress):
             self._progress(event)
             return False
@@ -89,7 +101,9 @@ class LiveRun:
     def payload(self) -> dict[str, Any]:
         """The cards now."""
         return {
-            "source": "running now · the views below show the run before",
+            "source": "running now"
+            if self._film
+            else "running now · the views below show the run before",
             "question": self.question,
             "notice": "",
             "cards": [*self.before, *self.cards],

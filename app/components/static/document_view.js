@@ -130,6 +130,7 @@
     function describe(layer) {
       const { layers, prompt } = store.trace;
       const current = run();
+      const { budgets } = current.now ?? current;
       const all = layer === null;
       find("all").setAttribute("aria-pressed", String(all));
       slider.max = String(layers - 1);
@@ -137,9 +138,10 @@
       slider.classList.toggle("dkv-idle", all);
       slider.setAttribute("aria-valuetext", all ? "all layers" : `layer ${layer}`);
       find("where").textContent = all
-        ? `all ${layers} layers`
-        : otherKind(layer) ? `layer ${layer}, ${otherKind(layer)}: last ${plain(current.budgets[layer])} held, not compressed`
-          : `layer ${layer}: ${plain(current.budgets[layer])} of ${plain(prompt.length)} kept`;
+        ? store.film ? `${store.film.step} of ${layers} layers read` : `all ${layers} layers`
+        : current.now && !current.now.read[layer] ? `layer ${layer}: not read yet`
+        : otherKind(layer) ? `layer ${layer}, ${otherKind(layer)}: last ${plain(budgets[layer])} held, not compressed`
+          : `layer ${layer}: ${plain(budgets[layer])} of ${plain(prompt.length)} kept`;
       const looked = lookedAt();
       const erased = () => [swatch("erased", `erased everywhere: ${plain(DynamicKV.erased(current))} of ${counting(prompt.length, "token")} that no layer and no head keeps`)];
       find("legend").replaceChildren(...(looked ? readLegend(looked) : view.mark === "erased" ? erased() : other() ? differenceLegend(all) : levelLegend(layer)));
@@ -383,6 +385,7 @@
     }
     on("trace", show);
     on("runs", redraw);
+    on("film", framed(() => { if (store.trace?.runs.length) { paint(); minimap.draw(); } }));
     on("view", (changed) => {
       gap = -1;
       find("gap").textContent = "";

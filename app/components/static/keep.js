@@ -70,7 +70,7 @@
   }
   // The cards and the record of a run come each by its own way. A reading that was fetched goes along.
   const keepRun = () => {
-    if (!restored || !store.payload || store.payload.example || !store.cards) return;
+    if (!restored || !store.payload || store.payload.live || store.payload.example || !store.cards) return;
     const payload = store.trace?.reads ? { ...store.payload, reads: store.trace.reads.sent } : store.payload;
     if (!write(RUN, { payload, cards: store.cards })) write(RUN, null);
   };
