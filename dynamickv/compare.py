@@ -61,7 +61,6 @@ def compare(
         scores=scores,
         expected=expected,
         decoding=decoding,
-        watch=False,
     ):
         if isinstance(event, ComparisonFinished):
             return event.trace
@@ -85,14 +84,13 @@ def compare_stream(
     full_apart: bool = True,
     on_prefill: Callable[[Prefill], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
-    watch: bool = True,
+    watch: bool = False,
 ) -> Generator[Event, None, None]:
     """`compare`, telling what happens while it happens.
 
-    Yields PromptEncoded, Progress for every layer of the prefill and LayerKept for what every
-    method holds of it, Compressed for every method, Token for every decoded token (the methods take
-    turns), RunFinished, and ComparisonFinished at the end. Closing the generator stops the work
-    within one layer or one token and frees its memory.
+    Yields Progress for every layer of the prefill, Compressed for every method, Token for every
+    decoded token (the methods take turns), RunFinished, and ComparisonFinished at the end. Closing
+    the generator stops the work within one layer or one token and frees its memory.
 
     Args:
         methods: what to compare, in this order; FullKV among them gives the others `agreement`.
@@ -113,8 +111,9 @@ def compare_stream(
         on_prefill: called with the prompt's prefill once it is read, to keep it for later.
         should_stop: asked between tokens and layers; once true, what exists is finished as
             "cancelled".
-        watch: let the methods choose while the prompt is read, and tell what they hold. Their
-            choices are the same afterwards; False saves telling them.
+        watch: also yield PromptEncoded before the prompt is read, and meanwhile LayerKept for what
+            every method holds of the layers that are read, at no more than 2 % of the reading. The
+            methods then choose while it is read; what they choose is the same.
 
     Raises:
         ValueError: an empty or too long prompt, no methods, or a bad number, in one sentence.

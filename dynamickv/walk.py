@@ -22,9 +22,9 @@ from dynamickv.records import EncodedPrompt, Heads, LayerObservation, Retention
 if TYPE_CHECKING:
     from dynamickv.models import LoadedModel
 
-SHARE = 0.01
-"""Part of the reading time that telling may take. What it has no time for is told later, as it is
-then."""
+SHARE = 0.015
+"""Part of the reading time that telling may take, and half of it before earlier layers are told
+again. What there is no time for is told later, as it is then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,19 +101,31 @@ class Walks:
         return chosen
 
     def _tell(self, tell: Callable[[LayerKept], None]) -> None:
-        start = time.perf_counter()
-        done = len(self._layers)
-        if 1 < done < self._total and self._told > SHARE * (start - self._start):
-            return
+        """The newest layer of every method, then, while there is time, what was cut again."""
+        newest = len(self._layers) - 1
+        ends = bool(self._retentions)
         for index, changed in enumerate(self._changed):
-            layers = sorted(changed)
-            changed.clear()
-            if self._retentions:
-                held = [self._retentions[index].indices[layer] for layer in layers]
-            else:
-                held = self._walks[index].positions_of(layers)
-            for layer, kept in zip(layers, held, strict=True):
-                tell(self._kept(index, self._layers[layer], kept))
+            if ends or newest == 0 or self._told < SHARE * self._elapsed():
+                self._tell_layers(index, [newest], tell)
+                changed.discard(newest)
+        for index, changed in enumerate(self._changed):
+            if changed and (ends or self._told < SHARE / 2 * self._elapsed()):
+                self._tell_layers(index, sorted(changed), tell)
+                changed.clear()
+
+    def _elapsed(self) -> float:
+        return time.perf_counter() - self._start
+
+    def _tell_layers(
+        self, index: int, layers: Sequence[int], tell: Callable[[LayerKept], None]
+    ) -> None:
+        start = time.perf_counter()
+        if self._retentions:
+            held = [self._retentions[index].indices[layer] for layer in layers]
+        else:
+            held = self._walks[index].positions_of(layers)
+        for layer, kept in zip(layers, held, strict=True):
+            tell(self._kept(index, self._layers[layer], kept))
         self._told += time.perf_counter() - start
 
     def _kept(self, index: int, layer: _Layer, kept: Heads) -> LayerKept:

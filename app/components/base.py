@@ -26,6 +26,7 @@ SCRIPTS = (
     "text_layer",
     "minimap",
     "words",
+    "document_words",
     "document_view",
     "word_view",
     "evidence",

@@ -47,6 +47,8 @@ class LiveRun:
         self._estimate = estimate
         self._read = (0, 0)
         """Layers read, of how many."""
+        self._answering: tuple[float, int] | None = None
+        """When answering was first looked at, and how many tokens there were."""
         self._prompt_bytes: int | None = None
         self._full_budgets: list[int] | None = None
         self._tokens = [0] * len(methods)
@@ -85,14 +87,22 @@ class LiveRun:
         return False
 
     def status(self, elapsed: float) -> dict[str, Any]:
-        """The status line now: what is left is judged by the layers that are read, and before the
-        first of them by earlier runs.
+        """The status line now: what is left is judged by the layers that are read and the tokens
+        that are answered, and before the first of them by earlier runs.
         """
         words = self._left(elapsed) or (self._estimate.words(elapsed) if self._estimate else "")
         return self._status | {"detail": " · ".join(filter(None, (f"{elapsed:.1f} s", words)))}
 
     def _left(self, elapsed: float) -> str:
-        """How long reading goes on, at the speed of the layers so far."""
+        """How long this goes on, at the speed of the layers or the tokens so far."""
+        longest = max(self._tokens)
+        if longest:
+            self._answering = self._answering or (elapsed, longest)
+            since, before = self._answering
+            if longest == before:
+                return ""
+            left = (elapsed - since) * (self._max_new_tokens - longest) / (longest - before)
+            return f"at most {seconds(left)} more" if left > 0 else ""
         done, total = self._read
         if not 0 < done < total:
             return ""

@@ -49,8 +49,9 @@ def first_budget(run: Run, prompt: Prompt, window: int) -> int:
     come from strangers.
     """
     r_max, capacity = run.parameters.get("r_max"), run.parameters.get("capacity")
-    numbers = isinstance(r_max, (int, float)) and isinstance(capacity, int)
-    if not numbers or not 0 < r_max < 1e6 or capacity <= window:
+    if not isinstance(r_max, (int, float)) or not isinstance(capacity, int):
+        return 0
+    if not 0 < r_max < 1e6 or capacity <= window:
         return 0
     read = prompt.length if prompt.question_aware else prompt.document_span[1]
     return window + min(int(r_max * (capacity - window)), max(read - window, 0))

@@ -34,6 +34,12 @@
 
   DynamicKV.keep = (now) => { values = now; if (restored) later(); };
 
+  // The text became the reader's own: what the example expected goes, and nothing that was typed since.
+  DynamicKV.expecting = (example, expected) => {
+    const { trace } = store;
+    return example === OWN_TEXT && trace?.example && expected === trace.record.expected?.text ? "" : expected;
+  };
+
   // An example is being chosen: what stands in the form is the reader's own and comes back with "Your own text".
   DynamicKV.picking = () => { flush(); typed = false; };
 

@@ -88,6 +88,10 @@ class RunHandlers:
             lambda: self._comparisons.seconds(*self._job(values)),
         )
 
+    def busy(self, request: gr.Request) -> bool:
+        """Whether this session's run is on or waits."""
+        return self._stops.on(session(request))
+
     def stop(self, request: gr.Request) -> Any:
         """Ask this session's run to end after the current layer or token; output: status."""
         if not self._stops.ask(session(request)):
