@@ -35,7 +35,9 @@ def held_by_step(run: Run, trace: Trace) -> list[list[int]] | None:
         seen = sum(other <= place for other in places)
         held[place] = run.budgets[place]
         if place in places:
-            held[place] = max(run.budgets[place], first)
+            # Where no parameter says how much it first holds, the update at once does.
+            start = first or (trace.prompt.length if seen in updates else 0)
+            held[place] = max(run.budgets[place], start)
             for layer, budget in zip(places, updates.get(seen, []), strict=False):
                 if layer in held:
                     held[layer] = max(run.budgets[layer], min(held[layer], window + budget))

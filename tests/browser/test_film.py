@@ -63,7 +63,7 @@ def test_text_budgets_and_map_show_the_same_moment(
     assert film is not None
     limits = set()
     for step in (1, 4, 5, 17, 29):
-        page.get_by_label("Layers read").fill(str(step))
+        page.get_by_label("Layers read", exact=True).fill(str(step))
         expect(page.locator(".dkv-film [data-role=where]")).to_have_text(
             f"{step} of 30 layers read"
         )
@@ -85,7 +85,7 @@ def test_text_budgets_and_map_show_the_same_moment(
 
 def test_arrow_keys_step_the_film_and_end_it(page: Page, page_url: str) -> None:
     open_page(page, page_url)
-    slider = page.get_by_label("Layers read")
+    slider = page.get_by_label("Layers read", exact=True)
     slider.focus()
     page.keyboard.press("ArrowLeft")
     assert state(page)["step"] == 29
