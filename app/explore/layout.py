@@ -164,7 +164,7 @@ def build_fields(
     made["methods"] = gr.CheckboxGroup(
         method_choices(), value=shown_methods(first), label="Methods", elem_id="dkv-methods"
     )
-    made["price"] = Readout(price(shown_methods(first), MASS_RATIO), elem_id="dkv-price")
+    made["price"] = Readout(price(MASS_RATIO), elem_id="dkv-price")
     made["capacity"] = gr.Slider(
         *CAPACITIES,
         value=first.capacity if first else DEFAULT_CAPACITY,
@@ -210,8 +210,7 @@ def method_choices() -> list[tuple[str, str]]:
     takes long, and that is said before it is ticked.
     """
     slow = {name for name in offered_methods() if dkv.METHODS[name].capabilities.mass}
-    words = f"({MASS_RATIO:.0f} x reading)"
-    return [(f"{name} {words}" if name in slow else name, name) for name in offered_methods()]
+    return [(f"{name} (slow)" if name in slow else name, name) for name in offered_methods()]
 
 
 def setting_widget(setting: Setting, value: Any) -> Any:
@@ -304,7 +303,7 @@ def wire_form(handlers: FormHandlers, widgets: Widgets) -> None:
     widgets["upload"].upload(handlers.upload, widgets["upload"], document, **LIGHT)
     methods = widgets["methods"]
     methods.input(handlers.lock_reference, methods, methods, **LIGHT)
-    methods.change(handlers.price, methods, widgets["price"], **latest)
+    methods.change(handlers.price, None, widgets["price"], **latest)
     texts = [document, widgets["question"]]
     gr.on([text.change for text in texts], handlers.ready, texts, widgets["run"], **latest)
     gr.on(
