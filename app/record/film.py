@@ -8,7 +8,6 @@ from dynamickv.record.trace import Prompt, Run, Trace
 
 from .words import window_tokens
 
-
 MOST_LAYERS = 128
 """A film grows with their square, and files come from strangers."""
 
