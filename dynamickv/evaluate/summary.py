@@ -6,7 +6,7 @@ percents.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 from dynamickv.evaluate.statistics import bootstrap, wilson
@@ -66,7 +66,8 @@ def needle_summary(rows: Sequence[Row]) -> list[Row]:
 
 def longbench_summary(rows: Sequence[Row]) -> list[Row]:
     """Per method and capacity: every task's mean score with a bootstrap interval, the mean over
-    tasks with its own, cost, and difference to SnapKV."""
+    tasks with its own, cost, difference to SnapKV, and what the scores do not show: how much of the
+    answers is repetition, and on how many the official scorer gave up."""
     found = series(rows)
     lines = []
     for (method, capacity), pairs in found.items():
@@ -84,12 +85,26 @@ def longbench_summary(rows: Sequence[Row]) -> list[Row]:
                     }
                     for task, scores in tasks.items()
                 },
+                "repetition": mean(repeated) if (repeated := _told(pairs, "repetition")) else None,
+                "gave_up": sum(_told(pairs, "gave_up")),
+                "prompts": {task: _spread(pairs, task) for task in tasks},
                 "average": mean(mean(scores) for scores in tasks.values()),
                 "interval": list(bootstrap(list(tasks.values()))),
                 "over_snapkv": _difference(found, method, capacity, lambda run: run["score"]),
             }
         )
     return lines
+
+
+def _spread(pairs: Sequence[tuple[Row, Row]], task: str) -> list[float]:
+    """Least, median and most prompt tokens of a task."""
+    tokens = [row["prompt_tokens"] for row, _ in pairs if row["unit"]["task"] == task]
+    return [min(tokens), median(tokens), max(tokens)]
+
+
+def _told(pairs: Sequence[tuple[Row, Row]], name: str) -> list[float]:
+    """What the runs say that say it; earlier journals do not."""
+    return [float(run[name]) for _, run in pairs if name in run]
 
 
 def _head(method: str, capacity: int | None, pairs: Sequence[tuple[Row, Row]]) -> Row:
