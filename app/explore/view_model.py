@@ -13,7 +13,7 @@ from app.examples import Example
 from app.inputs import MAX_CHARACTERS, MAX_NEW_TOKENS
 from app.serving.comparisons import CHARACTERS_PER_TOKEN
 from app.serving.model_host import PromptSize
-from app.settings import CAPACITIES
+from app.settings import CAPACITIES, offered_methods
 from app.wording import count, mebibytes, percent
 
 BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -49,6 +49,15 @@ def uncountable(document: str) -> dict[str, Any] | None:
             "tone": "loud",
         }
     return None
+
+
+def price(ratio: float) -> dict[str, str]:
+    """What the methods cost that ask for the attention of all tokens; empty without any."""
+    asking = [name for name in offered_methods() if dkv.METHODS[name].capabilities.mass]
+    if not asking:
+        return {"value": "", "note": ""}
+    note = f"{asking[0]} reads the whole attention matrix: about {ratio:.1f} times the reading."
+    return {"value": "", "note": note}
 
 
 def counted_before(first: Example | None) -> dict[str, Any] | None:

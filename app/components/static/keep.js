@@ -17,6 +17,7 @@
   let values = null; // the form as it stands
   let typed = false; // whether somebody put in a text of his own since the last example was chosen
   let restored = false; // nothing is written before what was kept is back
+  let example = ""; // whose run is on screen; a run that is going on is not yet
   let timer = null;
 
   const hasText = (form) => Boolean(form && (form[DOCUMENT]?.trim() || form[QUESTION]?.trim() || form[EXPECTED]?.trim()));
@@ -24,7 +25,7 @@
     clearTimeout(timer);
     timer = null;
     if (!restored || !values) return;
-    write(STATE, { values, typed, example: store.trace?.example ?? "" });
+    write(STATE, { values, typed, example });
     if (typed && hasText(values)) write(OWN, values);
   }
   const later = () => { clearTimeout(timer); timer = setTimeout(flush, DELAY); };
@@ -33,6 +34,12 @@
   document.addEventListener("change", (event) => { if (event.target.matches?.("input[type=file]") && event.target.closest("#dkv-below-document")) typed = true; });
 
   DynamicKV.keep = (now) => { values = now; if (restored) later(); };
+
+  // The text became the reader's own: what the example expected goes, and nothing that was typed since.
+  DynamicKV.expecting = (example, expected) => {
+    const { trace } = store;
+    return example === OWN_TEXT && trace?.example && expected === trace.record.expected?.text ? "" : expected;
+  };
 
   // An example is being chosen: what stands in the form is the reader's own and comes back with "Your own text".
   DynamicKV.picking = () => { flush(); typed = false; };
@@ -70,11 +77,11 @@
   }
   // The cards and the record of a run come each by its own way. A reading that was fetched goes along.
   const keepRun = () => {
-    if (!restored || !store.payload || store.payload.example || !store.cards) return;
+    if (!restored || !store.payload || store.payload.live || store.payload.example || !store.cards) return;
     const payload = store.trace?.reads ? { ...store.payload, reads: store.trace.reads.sent } : store.payload;
     if (!write(RUN, { payload, cards: store.cards })) write(RUN, null);
   };
   const idle = window.requestIdleCallback ?? ((action) => setTimeout(action, 200));
-  on("trace", () => { idle(keepRun); if (values) later(); });
+  on("trace", (trace) => { if (trace?.live) return; example = trace?.example ?? ""; idle(keepRun); if (values) later(); });
   on("reads", () => idle(keepRun));
 })();

@@ -24,7 +24,7 @@
     DynamicKV.setPin({ first: at, last: at });
     DynamicKV.pinSentence();
   };
-  const play = () => { if (!DynamicKV.reducedMotion()) document.querySelector('.dkv-figures [data-role="play"][aria-label="Play the updates"]')?.click(); };
+  const play = () => { if (!DynamicKV.reducedMotion()) document.querySelector('.dkv-film [data-role="play"][aria-label="Play the film"]')?.click(); };
   const putBack = () => { if (store.trace) { DynamicKV.setPin(null); DynamicKV.setWord(null); DynamicKV.setLayer(null); } };
   const STEPS = [
     ["#dkv-example", "A document", "The page opens with a recorded run of a built-in example. Choose another here, or paste or upload your own text below. Looking around needs no model."],
