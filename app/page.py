@@ -13,9 +13,10 @@ import dynamickv as dkv
 from .components import ModelChip
 from .examples import Example, load_examples
 from .explore.handlers import ExploreHandlers
-from .explore.layout import build_explore, wire_opening
+from .explore.layout import build_explore, run_after, wire_opening
 from .lab.handlers import LabHandlers
 from .lab.layout import Shared, build_lab
+from .lab.opening import OpeningHandlers
 from .launch import MAX_EVENTS, launch_options
 from .learn.layout import build_learn
 from .runs.endpoints import add_endpoints
@@ -66,8 +67,15 @@ def build_app(
             with gr.Tab("Explore", id="explore"), gr.Row(elem_id="dkv-workbench"):
                 widgets = build_explore(explore, host, examples, shown, model)
             with gr.Tab("Lab", id="lab"):
-                shared = Shared(widgets["document"], widgets["question"], widgets["model"])
-                build_lab(LabHandlers(host, examples.values(), turns), shared)
+                shared = Shared(
+                    widgets["document"],
+                    widgets["question"],
+                    widgets["model"],
+                    {**widgets, "tabs": tabs},
+                    lambda event: run_after(explore, widgets, event),
+                )
+                opening = OpeningHandlers(host, examples, turns)
+                build_lab(LabHandlers(host, examples.values(), turns), opening, shared)
             with gr.Tab("Learn", id="learn"):
                 build_learn()
             with gr.Tab("Runs & API", id="runs") as runs:

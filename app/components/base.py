@@ -42,6 +42,7 @@ PAGE_SCRIPTS = (
     "keep",
     "links",
     "exports",
+    "pictures",
     "lab_panel",
     "learn",
     "learn_figures",
@@ -52,7 +53,7 @@ PAGE_SCRIPTS = (
 """Those that a page without a server has no use for."""
 # Gradio looks for the names of a component's own events in this text.
 MOUNT = """
-// events: "answer" "read"
+// events: "answer" "read" "open" "smallest" "ask" "restore"
 (function start() {
   if (window.DynamicKV) window.DynamicKV.mount("%s", element, props, watch, { server, trigger });
   else requestAnimationFrame(start);
@@ -108,4 +109,4 @@ def head() -> str:
 
 def styles() -> str:
     """The palette and the sizes."""
-    return f"{css_variables()}\n{read('explorer.css')}\n{read('stage.css')}"
+    return f"{css_variables()}\n{read('explorer.css')}\n{read('stage.css')}\n{read('lab.css')}"

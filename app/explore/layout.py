@@ -263,17 +263,22 @@ def build_results(handlers: ExploreHandlers, shown: Shown, first: Example | None
 
 def wire_run(handlers: ExploreHandlers, widgets: Widgets) -> None:
     """Run, Stop, and what goes on from a run."""
-    form, buttons = named(widgets, FIELDS), ("run", "stop")
+    buttons = ("run", "stop")
     ran = named(widgets, ("status", "cards", "store", *buttons))
-    begun = widgets["run"].click(
-        handlers.run.begin, form, named(widgets, ("status", *buttons)), **LIGHT
-    )
-    begun.success(handlers.run.run, form, ran, **IN_TURNS, **PRIVATE)
+    run_after(handlers, widgets, widgets["run"].click)
     what_if = widgets["what_if"]
     what_if.answer(handlers.what_if.answer, None, ran, **IN_TURNS, **PRIVATE)
     read = named(widgets, ("status", "what_if", *buttons))
     what_if.read(handlers.what_if.read, None, read, **IN_TURNS, **PRIVATE)
     widgets["stop"].click(handlers.run.stop, None, widgets["status"], queue=False, **PRIVATE)
+
+
+def run_after(handlers: ExploreHandlers, widgets: Widgets, event: Any) -> None:
+    """Run what the form asks for at an event such as `button.click`."""
+    form, told = named(widgets, FIELDS), named(widgets, ("status", "run", "stop"))
+    ran = named(widgets, ("status", "cards", "store", "run", "stop"))
+    begun = event(handlers.run.begin, form, told, **LIGHT)
+    begun.success(handlers.run.run, form, ran, **IN_TURNS, **PRIVATE)
 
 
 def wire_form(handlers: FormHandlers, widgets: Widgets) -> None:
