@@ -19,6 +19,9 @@ from .lab.layout import Shared, build_lab
 from .lab.opening import OpeningHandlers
 from .launch import MAX_EVENTS, launch_options
 from .learn.layout import build_learn
+from .onward.handlers import OnwardHandlers
+from .onward.history import HistoryHandlers
+from .onward.layout import wire_onward
 from .runs.endpoints import add_endpoints
 from .runs.handlers import RunsHandlers
 from .runs.layout import build_runs
@@ -66,6 +69,11 @@ def build_app(
         with gr.Tabs() as tabs:
             with gr.Tab("Explore", id="explore"), gr.Row(elem_id="dkv-workbench"):
                 widgets = build_explore(explore, host, examples, shown, model)
+                wire_onward(
+                    OnwardHandlers(host, explore.predictions, explore.run.guarded, examples),
+                    HistoryHandlers(explore.predictions, shown, host.names),
+                    widgets,
+                )
             with gr.Tab("Lab", id="lab"):
                 shared = Shared(
                     widgets["document"],

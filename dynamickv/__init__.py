@@ -64,6 +64,13 @@ from dynamickv.record.trace import (
 )
 from dynamickv.records import LayerObservation, Prefill, Retention
 from dynamickv.serve import CompressedCache, compress
+from dynamickv.smallest import (
+    Probe,
+    Smallest,
+    capacities,
+    search_capacity,
+    smallest_capacity,
+)
 from dynamickv.version import __version__
 
 __all__ = [
@@ -99,6 +106,7 @@ __all__ = [
     "Prefill",
     "PrefillStore",
     "Preview",
+    "Probe",
     "Progress",
     "Prompt",
     "PyramidKV",
@@ -110,6 +118,7 @@ __all__ = [
     "ScoredMethod",
     "Scores",
     "ShiftKV",
+    "Smallest",
     "SnapKV",
     "StreamingLLM",
     "Token",
@@ -118,6 +127,7 @@ __all__ = [
     "build_method",
     "build_methods",
     "capabilities",
+    "capacities",
     "compare",
     "compare_stream",
     "compress",
@@ -134,5 +144,7 @@ __all__ = [
     "release_memory",
     "require_longer_document",
     "retain",
+    "search_capacity",
+    "smallest_capacity",
     "trace",
 ]

@@ -178,6 +178,7 @@ def assembled_templates(source: Source) -> Iterator[tuple[int, str]]:
 PAGE_FLOORS = (
     ("page",),
     ("launch",),
+    ("onward",),
     ("explore", "lab", "learn", "runs"),
     ("serving", "components", "form", "uploads", "snippets"),
     ("views", "examples", "inputs"),

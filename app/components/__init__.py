@@ -65,6 +65,15 @@ class WhatIf(Component):
     view, template = "whatif", "what_if"
 
 
+class Onward(Component):
+    """On from a run: its smallest capacity, another question, earlier runs.
+
+    Its events `smallest`, `ask` and `restore` carry the key of a run.
+    """
+
+    view, template = "onward", "onward"
+
+
 class LayerMap(Component):
     """Retention of all layers and positions on one canvas."""
 
@@ -109,6 +118,7 @@ __all__ = [
     "LayerMap",
     "Learn",
     "ModelChip",
+    "Onward",
     "Readout",
     "StatusLine",
     "TraceStore",

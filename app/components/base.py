@@ -43,6 +43,8 @@ PAGE_SCRIPTS = (
     "links",
     "exports",
     "pictures",
+    "onward",
+    "history",
     "lab_panel",
     "learn",
     "learn_figures",

@@ -14,6 +14,7 @@ from app.components import (
     Evidence,
     FigureView,
     LayerMap,
+    Onward,
     Readout,
     StatusLine,
     TraceStore,
@@ -243,6 +244,7 @@ def build_results(handlers: ExploreHandlers, shown: Shown, first: Example | None
     made: Widgets = {}
     with gr.Column(scale=9, min_width=320, elem_id="dkv-views"):
         made["cards"] = AnswerCards(cards, elem_id="dkv-answers")
+        made["onward"] = Onward(elem_id="dkv-onward")
         with gr.Row(elem_id="dkv-stage"):
             with gr.Column(scale=6, min_width=320, elem_id="dkv-reading"):
                 DocumentView(elem_id="dkv-document-view", elem_classes=["dkv-fill"])
