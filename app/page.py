@@ -14,13 +14,11 @@ from .components import ModelChip
 from .examples import Example, load_examples
 from .explore.handlers import ExploreHandlers
 from .explore.layout import build_explore, run_after, wire_opening
-from .lab.handlers import LabHandlers
+from .lab.handlers import LabHandlers, OpeningHandlers
 from .lab.layout import Shared, build_lab
-from .lab.opening import OpeningHandlers
 from .launch import MAX_EVENTS, launch_options
 from .learn.layout import build_learn
-from .onward.handlers import OnwardHandlers
-from .onward.history import HistoryHandlers
+from .onward.handlers import HistoryHandlers, OnwardHandlers
 from .onward.layout import wire_onward
 from .runs.endpoints import add_endpoints
 from .runs.handlers import RunsHandlers

@@ -15,8 +15,7 @@ from app.serving.status import idle
 from app.settings import DEFAULT_CAPACITY, offered_methods
 from app.uploads import MAX_EXAMPLE_BYTES, MAX_EXAMPLES
 
-from .handlers import FILE_NAME, LabHandlers
-from .opening import OPENED, OpeningHandlers
+from .handlers import FILE_NAME, OPENED, LabHandlers, OpeningHandlers
 from .view_model import needle_form, recorded
 
 longbench_tasks = dkv.evaluate.datasets.longbench_tasks

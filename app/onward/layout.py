@@ -7,8 +7,7 @@ from typing import Any
 
 from app.serving.events import IN_TURNS, LIGHT, PRIVATE
 
-from .handlers import OnwardHandlers
-from .history import RESTORED, HistoryHandlers
+from .handlers import RESTORED, HistoryHandlers, OnwardHandlers
 
 
 def wire_onward(

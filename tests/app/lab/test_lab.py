@@ -245,7 +245,7 @@ def test_stopping_while_the_prompt_is_read_leaves_the_page_usable(
         def is_set(self) -> bool:
             return True
 
-    monkeypatch.setattr("app.lab.handlers.threading.Event", AtOnce)
+    monkeypatch.setattr("app.lab.handlers.measure.threading.Event", AtOnce)
     steps = list(handlers.sweep(None, DOCUMENT, QUESTION, "tiny", ["SnapKV"], 4))
     assert steps[-1][0]["message"] == "Stopped."
     assert steps[-1][2]["interactive"] is True

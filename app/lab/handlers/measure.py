@@ -20,6 +20,14 @@ import gradio as gr
 import dynamickv as dkv
 from app.examples import ASSETS, Example
 from app.inputs import MAX_NEW_TOKENS, build_request, whole_number
+from app.lab.view_model import (
+    Payload,
+    longbench_panel,
+    needle_panel,
+    source_words,
+    sweep_panel,
+    tasks_panel,
+)
 from app.serving.comparisons import CHARACTERS_PER_TOKEN
 from app.serving.events import WAIT, address, busy_buttons, handlers, idle_buttons, session
 from app.serving.speed import Speed
@@ -29,15 +37,6 @@ from app.serving.turns import Turns
 from app.serving.zero_gpu import is_zero_gpu
 from app.uploads import MAX_EXAMPLES, read_examples_upload
 from app.wording import seconds
-
-from .view_model import (
-    Payload,
-    longbench_panel,
-    needle_panel,
-    source_words,
-    sweep_panel,
-    tasks_panel,
-)
 
 log = logging.getLogger(__name__)
 lab = dkv.evaluate

@@ -14,12 +14,7 @@ import dynamickv as dkv
 from app.examples import Example
 from app.explore.predictions import Predictions, require_mass
 from app.inputs import DEFAULT_NEW_TOKENS, MAX_QUESTION_CHARACTERS
-from app.record.words import document_of
-from app.serving.events import busy_buttons, handlers, idle_buttons
-from app.serving.status import idle, reading, running
-from app.wording import percent, seconds
-
-from .view_model import (
+from app.onward.view_model import (
     Method,
     facts_of,
     how_words,
@@ -28,6 +23,10 @@ from .view_model import (
     painted,
     smallest_row,
 )
+from app.record.words import document_of
+from app.serving.events import busy_buttons, handlers, idle_buttons
+from app.serving.status import idle, reading, running
+from app.wording import percent, seconds
 
 Shows = Iterator[tuple[Any, ...]]
 """Status, cards, panel, Run, Stop, again and again."""
