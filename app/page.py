@@ -11,9 +11,10 @@ import gradio as gr
 import dynamickv as dkv
 
 from .components import ModelChip
-from .examples import Example, load_examples
+from .examples import Example, load_examples, load_gallery
 from .explore.handlers import ExploreHandlers
 from .explore.layout import build_explore, run_after, wire_opening
+from .gallery.layout import build_gallery
 from .lab.handlers import LabHandlers, OpeningHandlers
 from .lab.layout import Shared, build_lab
 from .launch import MAX_EVENTS, launch_options
@@ -45,7 +46,7 @@ def build_app(
     at once.
     """
     host, turns, shelf = host or ModelHost(), turns or Turns(), shelf or Shelf()
-    examples = load_examples() if examples is None else examples
+    examples = {**load_examples(), **load_gallery()} if examples is None else examples
     shown = Shown(shelf, examples)
     comparisons = Comparisons(host, examples.values())
     explore = ExploreHandlers.of(host, examples, comparisons, turns, shelf, shown)
@@ -82,6 +83,9 @@ def build_app(
                 )
                 opening = OpeningHandlers(host, examples, turns)
                 build_lab(LabHandlers(host, examples.values(), turns), opening, shared)
+            if any(example.lost for example in examples.values()):
+                with gr.Tab("Gallery", id="gallery"):
+                    build_gallery(examples.values())
             with gr.Tab("Learn", id="learn"):
                 build_learn()
             with gr.Tab("Runs & API", id="runs") as runs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 from dynamickv.answer import preview
@@ -10,7 +11,7 @@ from dynamickv.compare import compare, compare_stream
 from dynamickv.methods import CompressionMethod, FullKV
 from dynamickv.models import LoadedModel
 from dynamickv.reading.prefill import whole_prompt
-from dynamickv.record.events import ComparisonFinished
+from dynamickv.record.events import ComparisonFinished, RunFinished
 from dynamickv.record.expected import find_expected
 from dynamickv.record.trace import Run
 from dynamickv.records import Prefill
@@ -153,7 +154,7 @@ def search_capacity(
     while works - fails > 1:
         place = (fails + works) // 2
         sized = with_capacity(method, sizes[place])
-        longest = max_new_tokens if facts else 1
+        longest = max_new_tokens if facts else None
         run = None if stop() else _answered(llm, prefill, sized, question, full, longest, stop)
         if run is None:
             return None
@@ -183,10 +184,12 @@ def _answered(
     method: CompressionMethod,
     question: str | None,
     full: Run,
-    longest: int,
+    longest: int | None,
     stop: Callable[[], bool],
 ) -> Run | None:
-    """One capacity's run, held against FullKV's; None if it was stopped."""
+    """One capacity's answer of at most `longest` tokens, or, where that is None, only how FullKV's
+    answer fares with its cache; None if it was stopped.
+    """
     events = compare_stream(
         llm,
         None,
@@ -194,14 +197,20 @@ def _answered(
         prefill=prefill,
         methods=[method],
         earlier=[full],
-        max_new_tokens=longest,
+        max_new_tokens=longest or 1,
         should_stop=stop,
     )
-    for event in events:
-        if isinstance(event, ComparisonFinished):
-            run = event.trace.runs[-1]
-            return None if run.finish_reason == "cancelled" else run
-    return None
+    run = None
+    with closing(events):
+        for event in events:
+            if isinstance(event, RunFinished):
+                run = event.record
+                # What follows holds the cache against FullKV's words, which facts do not need.
+                if longest is not None:
+                    break
+            elif isinstance(event, ComparisonFinished):
+                run = event.trace.runs[-1]
+    return None if run is None or run.finish_reason == "cancelled" else run
 
 
 def with_capacity(method: CompressionMethod, capacity: int) -> CompressionMethod:

@@ -179,7 +179,7 @@ PAGE_FLOORS = (
     ("page",),
     ("launch",),
     ("onward",),
-    ("explore", "lab", "learn", "runs"),
+    ("explore", "gallery", "lab", "learn", "runs"),
     ("serving", "components", "form", "uploads", "snippets"),
     ("views", "examples", "inputs"),
     ("record", "settings"),

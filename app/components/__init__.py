@@ -95,6 +95,12 @@ class Learn(Component):
     view, template = "learn", "learn"
 
 
+class Gallery(Component):
+    """Recorded losses as cards, each with an address."""
+
+    view, template = "gallery", "gallery"
+
+
 class LabPanel(Component):
     """One measurement of the Lab: sentences, a chart, tables, a CSV file."""
 
@@ -113,6 +119,7 @@ __all__ = [
     "DocumentView",
     "Evidence",
     "FigureView",
+    "Gallery",
     "LabPanel",
     "LabStatus",
     "LayerMap",

@@ -44,6 +44,7 @@ PAGE_SCRIPTS = (
     "exports",
     "pictures",
     "onward",
+    "gallery",
     "history",
     "lab_panel",
     "learn",
@@ -51,6 +52,7 @@ PAGE_SCRIPTS = (
     "learn_choice",
     "learn_pair",
     "tour",
+    "hall",
 )
 """Those that a page without a server has no use for."""
 # Gradio looks for the names of a component's own events in this text.
@@ -111,4 +113,5 @@ def head() -> str:
 
 def styles() -> str:
     """The palette and the sizes."""
-    return f"{css_variables()}\n{read('explorer.css')}\n{read('stage.css')}\n{read('lab.css')}"
+    sheets = (read(f"{name}.css") for name in ("explorer", "stage", "lab", "hall"))
+    return "\n".join([css_variables(), *sheets])
