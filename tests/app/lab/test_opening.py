@@ -97,7 +97,7 @@ def test_a_row_of_tasks_opens_a_document_with_that_question(
 ) -> None:
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text(DOCUMENT + name)
-    own = {"b": {"complete code": "Write the next line.", "count": "How many?"}}
+    own = {"a": {"count": "How many?"}, "b": {"complete code": "Write the next line."}}
     (tmp_path / "questions.json").write_text(json.dumps(own))
     opening = OpeningHandlers(host, {}, Turns(), task_folder=tmp_path)
     settings = {"model": "tiny", "capacity": 24, "method": "PyramidKV"}
