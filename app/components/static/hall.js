@@ -58,6 +58,7 @@
     show();
   }
   function leave() {
+    left = true;
     document.body.classList.remove("dkv-hall");
     for (const part of document.querySelectorAll(".dkv-hall-off, .dkv-hall-on")) part.classList.remove("dkv-hall-off", "dkv-hall-on");
     bar.remove();
@@ -96,5 +97,8 @@
     if (!hall() || event.defaultPrevented || event.target.closest("button, a, select, input, summary, canvas, .dkv-handle, .dkv-scroll, .dkv-plot, .dkv-table, .dkv-hall-bar, .dkv-tour, [role=slider]")) return;
     if (event.target.closest("#dkv-views")) go(1);
   });
-  on("trace", (trace) => { if (trace && explore()) { if (bar) show(); else if (!hall()) enter(); } });
+  // Gradio puts the page together piece by piece: the views may come after the first record.
+  let left = false;
+  const whenThere = () => { if (bar || left) return; if (explore() && document.querySelector("#dkv-map canvas")) enter(); else setTimeout(whenThere, 100); };
+  on("trace", (trace) => { if (!trace) return; if (bar) show(); else whenThere(); });
 })();

@@ -156,7 +156,13 @@
       place.append(menu);
     }
   }
-  on("trace", (trace) => { if (trace) requestAnimationFrame(addMenus); });
+  // Gradio puts the page together piece by piece: a head may come after the first record.
+  let tries = 0;
+  function whenThere() {
+    addMenus();
+    if (document.querySelectorAll(".dkv-save-view").length < VIEWS.length && (tries += 1) < 60) setTimeout(whenThere, 250);
+  }
+  on("trace", (trace) => { if (trace) requestAnimationFrame(whenThere); });
 
   /** Do something once, when the next run of one's own is on screen. */
   DynamicKV.afterNextRun = (action) => { let waiting = true; on("trace", (trace) => { if (waiting && trace && !trace.example) { waiting = false; action(); } }); };
