@@ -1,4 +1,4 @@
-"""The commands needle, longbench, sweep and tasks of `python -m dynamickv`.
+"""The commands needle, longbench, ruler, sweep and tasks of `python -m dynamickv`.
  Each writes what it measures to a .jsonl file at once and continues such a file when started again.
 Under `accelerate launch` the processes share the work, and the first one writes the tables.
 """
@@ -19,11 +19,12 @@ from dynamickv.evaluate.about import circumstances
 from dynamickv.evaluate.arguments import listed, output_file, settings_of
 from dynamickv.evaluate.datasets import hub_folder, read_tasks
 from dynamickv.evaluate.experiment import Experiment, Row, methods_at, rows_of, run
-from dynamickv.evaluate.haystack import Hidden
+from dynamickv.evaluate.haystack import Haystack, Hidden
 from dynamickv.evaluate.journal import Journal, write_whole
 from dynamickv.evaluate.longbench import LongBenchExperiment, Protocol
 from dynamickv.evaluate.metrics import require_libraries
 from dynamickv.evaluate.needle import NeedleExperiment, NeedleGrid, even_depths
+from dynamickv.evaluate.ruler import COLUMNS, lines, make_examples, ruler_tasks
 from dynamickv.evaluate.share import Share
 from dynamickv.evaluate.summary import longbench_summary, needle_summary
 from dynamickv.evaluate.sweep import SweepExperiment, sweep_csv, sweep_summary
@@ -85,10 +86,7 @@ def longbench(options: argparse.Namespace) -> None:
     tasks = listed(options.tasks or "")
     folder = hub_folder() if options.data is None else options.data
     examples = read_tasks(folder, tasks, options.limit, options.skip_malformed)
-    output = Path(options.output)
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"{output} is a file; give the name of a folder for the results")
-    output.mkdir(parents=True, exist_ok=True)
+    output = _output_folder(options.output)
     share = Share.of_this_process()
     llm = _load(options, share)
     experiment = LongBenchExperiment(llm, examples, protocol)
@@ -98,6 +96,38 @@ def longbench(options: argparse.Namespace) -> None:
         _write(output / "summary.json", llm, share, summary, experiment.settings)
         write_whole(output / "scores.csv", tables.longbench_csv(summary))
         print(tables.longbench_table(summary))
+
+
+def ruler(options: argparse.Namespace) -> None:
+    """Files of RULER's needle tasks, with the lengths that this model's tokenizer gives them."""
+    names = listed(options.tasks or "") or ruler_tasks()
+    for name in names:
+        if name not in ruler_tasks():
+            raise ValueError(f"there is no task {name!r}; choose from {', '.join(ruler_tasks())}")
+    if options.columns not in COLUMNS:
+        raise ValueError(f"--columns must be one of {', '.join(COLUMNS)}, got {options.columns!r}")
+    lengths = _numbers("--lengths", options.lengths)
+    haystack = Haystack(options.haystack)
+    output = _output_folder(options.output)
+    tokenizer = _load(options, Share()).tokenizer
+    print(f"{'task':16} {'asked':>6} {'tokens, prompt and answer':>26}")
+    for length in lengths:
+        for name in names:
+            made = list(
+                make_examples(
+                    name,
+                    length,
+                    options.samples,
+                    lambda text: len(tokenizer(text)["input_ids"]),
+                    haystack=haystack,
+                    seed=options.seed,
+                )
+            )
+            (output / str(length)).mkdir(exist_ok=True)
+            write_whole(output / str(length) / f"{name}.jsonl", lines(made, options.columns, name))
+            used = [one.length for one in made]
+            print(f"{name:16} {length:>6} {f'{min(used)} to {max(used)}':>26}")
+    print(f"python -m dynamickv longbench --data {output / str(lengths[0])} scores them.")
 
 
 def sweep(options: argparse.Namespace) -> None:
@@ -215,3 +245,11 @@ def _output_file(name: str) -> Path:
     if Path(name).suffix != ".json":
         raise ValueError(f"--output takes a name that ends in .json, got {name!r}")
     return output_file(name)
+
+
+def _output_folder(name: str) -> Path:
+    path = Path(name)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file; give the name of a folder for the results")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
