@@ -92,7 +92,7 @@ def needle_rows(summary: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
     """Every cell of the heatmaps, under a row of names."""
     head = ["method", "capacity", "prompt_tokens", "depth", "exact", "exact_of_fullkv"]
     rows: list[list[Any]] = [head]
-    first = {}
+    first: dict[tuple[str, int | None], lab_needle.Map] = {}
     for shown in lab_needle.maps(summary):
         first.setdefault((shown.method, shown.capacity), shown)
     for shown in first.values():
