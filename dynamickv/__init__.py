@@ -71,6 +71,13 @@ if TYPE_CHECKING or transformers_serves():
     from dynamickv.reading.prompt import require_longer_document
     from dynamickv.reading.store import PrefillStore
     from dynamickv.serve import CompressedCache, compress
+    from dynamickv.smallest import (
+        Probe,
+        Smallest,
+        capacities,
+        search_capacity,
+        smallest_capacity,
+    )
 else:
 
     def __getattr__(name: str) -> Any:
@@ -114,6 +121,7 @@ __all__ = [
     "Prefill",
     "PrefillStore",
     "Preview",
+    "Probe",
     "Progress",
     "Prompt",
     "PromptEncoded",
@@ -126,6 +134,7 @@ __all__ = [
     "ScoredMethod",
     "Scores",
     "ShiftKV",
+    "Smallest",
     "SnapKV",
     "StreamingLLM",
     "Token",
@@ -134,6 +143,7 @@ __all__ = [
     "build_method",
     "build_methods",
     "capabilities",
+    "capacities",
     "compare",
     "compare_stream",
     "compress",
@@ -150,5 +160,7 @@ __all__ = [
     "release_memory",
     "require_longer_document",
     "retain",
+    "search_capacity",
+    "smallest_capacity",
     "trace",
 ]

@@ -71,6 +71,15 @@ class Film(Component):
     view, template = "film", "film"
 
 
+class Onward(Component):
+    """On from a run: its smallest capacity, another question, earlier runs.
+
+    Its events `smallest`, `ask` and `restore` carry the key of a run.
+    """
+
+    view, template = "onward", "onward"
+
+
 class LayerMap(Component):
     """Retention of all layers and positions on one canvas."""
 
@@ -92,6 +101,12 @@ class Learn(Component):
     view, template = "learn", "learn"
 
 
+class Gallery(Component):
+    """Recorded losses as cards, each with an address."""
+
+    view, template = "gallery", "gallery"
+
+
 class LabPanel(Component):
     """One measurement of the Lab: sentences, a chart, tables, a CSV file."""
 
@@ -111,11 +126,13 @@ __all__ = [
     "Evidence",
     "FigureView",
     "Film",
+    "Gallery",
     "LabPanel",
     "LabStatus",
     "LayerMap",
     "Learn",
     "ModelChip",
+    "Onward",
     "Readout",
     "StatusLine",
     "TraceStore",

@@ -44,17 +44,22 @@ PAGE_SCRIPTS = (
     "keep",
     "links",
     "exports",
+    "pictures",
+    "onward",
+    "gallery",
+    "history",
     "lab_panel",
     "learn",
     "learn_figures",
     "learn_choice",
     "learn_pair",
     "tour",
+    "hall",
 )
 """Those that a page without a server has no use for."""
 # Gradio looks for the names of a component's own events in this text.
 MOUNT = """
-// events: "answer" "read"
+// events: "answer" "read" "open" "smallest" "ask" "restore"
 (function start() {
   if (window.DynamicKV) window.DynamicKV.mount("%s", element, props, watch, { server, trigger });
   else requestAnimationFrame(start);
@@ -110,4 +115,5 @@ def head() -> str:
 
 def styles() -> str:
     """The palette and the sizes."""
-    return f"{css_variables()}\n{read('explorer.css')}\n{read('stage.css')}\n{read('film.css')}"
+    sheets = (read(f"{name}.css") for name in ("explorer", "stage", "film", "lab", "hall"))
+    return "\n".join([css_variables(), *sheets])

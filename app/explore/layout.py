@@ -15,6 +15,7 @@ from app.components import (
     FigureView,
     Film,
     LayerMap,
+    Onward,
     Readout,
     StatusLine,
     TraceStore,
@@ -254,6 +255,7 @@ def build_results(handlers: ExploreHandlers, shown: Shown, first: Example | None
     with gr.Column(scale=9, min_width=320, elem_id="dkv-views"):
         made["cards"] = AnswerCards(cards, elem_id="dkv-answers")
         Film(elem_id="dkv-film")
+        made["onward"] = Onward(elem_id="dkv-onward")
         with gr.Row(elem_id="dkv-stage"):
             with gr.Column(scale=6, min_width=320, elem_id="dkv-reading"):
                 DocumentView(elem_id="dkv-document-view", elem_classes=["dkv-fill"])
@@ -274,17 +276,22 @@ def build_results(handlers: ExploreHandlers, shown: Shown, first: Example | None
 
 def wire_run(handlers: ExploreHandlers, widgets: Widgets) -> None:
     """Run, Stop, and what goes on from a run."""
-    form, buttons = named(widgets, FIELDS), ("run", "stop")
+    buttons = ("run", "stop")
     ran = named(widgets, ("status", "cards", "store", *buttons))
-    begun = widgets["run"].click(
-        handlers.run.begin, form, named(widgets, ("status", *buttons)), **LIGHT
-    )
-    begun.success(handlers.run.run, form, ran, **IN_TURNS, **PRIVATE)
+    run_after(handlers, widgets, widgets["run"].click)
     what_if = widgets["what_if"]
     what_if.answer(handlers.what_if.answer, None, ran, **IN_TURNS, **PRIVATE)
     read = named(widgets, ("status", "what_if", *buttons))
     what_if.read(handlers.what_if.read, None, read, **IN_TURNS, **PRIVATE)
     widgets["stop"].click(handlers.run.stop, None, widgets["status"], queue=False, **PRIVATE)
+
+
+def run_after(handlers: ExploreHandlers, widgets: Widgets, event: Any) -> None:
+    """Run what the form asks for at an event such as `button.click`."""
+    form, told = named(widgets, FIELDS), named(widgets, ("status", "run", "stop"))
+    ran = named(widgets, ("status", "cards", "store", "run", "stop"))
+    begun = event(handlers.run.begin, form, told, **LIGHT)
+    begun.success(handlers.run.run, form, ran, **IN_TURNS, **PRIVATE)
 
 
 def wire_form(handlers: FormHandlers, widgets: Widgets) -> None:

@@ -64,10 +64,11 @@ def needle(options: argparse.Namespace) -> None:
     output = _output_file(options.output)
     share = Share.of_this_process()
     llm = _load(options, share)
-    rows = _measured(NeedleExperiment(llm, grid), methods, output.with_suffix(".jsonl"), share)
+    experiment = NeedleExperiment(llm, grid)
+    rows = _measured(experiment, methods, output.with_suffix(".jsonl"), share)
     if rows is not None:
         summary = needle_summary(rows)
-        _write(output, llm, share, summary)
+        _write(output, llm, share, summary, experiment.settings)
         print(tables.needle_table(summary))
 
 
@@ -92,7 +93,7 @@ def longbench(options: argparse.Namespace) -> None:
     rows = _measured(experiment, methods, output / "results.jsonl", share)
     if rows is not None:
         summary = longbench_summary(rows)
-        _write(output / "summary.json", llm, share, summary)
+        _write(output / "summary.json", llm, share, summary, experiment.settings)
         write_whole(output / "scores.csv", tables.longbench_csv(summary))
         print(tables.longbench_table(summary))
 
@@ -146,7 +147,7 @@ def sweep(options: argparse.Namespace) -> None:
     experiment.prepare(**recording_for(methods))
     rows = _measured(experiment, methods, output.with_suffix(".jsonl"), Share())
     lines = sweep_summary(rows or [])
-    _write(output, llm, Share(), lines)
+    _write(output, llm, Share(), lines, experiment.settings)
     write_whole(output.with_suffix(".csv"), sweep_csv(lines))
     print(tables.sweep_table(lines))
 
@@ -169,7 +170,7 @@ def tasks(options: argparse.Namespace) -> None:
     rows = _measured(experiment, methods, output.with_suffix(".jsonl"), share)
     if rows is not None:
         summary = [tasks_summary(rows, method.name) for method in methods]
-        _write(output, llm, share, summary)
+        _write(output, llm, share, summary, experiment.settings)
         print("\n\n".join(map(tables.tasks_table, summary)))
 
 
@@ -191,9 +192,11 @@ def _measured(
     return rows_of(journal, experiment.units())
 
 
-def _write(path: Path, llm: LoadedModel, share: Share, summary: Any) -> None:
+def _write(
+    path: Path, llm: LoadedModel, share: Share, summary: Any, settings: dict[str, Any]
+) -> None:
     where = {**circumstances(llm), "processes": str(share.world)}
-    record = {"circumstances": where, "summary": summary}
+    record = {"circumstances": where, "settings": settings, "summary": summary}
     write_whole(path, json.dumps(record, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
 
 

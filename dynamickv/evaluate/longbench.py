@@ -84,6 +84,18 @@ class Protocol:
                 "{context} and {input}; mend the file"
             ) from None
 
+    def parts(self, example: Example) -> tuple[str, str] | None:
+        """The prompt as document and question: what the template ends with after the context asks.
+        None where nothing follows it, and for RULER, whose prompts are one text.
+        """
+        if example.ruler:
+            return None
+        whole, context = self.prompt(example), example.fields["context"]
+        before, found, after = whole.partition(context)
+        if not context or not found or not after.strip():
+            return None
+        return before + context, after.strip()
+
     def answer_length(self, example: Example) -> int:
         """Most answer tokens."""
         if self.max_new_tokens is not None:

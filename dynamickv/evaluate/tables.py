@@ -11,6 +11,7 @@ from typing import Any
 from dynamickv.evaluate.data import data_file
 from dynamickv.evaluate.summary import Row
 from dynamickv.evaluate.verdict import FEWEST as FEWEST
+from dynamickv.evaluate.verdict import headline as headline
 from dynamickv.evaluate.verdict import standing as standing
 
 Lines = list[list[str]]
