@@ -9,6 +9,7 @@ from dynamickv import evaluate
 from dynamickv.answer import Preview, preview
 from dynamickv.compare import compare, compare_stream
 from dynamickv.conversation import Conversation
+from dynamickv.decoding.asking import with_question
 from dynamickv.decoding.forcing import divergence, forced_logits
 from dynamickv.decoding.reads import Reads, reads
 from dynamickv.memory import OutOfMemory, free_memory, release_memory
@@ -135,4 +136,5 @@ __all__ = [
     "require_longer_document",
     "retain",
     "trace",
+    "with_question",
 ]

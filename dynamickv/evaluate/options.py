@@ -19,7 +19,7 @@ BESIDE = "what is measured goes at once to a .jsonl file beside it, from where a
 
 
 def add_commands(commands: Any, read_text: Callable[[str], str]) -> None:
-    """Add needle, longbench, sweep and tasks to the command line.
+    """Add needle, longbench, sweep, tasks and turns to the command line.
 
     Args:
         commands: what `add_subparsers` returned.
@@ -30,6 +30,7 @@ def add_commands(commands: Any, read_text: Callable[[str], str]) -> None:
         ("longbench", "score LongBench's or RULER's files", _longbench),
         ("sweep", "one document at every capacity: agreement, KL, bytes", _sweep),
         ("tasks", "how budgets per layer follow the task", _tasks),
+        ("turns", "several questions about one document: reuse a cache, or choose anew", _turns),
     ):
         parser = commands.add_parser(
             name, help=explanation, description=explanation, formatter_class=Help
@@ -133,6 +134,35 @@ def _tasks(parser: argparse.ArgumentParser) -> None:
     _add_methods(parser, "DynamicKV", "128")
     parser.add_argument(
         "--output", default="tasks.json", metavar="FILE.json", help=f"summary; {BESIDE}"
+    )
+
+
+def _turns(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data",
+        metavar="DIR",
+        help="SCBench's .jsonl files, or .txt files with turns.json or questions.json; otherwise "
+        "tables of keys and values, made up",
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="first N documents of the data")
+    parser.add_argument("--document", metavar="FILE", help="UTF-8 text; with --questions")
+    parser.add_argument(
+        "--questions",
+        metavar="FILE",
+        help="a question a line, or JSON: a list of questions or of "
+        '{"question": ..., "answers": [...]}; the cache is compressed for the first',
+    )
+    _add_methods(parser, "FullKV,SnapKV,DynamicKV", "64,128")
+    parser.add_argument("--samples", type=int, default=8, metavar="N", help="made-up tables")
+    parser.add_argument("--pairs", type=int, default=60, metavar="N", help="keys in each")
+    parser.add_argument("--asked", type=int, default=5, metavar="N", help="keys asked for in each")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what is made up")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=32, metavar="N", help="longest answer in tokens"
+    )
+    parser.add_argument("--truncate", action="store_true", help="cut a long document's middle out")
+    parser.add_argument(
+        "--output", default="turns.json", metavar="FILE.json", help=f"summary; {BESIDE}"
     )
 
 
