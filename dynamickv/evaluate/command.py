@@ -1,4 +1,4 @@
-"""The commands needle, longbench, sweep, tasks and turns of `python -m dynamickv`.
+"""The commands needle, longbench, sweep, tasks, turns and forgetting of `python -m dynamickv`.
  Each writes what it measures to a .jsonl file at once and continues such a file when started again.
 Under `accelerate launch` the processes share the work, and the first one writes the tables.
 """
@@ -19,6 +19,13 @@ from dynamickv.evaluate.about import circumstances
 from dynamickv.evaluate.arguments import listed, output_file, settings_of
 from dynamickv.evaluate.datasets import hub_folder, read_tasks
 from dynamickv.evaluate.experiment import Experiment, Row, methods_at, rows_of, run
+from dynamickv.evaluate.forgetting import (
+    ForgettingExperiment,
+    forgetting_csv,
+    forgetting_summary,
+    forgetting_table,
+    require_forgetting,
+)
 from dynamickv.evaluate.haystack import Hidden
 from dynamickv.evaluate.journal import Journal, write_whole
 from dynamickv.evaluate.longbench import LongBenchExperiment, Protocol
@@ -160,6 +167,31 @@ def turns(options: argparse.Namespace) -> None:
         summary = turns_summary(rows)
         _write(output, llm, share, summary)
         print(turns_table(summary))
+
+
+def forgetting(options: argparse.Namespace) -> None:
+    """Given texts fed to caches of fixed size."""
+    methods = _methods(options)
+    require_forgetting(methods, options.buffer)
+    texts: dict[str, str] = {}
+    for name in listed(options.document):
+        text = options.read_text(name)
+        require_text("document", text)
+        texts[Path(name).stem] = text
+    if not texts:
+        raise ValueError("--document names no file; give at least one")
+    output = _output_file(options.output)
+    share = Share.of_this_process()
+    llm = _load(options, share)
+    experiment = ForgettingExperiment(
+        llm, texts, options.prompt_tokens, options.answer_tokens, options.buffer
+    )
+    rows = _measured(experiment, methods, output.with_suffix(".jsonl"), share)
+    if rows is not None:
+        summary = forgetting_summary(rows)
+        _write(output, llm, share, summary)
+        write_whole(output.with_suffix(".csv"), forgetting_csv(summary))
+        print(forgetting_table(summary))
 
 
 def _documents(options: argparse.Namespace) -> Documents:

@@ -19,7 +19,7 @@ BESIDE = "what is measured goes at once to a .jsonl file beside it, from where a
 
 
 def add_commands(commands: Any, read_text: Callable[[str], str]) -> None:
-    """Add needle, longbench, sweep, tasks and turns to the command line.
+    """Add needle, longbench, sweep, tasks, turns and forgetting to the command line.
 
     Args:
         commands: what `add_subparsers` returned.
@@ -31,6 +31,7 @@ def add_commands(commands: Any, read_text: Callable[[str], str]) -> None:
         ("sweep", "one document at every capacity: agreement, KL, bytes", _sweep),
         ("tasks", "how budgets per layer follow the task", _tasks),
         ("turns", "several questions about one document: reuse a cache, or choose anew", _turns),
+        ("forgetting", "a given text fed to caches of fixed size: what survives", _forgetting),
     ):
         parser = commands.add_parser(
             name, help=explanation, description=explanation, formatter_class=Help
@@ -163,6 +164,25 @@ def _turns(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--truncate", action="store_true", help="cut a long document's middle out")
     parser.add_argument(
         "--output", default="turns.json", metavar="FILE.json", help=f"summary; {BESIDE}"
+    )
+
+
+def _forgetting(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--document", required=True, metavar="FILE,FILE", help="UTF-8 texts, fed to the end"
+    )
+    _add_methods(parser, "StreamingLLM,H2O,SnapKV,PyramidKV,DynamicKV", "128,256,512")
+    parser.add_argument(
+        "--buffer", type=int, default=64, metavar="N", help="tokens held beyond the capacity"
+    )
+    parser.add_argument(
+        "--prompt-tokens", type=int, default=512, metavar="N", help="of each text, read before"
+    )
+    parser.add_argument(
+        "--answer-tokens", type=int, default=1024, metavar="N", help="of each text, fed"
+    )
+    parser.add_argument(
+        "--output", default="forgetting.json", metavar="FILE.json", help=f"summary; {BESIDE}"
     )
 
 

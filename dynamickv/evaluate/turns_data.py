@@ -186,7 +186,7 @@ def questions_of(listed: Any, where: str) -> list[Asked]:
 def _asked(entry: Any, where: str) -> Asked:
     table = entry if isinstance(entry, dict) else {"question": entry}
     question = next((table[name] for name in NAMED if name in table), None)
-    answers = next((table[name] for name in EXPECTED if table.get(name)), [])
+    answers: Any = next((table[name] for name in EXPECTED if table.get(name)), [])
     answers = answers if isinstance(answers, list) else [answers]
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f"{where} is no text; give a question or one with its answers")
