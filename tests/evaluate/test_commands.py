@@ -153,6 +153,18 @@ def test_turns_ask_a_document_its_questions_and_go_on_where_they_stopped(call: C
     assert "turns.jsonl was measured with max_new_tokens=3 and not 4" in err
 
 
+def test_forgetting_prints_its_curves_and_writes_a_csv(call: Command) -> None:
+    Path("d.txt").write_text(DOCUMENT * 2)
+    code, out, err = call(
+        *("forgetting", "--document", "d.txt", "--methods", "SnapKV,DynamicKV", "--capacity", "24"),
+        *("--prompt-tokens", "64", "--answer-tokens", "64", "--buffer", "8"),
+    )
+    assert code == 0, err
+    assert "same next token" in out
+    assert len(Path("forgetting.csv").read_text().splitlines()) == 1 + 2 * 8
+    assert len(json.loads(Path("forgetting.json").read_text())["summary"]) == 2
+
+
 def test_turns_make_tables_up_where_nothing_is_given(call: Command) -> None:
     made = (*TURNS, "--samples", "2", "--pairs", "8", "--asked", "2", "--methods", "SnapKV")
     code, out, err = call(*made)
@@ -235,6 +247,10 @@ def test_questions_that_cannot_be_asked_are_named_by_their_place(
         (("longbench", "--limit", "0", "--data", "."), "limit must be at least 1"),
         (("sweep", "--document", "none.txt", "--question", "?"), "there is no file none.txt"),
         (("tasks", "--documents", "/nowhere"), "there is no folder /nowhere"),
+        (("forgetting", "--document", "none.txt"), "there is no file none.txt"),
+        (("forgetting", "--document", ","), "--document names no file"),
+        (("forgetting", "--document", "n", "--methods", "CAKE"), "leave decoding out"),
+        (("forgetting", "--document", "n", "--buffer", "0"), "buffer must be at least 1 token"),
         (("turns", "--data", "/nowhere"), "there is no folder /nowhere"),
         (("turns", "--data", ".", "--limit", "0"), "limit must be at least 1"),
         (("turns", "--document", "none.txt"), "--document needs --questions"),
