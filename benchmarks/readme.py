@@ -24,6 +24,7 @@ SECTIONS = {
     "convert": ("First conversion of a GGUF file", "python -m benchmarks.convert FILE.gguf"),
     "engine": ("Reading, choosing, decoding", "make bench"),
     "what-if": ("Choosing again from one prefill", "python -m benchmarks.what_if"),
+    "decoding": ("Long answers, several questions", "python -m benchmarks.decoding"),
     "batch": ("Several prompts in one batch", "python -m benchmarks.batch"),
     "evaluate": ("Six methods and one", "python -m benchmarks.evaluate"),
     "kvpress": ("Beside kvpress", "make kvpress"),
