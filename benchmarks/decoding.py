@@ -132,7 +132,9 @@ def engine(
     assert forgetting is not None
     held = 0
     start = time.perf_counter()
-    for step in decode(endless(llm), cache, read.logits, read.length, new_tokens):
+    for step in decode(
+        endless(llm), cache, read.logits, read.length, new_tokens, forgetting=forgetting
+    ):
         if step.last is None:
             forgetting.make_room(1)
         held = max(held, reserved(cache))

@@ -87,7 +87,15 @@ class Conversation:
 
     def _decode(self, max_new_tokens: int) -> str:
         text = TextStream(self._llm)
-        for step in decode(self._llm, self._cache, self._logits, self._position, max_new_tokens):
+        steps = decode(
+            self._llm,
+            self._cache,
+            self._logits,
+            self._position,
+            max_new_tokens,
+            forgetting=self._forgetting,
+        )
+        for step in steps:
             text.push(step.token_id, final=step.last is not None)
             self._last = step.token_id
             if step.last is None:
