@@ -84,6 +84,16 @@ class _Traits:
     sinks: Tensor | None
 
 
+def _traits_of(layer: Attended | LayerObservation) -> _Traits:
+    sinks = layer.sinks
+    if layer.bias is not None or (sinks is not None and sinks.dim() > 1):
+        raise ValueError(
+            "this model's attention logits depend on each query's position or sinks, which are not "
+            "kept while answering; leave decoding out"
+        )
+    return _Traits(layer.scaling, layer.softcap, sinks)
+
+
 class Forgetting:
     """The choices of one cache, from the end of the prompt on."""
 
@@ -123,12 +133,7 @@ class Forgetting:
         Raises:
             ValueError: attention that depends on more than queries, keys and sinks.
         """
-        if attended.bias is not None or (attended.sinks is not None and attended.sinks.dim() > 1):
-            raise ValueError(
-                "this model's attention logits depend on each query's position or sinks, which are "
-                "not kept while answering; leave decoding out"
-            )
-        self._traits[layer.index] = _Traits(attended.scaling, attended.softcap, attended.sinks)
+        self._traits[layer.index] = _traits_of(attended)
         queries = attended.queries
         if not self._layers:
             queries = queries[:, :, -self._method.tail :].clone()
@@ -144,12 +149,7 @@ class Forgetting:
     def read(self, observations: Iterable[tuple[int, LayerObservation]]) -> None:
         """The same as `saw`, from a finished prefill: layers by their place in the model."""
         for place, layer in observations:
-            if layer.bias is not None or (layer.sinks is not None and layer.sinks.dim() > 1):
-                raise ValueError(
-                    "this model's attention logits depend on each query's position or sinks, which "
-                    "are not kept while answering; leave decoding out"
-                )
-            self._traits[place] = _Traits(layer.scaling, layer.softcap, layer.sinks)
+            self._traits[place] = _traits_of(layer)
             self._queries[place] = [layer.queries[None, :, -self._method.tail :]]
 
     def queries_read(self, room: int) -> int:

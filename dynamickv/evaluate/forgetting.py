@@ -181,7 +181,13 @@ def forgetting_summary(rows: Sequence[Row]) -> list[Row]:
     lines = []
     for (method, budget), pairs in series(rows).items():
         runs = [run for _, run in pairs]
-        line: Row = {"method": method, "budget": budget, "texts": len(runs)}
+        line: Row = {
+            "method": method,
+            "budget": budget,
+            "texts": len(runs),
+            "prompt_tokens": mean(row["prompt_tokens"] for row, _ in pairs),
+            "answer_tokens": mean(row["answer_tokens"] for row, _ in pairs),
+        }
         for name in ("agreement", "surviving"):
             values = [run[name] for run in runs]
             line[name] = mean(values)
