@@ -98,8 +98,8 @@ def reads_file(run_file: Path) -> Path:
     return run_file.parent.parent / "reads" / run_file.name
 
 
-KINDS = ("find a fact", "needle", "story", "summarise", "few-shot", "code")
-"""The order in which examples are offered, easiest to follow first."""
+KINDS = ("needle", "find a fact", "story", "summarise", "few-shot", "code")
+"""The order in which examples are offered; first the one whose answers differ most plainly."""
 
 
 def _place(kind: str) -> int:

@@ -25,6 +25,7 @@ SECTIONS = {
     "engine": ("Reading, choosing, decoding", "make bench"),
     "what-if": ("Choosing again from one prefill", "python -m benchmarks.what_if"),
     "decoding": ("Long answers, several questions", "python -m benchmarks.decoding"),
+    "film": ("Watching a run", "python -m benchmarks.film"),
     "batch": ("Several prompts in one batch", "python -m benchmarks.batch"),
     "evaluate": ("Six methods and one", "python -m benchmarks.evaluate"),
     "kvpress": ("Beside kvpress", "make kvpress"),

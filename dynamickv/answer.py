@@ -25,6 +25,7 @@ from dynamickv.reading.prefill import TAIL
 from dynamickv.record.events import Compressed, Token
 from dynamickv.record.trace import Forgotten, Retained, Run, Scores
 from dynamickv.records import EncodedPrompt, Prefill, Retention
+from dynamickv.walk import Chosen
 
 
 class Recording(TypedDict):
@@ -42,6 +43,13 @@ def recording_for(methods: Sequence[CompressionMethod]) -> Recording:
     }
 
 
+def of_prompt(method: CompressionMethod, decoding: Decoding | None) -> CompressionMethod:
+    """What chooses for the prompt where compression goes on while answering."""
+    if decoding is None or not method.capabilities.capacity:
+        return method
+    return decoding.of_prompt(method)
+
+
 class Answer:
     """One method's cache and the answer growing from it."""
 
@@ -54,16 +62,18 @@ class Answer:
         max_new_tokens: int,
         scores: bool,
         decoding: Decoding | None = None,
+        chosen: Chosen | None = None,
     ) -> None:
+        """`chosen`: what the method, as `of_prompt` makes it, chose while the prompt was read."""
         if not method.capabilities.capacity:
             decoding = None
-        method = method if decoding is None else decoding.of_prompt(method)
+        method = of_prompt(method, decoding)
         self._prefill, self._prompt, self._method = prefill, prompt, method
         self._decoding = decoding
         start = time.perf_counter()
-        self.retention = select(method, prefill)
+        self.retention = select(method, prefill) if chosen is None else chosen.retention
         llm.synchronize()
-        self._score_seconds = time.perf_counter() - start
+        self._score_seconds = time.perf_counter() - start + (chosen.seconds if chosen else 0.0)
         if method.needs_mass:
             self._score_seconds += prefill.mass_seconds
         start = time.perf_counter()

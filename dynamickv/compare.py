@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 import torch
 import transformers
 
-from dynamickv.answer import Answer, recording_for
+from dynamickv.answer import Answer, of_prompt, recording_for
 from dynamickv.decoding.alignment import with_alignment
 from dynamickv.decoding.cuda_graph import graphable
 from dynamickv.decoding.together import Together
@@ -19,16 +19,16 @@ from dynamickv.methods import METHODS, CompressionMethod
 from dynamickv.methods.decoding import Decoding, require_decodable
 from dynamickv.models import LoadedModel
 from dynamickv.models.geometry import require_choosable
-from dynamickv.reading.prefill import prefill as run_prefill
-from dynamickv.reading.prefill import whole_prompt
+from dynamickv.reading.prefill import prefill_prompt, prompt_to_read, with_question
 from dynamickv.reading.prefill_stream import prefill_stream
 from dynamickv.reading.prompt import require_text
 from dynamickv.record.agreement import with_agreement
-from dynamickv.record.events import ComparisonFinished, Event, RunFinished
+from dynamickv.record.events import ComparisonFinished, Event, PromptEncoded, RunFinished
 from dynamickv.record.expected import require_expected, with_expected
 from dynamickv.record.trace import ModelInfo, Prompt, Run, Trace
 from dynamickv.records import EncodedPrompt, Prefill
 from dynamickv.version import engine_version
+from dynamickv.walk import Chosen, Walks
 
 
 def compare(
@@ -84,6 +84,7 @@ def compare_stream(
     full_apart: bool = True,
     on_prefill: Callable[[Prefill], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
+    watch: bool = False,
 ) -> Generator[Event, None, None]:
     """`compare`, telling what happens while it happens.
 
@@ -110,6 +111,9 @@ def compare_stream(
         on_prefill: called with the prompt's prefill once it is read, to keep it for later.
         should_stop: asked between tokens and layers; once true, what exists is finished as
             "cancelled".
+        watch: also yield PromptEncoded before the prompt is read, and meanwhile LayerKept for what
+            every method holds of the layers that are read, at no more than 2 % of the reading. The
+            methods then choose while it is read; what they choose is the same.
 
     Raises:
         ValueError: an empty or too long prompt, no methods, or a bad number, in one sentence.
@@ -122,34 +126,50 @@ def compare_stream(
         if method.capabilities.capacity:
             require_decodable(decoding, method, llm.geometry.joint)
     stop = should_stop or (lambda: False)
+    chosen: list[Chosen | None] = [None] * len(methods)
     if prefill is None:
         with memory_watched(READING):
+            to_read = prompt_to_read(
+                llm,
+                str(document),
+                question,
+                question_aware=question_aware,
+                truncate=truncate,
+                answer_tokens=max_new_tokens,
+            )
+            prompt = with_question(llm, to_read, question)
+            if watch:
+                yield PromptEncoded(_model(llm), _prompt(prompt, question_aware))
+                walks = Walks(
+                    [of_prompt(method, decoding) for method in methods], llm, to_read, prompt
+                )
             prefill = yield from prefill_stream(
                 len(llm.geometry.compressed_layers),
-                lambda on_layer: run_prefill(
+                lambda on_layer, tell: prefill_prompt(
                     llm,
-                    str(document),
-                    question,
-                    question_aware=question_aware,
-                    truncate=truncate,
-                    answer_tokens=max_new_tokens,
+                    to_read,
                     **recording_for(methods),
                     on_layer=on_layer,
+                    watch=walks.telling(tell) if watch else None,
                 ),
                 stop,
             )
         if prefill is None:
             return
+        if watch:
+            chosen = [*walks.chosen()]
+    else:
+        prompt = with_question(llm, prefill.prompt, question)
     if on_prefill is not None:
         on_prefill(prefill)
-    prompt = whole_prompt(llm, prefill, question)
     # With two compressed runs there is little to share, and alone each is timed by itself.
     together = Together(llm) if len(methods) > 3 and not graphable(llm) else None
     with memory_watched(CHOOSING):
         answers = [
-            Answer(llm, prefill, prompt, method, max_new_tokens, scores, decoding)
-            for method in methods
+            Answer(llm, prefill, prompt, method, max_new_tokens, scores, decoding, done)
+            for method, done in zip(methods, chosen, strict=True)
         ]
+    chosen.clear()
     if together is not None:
         # Runs that keep everything must say the same to the last bit, which a shared pass cannot
         # promise.
@@ -222,7 +242,6 @@ def _validate(
 def _trace(
     llm: LoadedModel, prefill: Prefill, prompt: EncodedPrompt, runs: list[Run], expected: str
 ) -> Trace:
-    geometry = llm.geometry
     sought, runs = with_expected(prompt.text, prompt.document_characters, expected, runs)
     return Trace(
         created=datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z"),
@@ -232,34 +251,43 @@ def _trace(
             "torch": str(torch.__version__),
             "transformers": transformers.__version__,
         },
-        model=ModelInfo(
-            name=llm.name,
-            revision=llm.revision,
-            num_layers=geometry.num_layers,
-            num_query_heads=geometry.num_query_heads,
-            num_kv_heads=geometry.num_kv_heads,
-            head_dim=geometry.head_dim,
-            dtype=llm.dtype,
-            device=str(llm.device),
-            attention=llm.attention,
-            max_positions=geometry.max_positions,
-            sliding_layers=sorted(geometry.windows),
-            layer_kinds=list(geometry.kinds),
-            precision=llm.precision,
-        ),
-        prompt=Prompt(
-            length=prompt.length,
-            text=prompt.text,
-            text_utf16_offsets=prompt.utf16_offsets(),
-            document_span=list(prompt.document_span),
-            document_utf16_span=prompt.document_utf16_span(),
-            question_span=list(prompt.question_span),
-            question=prompt.question,
-            question_aware=prefill.question_aware,
-            truncated=prompt.truncated,
-            original_length=prompt.original_length,
-        ),
+        model=_model(llm),
+        prompt=_prompt(prompt, prefill.question_aware),
         prefill_seconds=prefill.seconds,
         runs=runs,
         expected=sought,
+    )
+
+
+def _model(llm: LoadedModel) -> ModelInfo:
+    geometry = llm.geometry
+    return ModelInfo(
+        name=llm.name,
+        revision=llm.revision,
+        num_layers=geometry.num_layers,
+        num_query_heads=geometry.num_query_heads,
+        num_kv_heads=geometry.num_kv_heads,
+        head_dim=geometry.head_dim,
+        dtype=llm.dtype,
+        device=str(llm.device),
+        attention=llm.attention,
+        max_positions=geometry.max_positions,
+        sliding_layers=sorted(geometry.windows),
+        layer_kinds=list(geometry.kinds),
+        precision=llm.precision,
+    )
+
+
+def _prompt(prompt: EncodedPrompt, question_aware: bool) -> Prompt:
+    return Prompt(
+        length=prompt.length,
+        text=prompt.text,
+        text_utf16_offsets=prompt.utf16_offsets(),
+        document_span=list(prompt.document_span),
+        document_utf16_span=prompt.document_utf16_span(),
+        question_span=list(prompt.question_span),
+        question=prompt.question,
+        question_aware=question_aware,
+        truncated=prompt.truncated,
+        original_length=prompt.original_length,
     )

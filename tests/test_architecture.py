@@ -382,9 +382,16 @@ RULES = (
         good=("import gradient",),
     ),
     Rule(
-        name="views know only a record's words, numbers as words, and the theme",
+        name="views know only a record's words and film, numbers as words, and the theme",
         finder=both(
-            allows("app", "app.views", "app.record.words", "app.theme", "app.wording"),
+            allows(
+                "app",
+                "app.views",
+                "app.record.film",
+                "app.record.words",
+                "app.theme",
+                "app.wording",
+            ),
             allows("dynamickv", "dynamickv.record.trace"),
         ),
         scope=("app/views/**/*.py",),

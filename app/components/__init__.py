@@ -65,6 +65,12 @@ class WhatIf(Component):
     view, template = "whatif", "what_if"
 
 
+class Film(Component):
+    """What every run holds after each layer that is read: play, step, skip."""
+
+    view, template = "film", "film"
+
+
 class LayerMap(Component):
     """Retention of all layers and positions on one canvas."""
 
@@ -104,6 +110,7 @@ __all__ = [
     "DocumentView",
     "Evidence",
     "FigureView",
+    "Film",
     "LabPanel",
     "LabStatus",
     "LayerMap",

@@ -26,12 +26,14 @@ SCRIPTS = (
     "text_layer",
     "minimap",
     "words",
+    "document_words",
     "document_view",
     "word_view",
     "evidence",
     "what_if",
     "figure_view",
     "layer_map",
+    "film",
     "answer_cards",
     "status_line",
     "model_chip",
@@ -108,4 +110,4 @@ def head() -> str:
 
 def styles() -> str:
     """The palette and the sizes."""
-    return f"{css_variables()}\n{read('explorer.css')}\n{read('stage.css')}"
+    return f"{css_variables()}\n{read('explorer.css')}\n{read('stage.css')}\n{read('film.css')}"

@@ -21,6 +21,7 @@ SECTIONS = (
     ("answers", "answer_cards", "dkv-answers"),
     ("document", "document_view", "dkv-document-view"),
     ("figures", "figure_view", "dkv-figures"),
+    ("film", "film", "dkv-film"),
     ("word", "word_view", "dkv-word"),
     ("evidence", "evidence", "dkv-evidence"),
     ("map", "layer_map", "dkv-map"),
@@ -68,6 +69,7 @@ def offline_page(plotly: str, titles: tuple[tuple[str, str], ...]) -> str:
     body = "\n".join(
         [
             parts["answers"],
+            parts["film"],
             f'<div class="dkv-two">{parts["document"]}'
             f'<div class="dkv-why">{parts["word"]}{parts["figures"]}</div></div>',
             parts["map"],

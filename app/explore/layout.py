@@ -13,6 +13,7 @@ from app.components import (
     DocumentView,
     Evidence,
     FigureView,
+    Film,
     LayerMap,
     Readout,
     StatusLine,
@@ -27,6 +28,7 @@ from app.inputs import DEFAULT_METHODS, DEFAULT_NEW_TOKENS, MAX_NEW_TOKENS
 from app.serving.events import IN_TURNS, LIGHT, PRIVATE
 from app.serving.model_host import ModelHost
 from app.serving.shown import Shown
+from app.serving.speed import MASS_RATIO
 from app.serving.status import idle
 from app.settings import (
     ADVANCED,
@@ -41,7 +43,7 @@ from app.views import VIEWS
 
 from .handlers import ExploreHandlers, FormHandlers
 from .handlers.form import LINKED, PICKED
-from .view_model import counted_before
+from .view_model import counted_before, price
 
 COUNTED = ("document", "question", "model")
 """What the number of tokens depends on."""
@@ -49,6 +51,7 @@ KEPT = ("example", "expected", *(name for name in FIELDS if name != "expected"))
 """What a tab keeps for as long as it lives (components/static/keep.js), in this order."""
 KEEP = "(...values) => { window.DynamicKV.keep(values); }"
 PICKING = "(example) => { window.DynamicKV.picking(); return example; }"
+EXPECTING = "(example, expected) => window.DynamicKV.expecting(example, expected)"
 OWN = "(...values) => window.DynamicKV.ownText(values)"
 RESTORE = "(...values) => window.DynamicKV.restoreForm(values)"
 UNFOLD = "() => { document.querySelector('#dkv-inputs').classList.toggle('dkv-form-open'); }"
@@ -96,7 +99,13 @@ def build_form(
             made |= build_fields(examples, first, opening_line)
         with gr.Column(elem_id="dkv-action"):
             with gr.Row(elem_id="dkv-run-row"):
-                made["run"] = gr.Button("Run", variant="primary", scale=3, elem_id="dkv-run")
+                made["run"] = gr.Button(
+                    "Run",
+                    variant="primary",
+                    scale=3,
+                    interactive=first is not None,
+                    elem_id="dkv-run",
+                )
                 made["stop"] = gr.Button(
                     "Stop", variant="secondary", scale=1, interactive=False, elem_id="dkv-stop"
                 )
@@ -155,6 +164,7 @@ def build_fields(
     made["methods"] = gr.CheckboxGroup(
         method_choices(), value=shown_methods(first), label="Methods", elem_id="dkv-methods"
     )
+    made["price"] = Readout(price(shown_methods(first), MASS_RATIO), elem_id="dkv-price")
     made["capacity"] = gr.Slider(
         *CAPACITIES,
         value=first.capacity if first else DEFAULT_CAPACITY,
@@ -200,7 +210,8 @@ def method_choices() -> list[tuple[str, str]]:
     takes long, and that is said before it is ticked.
     """
     slow = {name for name in offered_methods() if dkv.METHODS[name].capabilities.mass}
-    return [(f"{name} (slow)" if name in slow else name, name) for name in offered_methods()]
+    words = f"({MASS_RATIO:.0f} x reading)"
+    return [(f"{name} {words}" if name in slow else name, name) for name in offered_methods()]
 
 
 def setting_widget(setting: Setting, value: Any) -> Any:
@@ -243,9 +254,11 @@ def build_results(handlers: ExploreHandlers, shown: Shown, first: Example | None
     made: Widgets = {}
     with gr.Column(scale=9, min_width=320, elem_id="dkv-views"):
         made["cards"] = AnswerCards(cards, elem_id="dkv-answers")
+        Film(elem_id="dkv-film")
         with gr.Row(elem_id="dkv-stage"):
             with gr.Column(scale=6, min_width=320, elem_id="dkv-reading"):
                 DocumentView(elem_id="dkv-document-view", elem_classes=["dkv-fill"])
+                LayerMap(elem_id="dkv-map")
             with gr.Column(scale=5, min_width=320, elem_id="dkv-why"):
                 WordView(elem_id="dkv-word", server_functions=[reads])
                 made["what_if"] = WhatIf(
@@ -255,7 +268,6 @@ def build_results(handlers: ExploreHandlers, shown: Shown, first: Example | None
                     [{"key": v.key, "title": v.title} for v in VIEWS.values()],
                     elem_id="dkv-figures",
                 )
-        LayerMap(elem_id="dkv-map")
         Evidence(elem_id="dkv-evidence", server_functions=[scores])
         made["store"] = TraceStore(store, elem_id="dkv-store")
     return made
@@ -286,10 +298,15 @@ def wire_form(handlers: FormHandlers, widgets: Widgets) -> None:
     gr.on([widget.change for widget in kept], None, kept, None, js=KEEP, **PRIVATE)
     # However the text was changed: typed, pasted, dropped or uploaded.
     expected = widgets["expected"]
-    document.change(handlers.own_text, [document, expected, example], [expected, example], **latest)
+    owned = document.change(handlers.own_text, [document, example], example, **latest)
+    # What the example expected goes with it, unless somebody has typed there in the meantime.
+    owned.then(None, [example, expected], expected, js=EXPECTING, **PRIVATE)
     widgets["upload"].upload(handlers.upload, widgets["upload"], document, **LIGHT)
     methods = widgets["methods"]
     methods.input(handlers.lock_reference, methods, methods, **LIGHT)
+    methods.change(handlers.price, methods, widgets["price"], **latest)
+    texts = [document, widgets["question"]]
+    gr.on([text.change for text in texts], handlers.ready, texts, widgets["run"], **latest)
     gr.on(
         [widgets[name].change for name in COUNTED],
         handlers.count,

@@ -14,6 +14,8 @@ from app.serving.speed import Estimate
 from app.serving.status import reading, running
 from app.wording import count, mebibytes, percent, seconds
 
+from .film import Film
+
 PREFILL_SHARE = 0.6
 """Part of the progress bar that reading the prompt takes; answering takes the rest."""
 
@@ -31,6 +33,7 @@ class LiveRun:
         *,
         before: Sequence[dict[str, Any]] = (),
         others: Mapping[int, str] | None = None,
+        film: Film | None = None,
     ) -> None:
         self.before = list(before)
         """Finished cards that stay on screen before the new ones."""
@@ -44,14 +47,25 @@ class LiveRun:
         self._estimate = estimate
         self._read = (0, 0)
         """Layers read, of how many."""
+        self._answering: tuple[float, int] | None = None
+        """When answering was first looked at, and how many tokens there were."""
         self._prompt_bytes: int | None = None
         self._full_budgets: list[int] | None = None
         self._tokens = [0] * len(methods)
         self._decode_seconds: list[list[float]] = [[] for _ in methods]
         self._status = running("Starting")
+        self._film = film
 
     def add(self, event: Any) -> bool:
         """Take one event in; True when it is worth showing at once."""
+        seen = self._film is not None and self._film.add(event)
+        return self._add(event) or seen
+
+    def film(self, now: float, at_once: bool) -> dict[str, Any] | None:
+        """What the film has to show, at a time in seconds."""
+        return None if self._film is None else self._film.picture(now, at_once)
+
+    def _add(self, event: Any) -> bool:
         if isinstance(event, dkv.Progress):
             self._progress(event)
             return False
@@ -73,14 +87,22 @@ class LiveRun:
         return False
 
     def status(self, elapsed: float) -> dict[str, Any]:
-        """The status line now: what is left is judged by the layers that are read, and before the
-        first of them by earlier runs.
+        """The status line now: what is left is judged by the layers that are read and the tokens
+        that are answered, and before the first of them by earlier runs.
         """
         words = self._left(elapsed) or (self._estimate.words(elapsed) if self._estimate else "")
         return self._status | {"detail": " · ".join(filter(None, (f"{elapsed:.1f} s", words)))}
 
     def _left(self, elapsed: float) -> str:
-        """How long reading goes on, at the speed of the layers so far."""
+        """How long this goes on, at the speed of the layers or the tokens so far."""
+        longest = max(self._tokens)
+        if longest:
+            self._answering = self._answering or (elapsed, longest)
+            since, before = self._answering
+            if longest == before:
+                return ""
+            left = (elapsed - since) * (self._max_new_tokens - longest) / (longest - before)
+            return f"at most {seconds(left)} more" if left > 0 else ""
         done, total = self._read
         if not 0 < done < total:
             return ""
@@ -89,7 +111,9 @@ class LiveRun:
     def payload(self) -> dict[str, Any]:
         """The cards now."""
         return {
-            "source": "running now · the views below show the run before",
+            "source": "running now"
+            if self._film
+            else "running now · the views below show the run before",
             "question": self.question,
             "notice": "",
             "cards": [*self.before, *self.cards],

@@ -5,7 +5,7 @@ Pure functions; no widgets, no model.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import dynamickv as dkv
@@ -49,6 +49,20 @@ def uncountable(document: str) -> dict[str, Any] | None:
             "tone": "loud",
         }
     return None
+
+
+def price(methods: Sequence[str], ratio: float) -> dict[str, str]:
+    """What those methods cost that ask for the attention of all tokens; empty without any."""
+    asking = [
+        name for name in methods if name in dkv.METHODS and dkv.METHODS[name].capabilities.mass
+    ]
+    if not asking:
+        return {"value": "", "note": ""}
+    return {
+        "value": "",
+        "note": f"{asking[0]} reads the whole attention matrix: reading takes about {ratio:.1f} "
+        "times as long.",
+    }
 
 
 def counted_before(first: Example | None) -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ from app.theme import method_style
 from app.wording import mebibytes, percent
 from dynamickv.record.trace import Prompt, Run, Trace
 
+from .film import film_of
 from .words import run_names, window_tokens
 
 
@@ -31,7 +32,7 @@ def trace_payload(
     `starts` and `ends` (see `encode_offsets`), bits that are all ones are left out, and so are the
     scores, which the page fetches with `key` when somebody asks for them. `example` names a
     built-in example; `ready` says that the server still holds the prefill,
-    `lacks` what an older record does not hold.
+    `lacks` what an older record does not hold, `film` is `film_of`'s.
     """
     record = trace.to_dict()
     starts, ends = encode_offsets(record["prompt"].pop("text_utf16_offsets"))
@@ -54,6 +55,7 @@ def trace_payload(
             for run, names in zip(trace.runs, run_names(trace.runs), strict=True)
         ],
         "figures": dict(figures or {}),
+        "film": film_of(trace),
     }
 
 

@@ -13,7 +13,7 @@ from app.examples import Example
 from app.inputs import Request
 
 from .model_host import PromptSize
-from .speed import Estimate, Speed
+from .speed import MASS_RATIO, Estimate, Speed
 from .status import cancelled
 from .zero_gpu import estimate, is_zero_gpu, on_gpu
 
@@ -65,8 +65,16 @@ class Comparisons:
         if size is None or self._speed is None:
             return None
         return self._speed.estimate(
-            min(size.prompt, size.limit), len(job.methods), job.max_new_tokens
+            min(size.prompt, size.limit),
+            len(job.methods),
+            job.max_new_tokens,
+            any(method.needs_mass for method in job.methods),
         )
+
+    @property
+    def mass_ratio(self) -> float:
+        """How many times as long reading takes where a method asks for all attention."""
+        return MASS_RATIO if self._speed is None else self._speed.mass_ratio
 
     def seconds(self, model: str, job: Request) -> float | None:
         """The same in seconds, for those who wait."""
@@ -76,7 +84,7 @@ class Comparisons:
     def learn(self, trace: dkv.Trace) -> None:
         """Judge by this comparison from now on, if it was not stopped."""
         if not cancelled(trace):
-            self._speed = Speed.of(trace, "the last run here")
+            self._speed = Speed.of(trace, "the last run here", self.mass_ratio)
 
     def _events(
         self,
@@ -98,6 +106,7 @@ class Comparisons:
             should_stop=should_stop,
             question_aware=job.question_aware,
             expected=job.expected,
+            watch=scores,  # who looks at scores looks on; the endpoint does neither
         )
 
     def _gpu_events(

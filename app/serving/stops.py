@@ -30,6 +30,10 @@ class Stops:
             if held is event:
                 del self._events[key]
 
+    def on(self, session: str) -> bool:
+        """Whether any work of a session is on."""
+        return any(who == session for who, _ in list(self._events))
+
     def ask(self, session: str) -> bool:
         """Ask all work of a session to end; whether there is any."""
         asked = [event for (who, _), event in list(self._events.items()) if who == session]

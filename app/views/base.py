@@ -44,6 +44,8 @@ class Figure:
     """Whether x runs over the document, in per cent."""
     wide_limit: float | None = None
     """A second end of the value axis, offered as a switch."""
+    film_limit: float | None = None
+    """The end of the value axis while the film plays, so that nothing but the bars moves."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for the browser."""
@@ -56,6 +58,7 @@ class Figure:
             "layerAxis": self.layer_axis,
             "positionAxis": self.position_axis,
             "wideLimit": self.wide_limit,
+            "filmLimit": self.film_limit,
             "steps": [
                 {"label": s.label, "note": s.note, "x": s.x, "base": s.base, "limit": s.limit}
                 for s in self.steps

@@ -9,6 +9,7 @@ from collections import Counter
 
 import plotly.graph_objects as go
 
+from app.record.film import film_of
 from app.record.words import run_names, window_tokens
 from app.theme import method_style
 from app.wording import count
@@ -39,6 +40,7 @@ def render(trace: Trace) -> Figure:
         steps=film(trace, limit),
         layer_axis="y",
         wide_limit=trace.prompt.length * 1.04 if trace.prompt.length > limit else None,
+        film_limit=film_limit(trace, limit),
     )
 
 
@@ -102,6 +104,12 @@ def axis_limit(trace: Trace) -> float:
     return 1.08 * max(compressed or [trace.prompt.length])
 
 
+def film_limit(trace: Trace, final_limit: float) -> float:
+    """Room for whatever a compressed run holds while the prompt is read."""
+    films = [steps for steps in film_of(trace) if steps]
+    return max([final_limit, *(1.08 * max(map(max, steps)) for steps in films)])
+
+
 def scale_note(trace: Trace, limit: float) -> str:
     """What the axis leaves out."""
     if trace.prompt.length <= limit or not any(run.method == "FullKV" for run in trace.runs):
@@ -162,7 +170,7 @@ def film(trace: Trace, final_limit: float) -> list[Step]:
             note=f"{label}: {count(kept_total, 'token')} chosen over {trace.model.num_layers} "
             f"layers (budget {total:,}), plus a window of {window}",
             **bars_at(trace, run, run.budgets),
-            limit=final_limit,
+            limit=limit,
         )
     )
     return steps

@@ -15,7 +15,7 @@ from torch import Tensor
 from dynamickv.methods.capabilities import Capabilities
 from dynamickv.methods.edits import Spans, read_spans, require_apart, whole_prompt
 from dynamickv.methods.parameters import require_choice, require_integer
-from dynamickv.methods.selection import HEAD_FLOOR, ScoredSelection, Selection
+from dynamickv.methods.selection import HEAD_FLOOR, FixedSelection, ScoredSelection, Selection
 from dynamickv.records import HeldLayer, LayerObservation, Retention
 from dynamickv.scoring import pool, reduce_group, top_positions
 
@@ -57,9 +57,13 @@ class CompressionMethod(ABC):
     def start(self, num_layers: int) -> Selection:
         """Begin choosing for one prompt, which does not fit."""
 
+    def begin(self, num_layers: int, prompt_length: int) -> Selection:
+        """Begin choosing for a prompt of that length; of one that fits everything is kept."""
+        return FixedSelection(self.whole) if self.fits(prompt_length) else self.start(num_layers)
+
     def select(self, observations: Sequence[LayerObservation]) -> Retention:
-        """Choose the positions to keep in every layer."""
-        selection = self.start(len(observations))
+        """Choose the positions to keep in every layer; everything if the prompt fits."""
+        selection = self.begin(len(observations), observations[0].prompt_length)
         for layer in observations:
             selection.observe(layer)
         return selection.retention()
@@ -124,14 +128,6 @@ class EvictingMethod(CompressionMethod):
         """What a layer holds of a prompt that fits, (heads, held)."""
         heads = layer.num_kv_heads if self.granularity == "kv_head" else layer.num_query_heads
         return whole_prompt(layer.prompt_length, heads, layer.keys.device, self.evicted)
-
-    def select(self, observations: Sequence[LayerObservation]) -> Retention:
-        """Choose the positions to keep in every layer; everything if the prompt fits."""
-        length = observations[0].prompt_length
-        if self.fits(length):
-            kept = tuple(self.whole(layer) for layer in observations)
-            return Retention(indices=kept, prompt_length=length)
-        return CompressionMethod.select(self, observations)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dynamickv.cache import KVCache
 from dynamickv.layers.kv import KVLayer
@@ -25,6 +26,8 @@ from dynamickv.scoring import attention_mass
 if TYPE_CHECKING:
     from dynamickv.models import LoadedModel
 
+Stored = tuple[Tensor, Tensor]
+"""Keys and values of a layer as the cache stores them, (num_kv_heads, prompt_length, dim) each."""
 TAIL = 64
 """Queries kept per layer: the widest observation window that can be chosen afterwards."""
 
@@ -59,6 +62,29 @@ def prefill(
     Raises:
         ValueError: empty text, or a prompt longer than the model reads.
     """
+    prompt = prompt_to_read(
+        llm,
+        document,
+        question,
+        question_aware=question_aware,
+        truncate=truncate,
+        answer_tokens=answer_tokens,
+        chat_template=chat_template,
+    )
+    return prefill_prompt(llm, prompt, tail=tail, mass=mass, on_layer=on_layer)
+
+
+def prompt_to_read(
+    llm: LoadedModel,
+    document: str,
+    question: str | None = None,
+    *,
+    question_aware: bool | None = None,
+    truncate: bool = False,
+    answer_tokens: int = 0,
+    chat_template: bool = True,
+) -> EncodedPrompt:
+    """The tokens that `prefill` reads; arguments and errors are its."""
     prompt = encode_prompt(
         llm.tokenizer,
         document,
@@ -70,7 +96,7 @@ def prefill(
     )
     if question is None or question_aware is False:
         prompt = prompt.document_part(question or "")
-    return prefill_prompt(llm, prompt, tail=tail, mass=mass, on_layer=on_layer)
+    return prompt
 
 
 def whole_prompt(llm: LoadedModel, prefill: Prefill, question: str | None = None) -> EncodedPrompt:
@@ -80,22 +106,28 @@ def whole_prompt(llm: LoadedModel, prefill: Prefill, question: str | None = None
     Raises:
         ValueError: the question changes how the document is tokenized.
     """
-    if prefill.question_aware:
-        return prefill.prompt
-    start, end = prefill.prompt.document_characters
+    return with_question(llm, prefill.prompt, question)
+
+
+def with_question(
+    llm: LoadedModel, read: EncodedPrompt, question: str | None = None
+) -> EncodedPrompt:
+    """`whole_prompt` of the tokens that are read."""
+    if read.question_span[1] > 0:
+        return read
+    start, end = read.document_characters
     prompt = encode_prompt(
         llm.tokenizer,
-        prefill.prompt.text[start:end],
-        question or prefill.prompt.question,
+        read.text[start:end],
+        question or read.question,
         limit=llm.geometry.max_positions,
-        chat_template=prefill.prompt.chat_template,
+        chat_template=read.chat_template,
     )
-    if prompt.token_ids[: prefill.length] != prefill.prompt.token_ids:
+    if prompt.token_ids[: read.length] != read.token_ids:
         raise ValueError(
             "this question changes how the document is tokenized; prefill them together"
         )
-    cut = prefill.prompt.original_length - prefill.length
-    return replace(prompt, original_length=prompt.length + cut)
+    return replace(prompt, original_length=prompt.length + read.original_length - read.length)
 
 
 def prefill_text(
@@ -135,15 +167,21 @@ def prefill_prompt(
     tail: int = TAIL,
     mass: bool = False,
     on_layer: Callable[[int], None] | None = None,
+    watch: Callable[[int, LayerObservation, Stored], None] | None = None,
 ) -> Prefill:
-    """`prefill` for a prompt that is already encoded."""
+    """`prefill` for a prompt that is already encoded.
+
+    Args:
+        watch: called before `on_layer` with a layer's place in the model, what it saw and what the
+            cache stores of it; its time is not the prefill's.
+    """
     layers: list[LayerObservation] = []
     places = llm.geometry.compressed_layers
     read: list[int] = []
-    mass_seconds = 0.0
+    mass_seconds = watched = 0.0
 
     def record(layer: KVLayer, attended: Attended) -> None:
-        nonlocal mass_seconds
+        nonlocal mass_seconds, watched
         received = None if fast is None else fast.take_received()
         if mass and received is None:
             llm.synchronize()
@@ -162,6 +200,12 @@ def prefill_prompt(
         observation = attended.row(0, stored, tail=tail, mass=received)
         read.append(layer.index)
         layers.append(replace(observation, queries=observation.queries.clone()))
+        if watch is not None:
+            llm.synchronize()
+            started = time.perf_counter()
+            keys, values = layer.held()
+            watch(layer.index, layers[-1], (keys[0], values[0]))
+            watched += time.perf_counter() - started
         if on_layer is not None:
             on_layer(len(layers))
 
@@ -194,6 +238,6 @@ def prefill_prompt(
         states=cache.states(),
         joint=llm.geometry.joint,
         logits=logits,
-        seconds=time.perf_counter() - start - mass_seconds,
+        seconds=time.perf_counter() - start - mass_seconds - watched,
         mass_seconds=mass_seconds,
     )

@@ -6,7 +6,7 @@ import queue
 import threading
 from collections.abc import Callable, Generator
 
-from dynamickv.record.events import Progress
+from dynamickv.record.events import LayerKept, Progress
 from dynamickv.records import Prefill
 
 
@@ -16,20 +16,21 @@ class Cancelled(Exception):
 
 def prefill_stream(
     total: int,
-    run: Callable[[Callable[[int], None]], Prefill],
+    run: Callable[[Callable[[int], None], Callable[[LayerKept], None]], Prefill],
     stop: Callable[[], bool],
-) -> Generator[Progress, None, Prefill | None]:
+) -> Generator[Progress | LayerKept, None, Prefill | None]:
     """Run a prefill in a thread, so that its progress can be told and it can be stopped.
 
     Args:
         total: layers that will be told.
-        run: reads the prompt and calls what it is given with the number of layers done.
+        run: reads the prompt; calls the first of what it is given with the number of layers done,
+            and the second with anything else that is to be told.
         stop: asked after every layer.
 
     Returns:
         None when it was stopped.
     """
-    messages: queue.SimpleQueue[int | Prefill | BaseException] = queue.SimpleQueue()
+    messages: queue.SimpleQueue[int | LayerKept | Prefill | BaseException] = queue.SimpleQueue()
     abandoned = threading.Event()
 
     def on_layer(layer: int) -> None:
@@ -39,7 +40,7 @@ def prefill_stream(
 
     def work() -> None:
         try:
-            messages.put(run(on_layer))
+            messages.put(run(on_layer, messages.put))
         except Cancelled:  # the one just caught would keep the prefill's tensors alive
             messages.put(Cancelled())
         except BaseException as error:  # handed to the reader, which raises it
@@ -53,6 +54,8 @@ def prefill_stream(
             message = messages.get()
             if isinstance(message, int):
                 yield Progress("prefill", message, total)
+            elif isinstance(message, LayerKept):
+                yield message
             elif isinstance(message, Prefill):
                 return None if stop() else message
             elif isinstance(message, Cancelled):

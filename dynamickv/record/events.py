@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dynamickv.record.trace import Run, Trace
+from dynamickv.record.packed import Retained
+from dynamickv.record.trace import ModelInfo, Prompt, Run, Trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,6 +15,33 @@ class Progress:
     stage: str
     completed: int
     total: int
+
+
+@dataclass(frozen=True, slots=True)
+class PromptEncoded:
+    """The prompt is tokenized and will be read; the question is part of it, read or not."""
+
+    model: ModelInfo
+    prompt: Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKept:
+    """What a method holds of a layer that was read. A method that shares its budget again cuts
+    earlier layers: then each of them is told anew, and the last word on a layer holds."""
+
+    run: int
+    method: str
+    layer: int
+    """Its place in the model."""
+    budget: int
+    """Prompt tokens held per head, window included; the mean over heads where they differ."""
+    retained: Retained
+    """Of this layer alone: heads x prompt positions. What is fed after the compression is kept."""
+    kv_bytes: int
+    """Bytes that the keys and values held of this layer take."""
+    kv_bytes_full: int
+    """The same for the whole prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,4 +83,4 @@ class ComparisonFinished:
     trace: Trace
 
 
-Event = Progress | Compressed | Token | RunFinished | ComparisonFinished
+Event = Progress | PromptEncoded | LayerKept | Compressed | Token | RunFinished | ComparisonFinished

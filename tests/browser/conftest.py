@@ -145,7 +145,9 @@ def page(browser: Browser) -> Iterator[Page]:
     page may see that.
     """
     context = browser.new_context(
-        viewport={"width": 1400, "height": 900}, permissions=["clipboard-read", "clipboard-write"]
+        viewport={"width": 1400, "height": 900},
+        permissions=["clipboard-read", "clipboard-write"],
+        reduced_motion="reduce",  # nothing moves by itself; films have their own tests
     )
     page = context.new_page()
     problems: list[str] = []

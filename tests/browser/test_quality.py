@@ -198,13 +198,3 @@ def test_tab_reaches_the_controls_and_not_every_token(page: Page, page_url: str)
     slider.focus()
     page.keyboard.press("ArrowRight")
     expect(page.locator(".dkv-controls [data-role=where]").first).to_contain_text("layer 1")
-
-
-def test_reduced_motion_stops_the_film(page: Page, page_url: str) -> None:
-    page.emulate_media(reduced_motion="reduce")
-    open_page(page, page_url)
-    page.get_by_label("Play the updates").click()
-    label = page.locator(".dkv-player [data-role=label]")
-    expect(label).to_have_text("update 1 of 8")
-    page.wait_for_timeout(1200)
-    expect(label).to_have_text("update 1 of 8")

@@ -164,36 +164,6 @@ def test_keys_and_links_move_everything(page: Page, page_url: str) -> None:
     expect(where).to_contain_text("layer 15")
 
 
-def test_the_film_steps_through_the_updates(page: Page, page_url: str) -> None:
-    open_page(page, page_url)
-    label = page.locator(".dkv-player [data-role=label]")
-    expect(label).to_have_text("result")
-    page.get_by_label("Previous update").click()
-    expect(label).to_have_text("update 8 of 8")
-    page.get_by_label("Budget update").fill("0")
-    expect(label).to_have_text("update 1 of 8")
-    expect(page.locator(".dkv-player [data-role=step-note]")).to_contain_text("shared by 4 layers")
-    page.wait_for_function(
-        "document.querySelector('.dkv-plot').data[3].x.slice(4).every((x) => x === 0)"
-    )
-
-
-def test_the_film_plays_pauses_and_ends_at_the_result(page: Page, page_url: str) -> None:
-    open_page(page, page_url)
-    label = page.locator(".dkv-player [data-role=label]")
-    expect(label).to_have_text("result")  # nothing plays by itself
-    page.get_by_label("Play the updates").click()
-    expect(label).to_have_text("update 2 of 8")
-    page.get_by_label("Pause").click()
-    paused = label.inner_text()
-    page.wait_for_timeout(1200)
-    assert label.inner_text() == paused
-    page.get_by_label("Budget update").fill("7")
-    page.get_by_label("Play the updates").click()
-    expect(label).to_have_text("result")
-    expect(page.get_by_label("Play the updates")).to_be_visible()
-
-
 def test_every_view_has_its_tab(page: Page, page_url: str) -> None:
     open_page(page, page_url)
     page.get_by_role("button", name="Along the document").click()

@@ -14,10 +14,11 @@
     node.append(
       make("header", {}, make("span", { className: "dkv-glyph" }, card.glyph),
         make("h3", {}, name, ...(rest.length ? [make("span", { className: "dkv-unseen" }, ", "), make("small", {}, rest.join(", "))] : [])),
-        make("span", { className: "dkv-big" }, make("b"), make("small"))),
+        make("span", { className: "dkv-big" }, make("b"), make("small")), make("span", { className: "dkv-big dkv-counter" }, make("b"), make("small"))),
       make("div", { className: "dkv-meter" }, make("i")),
       make("p", { className: "dkv-kept" }, make("span"), make("button", { type: "button", className: "dkv-link dkv-erased" })),
       answer,
+      make("canvas", { className: "dkv-card-map", role: "img", hidden: true }),
       make("p", { className: "dkv-fate" }),
       make("p", { className: "dkv-expected", title: "Measured: whether the answer contains, in any case, a phrase that is expected. It is counted as wrong when it does not." }, make("span"), make("span")),
       make("details", { className: "dkv-more" }, make("summary", {}, make("span", { className: "dkv-finish" }), make("span", { className: "dkv-chip" })),

@@ -1,13 +1,13 @@
 // The page's shared ground: one namespace, one store of what is on screen, and the words it sends out.
 // Views never call each other. They listen to window events "dkv:trace", "dkv:runs", "dkv:view", "dkv:hover", "dkv:pin",
-// "dkv:word", "dkv:reads", "dkv:reveal" and "dkv:theme". Texts from users reach the DOM through textContent only.
+// "dkv:word", "dkv:reads", "dkv:film", "dkv:reveal" and "dkv:theme". Texts from users reach the DOM through textContent only.
 (() => {
   "use strict";
   const views = {};
   // What is looked at. layer null: all layers; head null: all heads; against: a second run to compare with, or null.
   const view = { layer: null, head: null, run: 0, against: null, unit: "token", mark: "fill", shades: "normal" };
   const CHOICES = { unit: ["token", "word", "sentence", "paragraph"], mark: ["fill", "underline", "erased"], shades: ["soft", "normal", "strong"] };
-  const store = { payload: null, trace: null, view, hover: null, pin: null, cards: null, word: null, wordHover: null };
+  const store = { payload: null, trace: null, view, hover: null, pin: null, cards: null, word: null, wordHover: null, film: null };
 
   const emit = (name, detail) => window.dispatchEvent(new CustomEvent(`dkv:${name}`, { detail }));
   const on = (name, listener) => window.addEventListener(`dkv:${name}`, (event) => listener(event.detail));
@@ -80,7 +80,9 @@
     store.trace = payload ? decode(payload) : null;
     Object.assign(store, { hover: null, word: null, wordHover: null });
     const runs = store.trace ? store.trace.runs : [];
-    Object.assign(view, { layer: null, head: null, against: null, run: opening(runs) });
+    // A run that was watched goes on under the same view.
+    const watched = before?.live && !payload?.live && before.prompt.text === store.trace?.prompt.text && before.runs.length === runs.length;
+    if (!watched) Object.assign(view, { layer: null, head: null, against: null, run: opening(runs) });
     if (payload?.reads) store.trace.reads = DynamicKV.decodeReads(payload.reads);
     emit("trace", store.trace);
     // The passage that somebody asks about stays while its text does.

@@ -3,6 +3,7 @@
   "use strict";
   const { DynamicKV } = window;
   const { store, on, make, plain, counting, framed, setView } = DynamicKV;
+  const { SHADES, swatch, levelLegend, windowWords, differenceLegend } = DynamicKV;
   const { view } = store;
   const KEPT = [1, 2, 3, 4, 5].map((shade) => `dkv-kept-${shade}`);
   const DIFFERS = ["dkv-both", "dkv-only-a", "dkv-only-b"];
@@ -10,16 +11,7 @@
   const MARKS = [...KEPT, ...DIFFERS, ...READ, "dkv-hole-1", "dkv-hole-2", "dkv-erased"];
   const ERASED = MARKS.length;
   const FAINT = 0.01; // of the strongest: below it a position counts as not read
-  // Which of the five shades each level gets: a choice of contrast, told by the legend.
-  const SHADES = { soft: [1, 1, 2, 2, 3], normal: [1, 2, 3, 4, 5], strong: [2, 3, 4, 5, 5] };
   const GAP = 12; // tokens in a row that nothing keeps
-
-  // Whether a text is code or a table of columns: then only a face of equal widths lines it up.
-  const CODE = /^\s*(def|class|import|from|return|if|else|elif|for|while|try|function|const|let|var|fn|pub|use|struct|#include|package|public|private|@\w+)\b|^(\t| {2,})\S|[;{}]\s*$|^\s*(\/\/|#!)/;
-  DynamicKV.looksLikeCode = (text) => {
-    const lines = text.split("\n").filter((line) => line.trim());
-    return lines.length >= 5 && lines.filter((line) => CODE.test(line)).length > 0.5 * lines.length;
-  };
 
   DynamicKV.register("document", (element) => {
     const find = (role) => element.querySelector(`[data-role="${role}"]`);
@@ -130,6 +122,7 @@
     function describe(layer) {
       const { layers, prompt } = store.trace;
       const current = run();
+      const { budgets } = current.now ?? current;
       const all = layer === null;
       find("all").setAttribute("aria-pressed", String(all));
       slider.max = String(layers - 1);
@@ -137,50 +130,16 @@
       slider.classList.toggle("dkv-idle", all);
       slider.setAttribute("aria-valuetext", all ? "all layers" : `layer ${layer}`);
       find("where").textContent = all
-        ? `all ${layers} layers`
-        : otherKind(layer) ? `layer ${layer}, ${otherKind(layer)}: last ${plain(current.budgets[layer])} held, not compressed`
-          : `layer ${layer}: ${plain(current.budgets[layer])} of ${plain(prompt.length)} kept`;
+        ? store.film ? `${store.film.step} of ${layers} layers read` : `all ${layers} layers`
+        : current.now && !current.now.read[layer] ? `layer ${layer}: not read yet`
+        : otherKind(layer) ? `layer ${layer}, ${otherKind(layer)}: last ${plain(budgets[layer])} held, not compressed`
+          : `layer ${layer}: ${plain(budgets[layer])} of ${plain(prompt.length)} kept`;
       const looked = lookedAt();
       const erased = () => [swatch("erased", `erased everywhere: ${plain(DynamicKV.erased(current))} of ${counting(prompt.length, "token")} that no layer and no head keeps`)];
       find("legend").replaceChildren(...(looked ? readLegend(looked) : view.mark === "erased" ? erased() : other() ? differenceLegend(all) : levelLegend(layer)));
       find("last").textContent = String(layers - 1);
       fold(folds.before, 0, prompt.document_span[0], "template before the document", layer);
       fold(folds.after, prompt.document_span[1], prompt.length, "question and template after the document", layer);
-    }
-
-    const swatch = (name, words) => make("span", { className: `dkv-swatch dkv-level-${name}` }, words);
-
-    function levelLegend(layer) {
-      const current = run();
-      const names = DynamicKV.levelNames(current, layer, view.head, store.trace.layers, view.unit !== "token");
-      const shades = SHADES[view.shades];
-      const by = view.head === null ? "" : ` by head ${view.head}`;
-      const what = view.unit !== "token" ? `of the ${view.unit} is kept${by}` : layer === null ? `kept${by} in … layers` : view.head === null ? `kept by … of ${current.heads} heads` : `head ${view.head}`;
-      return [
-        make("span", { className: "dkv-legend-name" }, what),
-        swatch(0, view.head !== null && layer !== null ? "dropped" : "0"),
-        ...names.flatMap((name, i) => (name === null ? [] : [swatch(shades[i], name)])),
-        ...(current.window ? [swatch("window", `window (last ${current.window})`)] : []),
-        ...["pinned", "evicted"].flatMap((kind) => (DynamicKV.spansOf(current, kind).length ? [swatch(kind, `${kind} by hand`)] : [])),
-      ];
-    }
-
-    // The observation window scores the rest and is always kept: with a chat template a small one covers little of the question.
-    function windowWords(size) {
-      const { prompt } = store.trace;
-      if (!size) return "";
-      if (!prompt.question_aware) return ` · the observation window is the document's last ${size}`;
-      const [first, last] = prompt.question_span;
-      const asked = Math.max(0, Math.min(last, prompt.length) - Math.max(first, prompt.length - size));
-      return ` · the observation window is the last ${size}: ${asked} of the question, ${size - asked} of the template`;
-    }
-
-    function differenceLegend(all) {
-      const margin = DynamicKV.margin(store.trace.layers);
-      const [a, b] = [run().label, other().label];
-      return all
-        ? [swatch("only-a", `${a} keeps it in ${margin + 1} layers more, at least`), swatch("only-b", `${b} does`), swatch("both", "about as many"), swatch(0, "neither")]
-        : [swatch("only-a", `only ${a}`), swatch("only-b", `only ${b}`), swatch("both", "both"), swatch(0, "neither")];
     }
 
     function fold(box, from, to, name, layer) {
@@ -383,6 +342,7 @@
     }
     on("trace", show);
     on("runs", redraw);
+    on("film", framed(() => { if (store.trace?.runs.length) { paint(); minimap.draw(); } }));
     on("view", (changed) => {
       gap = -1;
       find("gap").textContent = "";

@@ -18,7 +18,7 @@
       const { layers, prompt: { length } } = store.trace;
       return Array.from({ length: layers }, (_, layer) => {
         let sum = 0;
-        for (let i = first; i <= last; i += 1) sum += run.kept[layer * length + i];
+        for (let i = first; i <= last; i += 1) sum += DynamicKV.seen(run, null, layers, length).kept[layer * length + i];
         return sum / (run.heads * (last - first + 1));
       });
     }

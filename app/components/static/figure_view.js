@@ -1,10 +1,9 @@
 // Charts: draws any registered view with Plotly, which is loaded when the rest of the page is painted.
-// Films are stepped here, by restyling bars: Plotly's own frames never reach the page through Gradio.
+// The film moves bars on an axis that stands still: Plotly's own frames never reach the page through Gradio.
 (() => {
   "use strict";
   const { DynamicKV } = window;
   const { store, on, make, framed } = DynamicKV;
-  const FRAME_MS = 900;
   const SPAN = 0.84; // of a layer's height, shared by the lanes, as in views/budgets.py
   const MANY = 4; // runs, and lanes at most that are shown unasked
   let loading = null;
@@ -73,10 +72,8 @@
     const find = (role) => element.querySelector(`[data-role="${role}"]`);
     const plot = find("plot");
     const marks = find("marks");
-    const slider = find("step");
     const titles = JSON.parse(props.titles);
     let key = titles[0].key;
-    let timer = null;
     let wide = false;
     let painted = false;
     let drawn = 0; // drawings begun, and the last one that is done
@@ -98,8 +95,18 @@
         return trace.offset === undefined ? trace : { ...trace, offset: at * lane - SPAN / 2, width: 0.9 * lane };
       });
     }
-    const isFilm = () => figure()?.steps.length > 1;
-    const current = () => figure().steps[Number(slider.value)];
+    const isFilm = () => Boolean(store.film && figure()?.filmLimit);
+    // What a run's bars show at the film's moment: its window and what was chosen. Layers that are not read have none.
+    function moved(data) {
+      return data.map((trace) => {
+        const run = store.trace.runs.find((item) => item.look === trace.meta);
+        if (!run?.now || trace.offset === undefined) return trace;
+        const held = Array.from({ length: store.trace.layers }, (_, layer) => run.now.budgets[layer] ?? 0);
+        const window_ = held.map((kept) => Math.min(kept, run.window));
+        const first = /, window$/.test(trace.name);
+        return { ...trace, x: first ? window_ : held.map((kept, i) => kept - window_[i]), base: first ? held.map(() => 0) : window_, customdata: held };
+      });
+    }
 
     // Budgets that were not run: an outline over all lanes of a layer.
     const outline = () => ({
@@ -109,7 +116,7 @@
     });
     const outlined = () => Boolean(draft && figure()?.layerAxis === "y");
 
-    const limit = () => (wide && figure().wideLimit ? figure().wideLimit : isFilm() ? current().limit : null);
+    const limit = () => (wide && figure().wideLimit ? figure().wideLimit : isFilm() ? figure().filmLimit : null);
 
     const config = () => ({
       displaylogo: false, responsive: true, displayModeBar: false,
@@ -123,7 +130,7 @@
       if (!Plotly || ticket !== drawn) return;
       const spec = figure();
       let data = laned(themed(spec.data, store.trace.runs));
-      if (isFilm()) data = data.map((trace, i) => ({ ...trace, x: current().x[i], base: current().base[i] }));
+      if (isFilm()) data = moved(data);
       if (outlined()) data = [...data, outline()];
       const layout = { ...themedLayout(spec.layout), height: height() };
       if (outlined() && limit() && !dragging) roof = Math.max(limit(), 1.08 * Math.max(...draft.budgets));
@@ -253,41 +260,8 @@
         mark.style.top = `${axis._offset + axis.l2p(layer) - height / 2}px`;
         mark.style.height = `${height}px`;
         mark.classList.toggle("dkv-on", layer === store.view.layer || layer === store.hover?.layer);
-        mark.classList.toggle("dkv-keeps", position !== undefined && run.kept[layer * length + position] > 0);
+        mark.classList.toggle("dkv-keeps", position !== undefined && DynamicKV.seen(run, null, layers, length).kept[layer * length + position] > 0);
       }
-    }
-
-    function stop() {
-      clearInterval(timer);
-      timer = null;
-      find("play").textContent = "▶";
-      find("play").setAttribute("aria-label", "Play the updates");
-    }
-
-    function setStep(step) {
-      slider.value = String(step);
-      showStep();
-      draw();
-    }
-
-    function showStep() {
-      const film = isFilm();
-      find("player").classList.toggle("dkv-hidden", !film);
-      if (!film) return;
-      find("label").textContent = current().label;
-      find("step-note").textContent = current().note;
-    }
-
-    function play() {
-      if (timer) { stop(); return; }
-      const last = figure().steps.length - 1;
-      if (Number(slider.value) >= last) setStep(0);
-      find("play").textContent = "❚❚";
-      find("play").setAttribute("aria-label", "Pause");
-      timer = setInterval(() => {
-        setStep(Number(slider.value) + 1);
-        if (Number(slider.value) >= last) stop();
-      }, FRAME_MS);
     }
 
     function open(next) {
@@ -333,29 +307,20 @@
       if (runs.length < MANY) return new Set();
       const seen = new Set();
       const order = DynamicKV.runOrder().filter((index) => runs[index].look !== "FullKV").sort((a, b) => DynamicKV.added(runs[b]) - DynamicKV.added(runs[a]));
-      const shown = order.filter((index) => { const same = String(runs[index].budgets); return !seen.has(same) && seen.add(same); }).slice(0, MANY);
+      const shown = order.filter((index) => { const same = store.trace.live ? index : String(runs[index].budgets); return !seen.has(same) && seen.add(same); }).slice(0, MANY);
       return new Set(runs.filter((_, index) => !shown.includes(index)).map((run) => run.look));
     }
 
     function show() {
-      stop();
+      if (store.trace && !figure()) key = titles[0].key;
       showTabs();
       if (!figure()) return;
       showKeys();
       showNote();
-      slider.max = String(Math.max(0, figure().steps.length - 1));
-      slider.value = slider.max;
       plot.style.height = `${height()}px`;
-      showStep();
       draw();
     }
 
-    find("play").addEventListener("click", () => {
-      if (DynamicKV.reducedMotion()) { const last = figure().steps.length - 1; setStep((Number(slider.value) + 1) % (last + 1)); } else play();
-    });
-    find("back").addEventListener("click", () => { stop(); setStep(Math.max(0, Number(slider.value) - 1)); });
-    find("forward").addEventListener("click", () => { stop(); setStep(Math.min(Number(slider.max), Number(slider.value) + 1)); });
-    slider.addEventListener("input", () => { stop(); showStep(); framedDraft(); });
     find("wide").addEventListener("click", (event) => {
       wide = !wide;
       event.currentTarget.setAttribute("aria-pressed", String(wide));
@@ -372,6 +337,7 @@
     });
     on("trace", (trace) => { if (!trace) return; hidden = crowded(trace.runs); show(); });
     on("theme", draw);
+    on("film", framedDraw);
     const framedMarks = framed(drawMarks);
     for (const name of ["view", "hover"]) on(name, framedMarks);
     on("runs", () => { if (store.trace) showKeys(); });

@@ -34,6 +34,12 @@
 
   DynamicKV.keep = (now) => { values = now; if (restored) later(); };
 
+  // The text became the reader's own: what the example expected goes, and nothing that was typed since.
+  DynamicKV.expecting = (example, expected) => {
+    const { trace } = store;
+    return example === OWN_TEXT && trace?.example && expected === trace.record.expected?.text ? "" : expected;
+  };
+
   // An example is being chosen: what stands in the form is the reader's own and comes back with "Your own text".
   DynamicKV.picking = () => { flush(); typed = false; };
 
@@ -70,7 +76,7 @@
   }
   // The cards and the record of a run come each by its own way. A reading that was fetched goes along.
   const keepRun = () => {
-    if (!restored || !store.payload || store.payload.example || !store.cards) return;
+    if (!restored || !store.payload || store.payload.live || store.payload.example || !store.cards) return;
     const payload = store.trace?.reads ? { ...store.payload, reads: store.trace.reads.sent } : store.payload;
     if (!write(RUN, { payload, cards: store.cards })) write(RUN, null);
   };

@@ -28,7 +28,8 @@
   };
 
   // Draw kept heads, (layers x length), into a canvas of so many columns, one pixel row per layer.
-  DynamicKV.drawMap = (canvas, kept, layers, length, columns, heads) => {
+  // Rows of layers that are not `read` yet stay clear.
+  DynamicKV.drawMap = (canvas, kept, layers, length, columns, heads, read = null) => {
     const bins = DynamicKV.binned(kept, layers, length, columns);
     // A pixel at a time: red, green, blue and opaque.
     const palette = new Uint32Array(Uint8Array.from(Array.from({ length: heads + 1 }, (_, i) => [...color(i / heads), 255]).flat()).buffer);
@@ -37,7 +38,7 @@
     const context = canvas.getContext("2d");
     const image = context.createImageData(columns, layers);
     const pixels = new Uint32Array(image.data.buffer);
-    for (let i = 0; i < bins.length; i += 1) pixels[i] = palette[bins[i]];
+    for (let i = 0; i < bins.length; i += 1) if (!read || read[Math.floor(i / columns)]) pixels[i] = palette[bins[i]];
     context.putImageData(image, 0, 0);
   };
 
@@ -54,7 +55,7 @@
       const run = store.trace.runs[store.view.run];
       const { kept, heads } = DynamicKV.seen(run, store.view.head, layers, length);
       const columns = Math.max(1, Math.min(length, Math.round(canvas.clientWidth)));
-      DynamicKV.drawMap(canvas, kept, layers, length, columns, heads);
+      DynamicKV.drawMap(canvas, kept, layers, length, columns, heads, run.now?.read);
       canvas.style.height = `${layers * ROW}px`;
       find("last").textContent = String(layers - 1);
       find("note").textContent = `${run.label} · bright: kept${store.view.head === null ? " by more heads" : ` by head ${store.view.head}`} · one column holds ${length > columns ? `up to ${Math.ceil(length / columns)} tokens` : "one token"}`;
@@ -119,6 +120,7 @@
     const framedDraw = framed(draw);
     on("trace", framedDraw);
     on("runs", framedDraw);
+    on("film", framedDraw);
     on("view", (changed) => { if (changed.has("run") || changed.has("head")) framedDraw(); });
     on("hover", framed(point));
     on("view", framed(point));

@@ -9,6 +9,7 @@
   };
 
   // Base64 to bytes; a plain loop, because Uint8Array.from with a function takes ten times as long.
+  DynamicKV.bytesIn = bytesIn;
   function bytesIn(base64) {
     const text = atob(base64);
     const bytes = new Uint8Array(text.length);
@@ -68,6 +69,7 @@
 
   // What is looked at: all heads together, or one. {kept: (layers x length) counts, heads: how many at most}
   DynamicKV.seen = (run, head, layers, length) => {
+    if (run.now) return { kept: run.now.kept, heads: run.heads }; // the film shows all heads together
     if (head === null) return { kept: run.kept, heads: run.heads };
     // A run per query head has several heads where others have one: show the first of its group.
     const most = Math.max(...DynamicKV.store.trace.runs.map((item) => item.heads));
@@ -76,15 +78,16 @@
 
   // In how many layers at least one head (or that head) keeps each position; computed once per run and head.
   DynamicKV.keptLayers = (run, layers, length, head = null) => {
-    run.layersKeeping ??= {};
-    if (run.layersKeeping[head]) return run.layersKeeping[head];
+    const found = ((run.now ?? run).layersKeeping ??= {});
+    if (found[head]) return found[head];
     const { kept } = DynamicKV.seen(run, head, layers, length);
     const counts = new Uint16Array(length);
     for (let layer = 0; layer < layers; layer += 1) {
+      if (run.now && !run.now.read[layer]) continue;
       const row = layer * length;
       for (let position = 0; position < length; position += 1) counts[position] += kept[row + position] > 0 ? 1 : 0;
     }
-    run.layersKeeping[head] = counts;
+    found[head] = counts;
     return counts;
   };
 
@@ -93,7 +96,8 @@
 
   // Counts per position and the count that means "all": heads in one layer, or layers over all.
   DynamicKV.countsAt = (run, layer, head, layers, length) => {
-    if (layer === null) return { counts: DynamicKV.keptLayers(run, layers, length, head), most: layers };
+    if (layer === null && run.now?.count === 0) return { counts: new Uint8Array(length).fill(1), most: 1 };
+    if (layer === null) return { counts: DynamicKV.keptLayers(run, layers, length, head), most: run.now?.count ?? layers };
     const { kept, heads } = DynamicKV.seen(run, head, layers, length);
     return { counts: kept.subarray(layer * length, (layer + 1) * length), most: heads };
   };

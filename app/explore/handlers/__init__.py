@@ -48,7 +48,7 @@ class ExploreHandlers:
         predictions = Predictions(shelf, examples)
         run = RunHandlers(host, comparisons, turns, shelf, shown, predictions)
         return cls(
-            form=FormHandlers(host, examples, shown),
+            form=FormHandlers(host, examples, shown, run.busy, lambda: comparisons.mass_ratio),
             run=run,
             what_if=WhatIfHandlers(host, predictions, run.guarded, shelf, shown),
             evidence=EvidenceHandlers(predictions, host, turns),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ from app.form import FIELDS, form_of
 from app.serving.events import handlers, page_error, placed
 from app.serving.model_host import PromptSize
 from app.serving.shown import Shown
+from app.serving.speed import MASS_RATIO
 from app.serving.status import idle
 from app.uploads import read_text_upload
 
@@ -39,8 +40,17 @@ class Models(Protocol):
 class FormHandlers:
     """Events of the form."""
 
-    def __init__(self, models: Models, examples: Mapping[str, Example], shown: Shown) -> None:
+    def __init__(
+        self,
+        models: Models,
+        examples: Mapping[str, Example],
+        shown: Shown,
+        busy: Callable[[gr.Request], bool] = lambda _: False,
+        mass_ratio: Callable[[], float] = lambda: MASS_RATIO,
+    ) -> None:
+        """`busy`: whether a visitor's run is on; `mass_ratio` as `Comparisons` knows it."""
         self._models, self._examples, self._shown = models, examples, shown
+        self._busy, self._mass_ratio = busy, mass_ratio
 
     def count(self, document: str, question: str, model: str) -> dict[str, Any]:
         """Live token count; output: its readout."""
@@ -119,16 +129,20 @@ class FormHandlers:
                 )
         return placed(LINKED, changes)
 
-    def own_text(self, document: str, expected: str, example_id: str | None) -> list[Any]:
-        """Let go of the example's title, and of what it expects, when the text is not its any more;
-        outputs: expected, example.
-        """
+    def own_text(self, document: str, example_id: str | None) -> Any:
+        """Let go of the example's title when the text is not its any more; output: example."""
         example = self._example(example_id)
-        if example is None or example.is_document(document):
-            return [gr.skip(), gr.skip()]
-        sought = example.trace.expected if example.trace is not None else None
-        its_own = sought is not None and sought.text == expected
-        return ["" if its_own else gr.skip(), OWN_TEXT]
+        return gr.skip() if example is None or example.is_document(document) else OWN_TEXT
+
+    def ready(self, document: str, question: str, request: gr.Request) -> Any:
+        """Whether there is something to run; output: Run, which is left alone while it runs."""
+        if self._busy(request):
+            return gr.skip()
+        return gr.update(interactive=all(text and text.strip() for text in (document, question)))
+
+    def price(self, methods: list[str]) -> dict[str, str]:
+        """What the ticked methods cost; output: its readout."""
+        return vm.price(methods, self._mass_ratio())
 
     def upload(self, path: str | None) -> Any:
         """Read an uploaded text; output: document."""

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import gradio as gr
 
 import dynamickv as dkv
+from app.explore.film import Film
 from app.explore.live import LiveRun
 from app.explore.predictions import Predictions
 from app.form import Form
@@ -32,7 +33,7 @@ from app.serving.stops import Stops
 from app.serving.turns import Turns
 
 RESTORE = {"restore": True}
-"""Tells the answer cards to show their last finished comparison again."""
+"""Tells the answer cards, and what the views below show, to go back to the last whole run."""
 SHOW_EVERY = 0.08
 """Seconds between two pictures of a run: faster than eyes follow, slower than the wire needs."""
 Shows = Iterator[tuple[Any, ...]]
@@ -87,6 +88,10 @@ class RunHandlers:
             lambda: self._comparisons.seconds(*self._job(values)),
         )
 
+    def busy(self, request: gr.Request) -> bool:
+        """Whether this session's run is on or waits."""
+        return self._stops.on(session(request))
+
     def stop(self, request: gr.Request) -> Any:
         """Ask this session's run to end after the current layer or token; output: status."""
         if not self._stops.ask(session(request)):
@@ -113,7 +118,7 @@ class RunHandlers:
         except Exception as error:
             remedy = "shorten the document or choose fewer methods"
             said = told(error, "a comparison failed", "run", remedy)
-            yield said, RESTORE, gr.skip(), *idle_buttons()
+            yield said, RESTORE, RESTORE, *idle_buttons()
         finally:
             self._stops.end(stop)
 
@@ -134,6 +139,7 @@ class RunHandlers:
             llm.geometry.num_layers,
             self._comparisons.estimate(model, job),
             others=llm.geometry.uncompressed,
+            film=Film(job.methods),
         )
         prefills: list[dkv.Prefill] = []
         start = time.perf_counter()
@@ -143,7 +149,7 @@ class RunHandlers:
                 "Stopped while reading the prompt: nothing was answered.",
                 "The page shows the run before it.",
             )
-            yield stopped, RESTORE, gr.skip(), *idle_buttons()
+            yield stopped, RESTORE, RESTORE, *idle_buttons()
             return
         self._comparisons.learn(live.trace)
         log_run(live.trace)
@@ -164,4 +170,5 @@ def follow(stream: Any, live: LiveRun) -> Shows:
             now = time.perf_counter()
             if at_once or now - shown_at >= SHOW_EVERY:
                 shown_at = now
-                yield live.status(now - start), live.payload(), gr.skip(), gr.skip(), gr.skip()
+                film = live.film(now, at_once) or gr.skip()
+                yield live.status(now - start), live.payload(), film, gr.skip(), gr.skip()

@@ -59,10 +59,30 @@ def test_picking_an_example_shows_its_record(host: ModelHost, example: Example) 
 
 def test_a_changed_text_lets_go_of_the_example(host: ModelHost, example: Example) -> None:
     handlers = Page(host, {"one": example}).explore.form
-    assert handlers.own_text("The river rose again!", "", "one") == [gr.skip(), OWN_TEXT]
+    assert handlers.own_text("The river rose again!", "one") == OWN_TEXT
     for same in (example.document, example.document + "\n"):
-        assert handlers.own_text(same, "", "one") == [gr.skip(), gr.skip()]
-    assert handlers.own_text("anything", "", None) == [gr.skip(), gr.skip()]
+        assert handlers.own_text(same, "one") == gr.skip()
+    assert handlers.own_text("anything", None) == gr.skip()
+
+
+def test_run_waits_for_a_text_and_a_question(host: ModelHost) -> None:
+    handlers = Page(host).explore.form
+    for document, question in (("", "Who?"), (" ", "Who?"), ("The river.", ""), ("", "")):
+        assert handlers.ready(document, question, asking())["interactive"] is False
+    assert handlers.ready("The river.", "Who?", asking())["interactive"] is True
+
+
+def test_typing_while_a_run_is_on_leaves_its_buttons_alone(host: ModelHost) -> None:
+    page = Page(host)
+    begun = page.explore.run.begin(asking(), *filled(model=host.default))
+    next(begun)
+    assert page.explore.form.ready("The river.", "Who?", asking()) == gr.skip()
+
+
+def test_what_reads_all_attention_says_its_price(host: ModelHost) -> None:
+    handlers = Page(host).explore.form
+    assert handlers.price(["FullKV", "SnapKV"]) == {"value": "", "note": ""}
+    assert "H2O reads the whole attention matrix" in handlers.price(["FullKV", "H2O"])["note"]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 import dynamickv as dkv
 from app.explore.live import LiveRun
 from app.serving.speed import Estimate, Speed
@@ -35,8 +37,21 @@ def test_events_fill_the_cards() -> None:
 def test_the_estimate_says_what_it_rests_on() -> None:
     speed = Speed.of(synthetic_trace(tokens=300), "the recorded run")
     estimate = speed.estimate(1000, 2, 64)
+    dearer = speed.estimate(1000, 2, 64, mass=True)
+    more = dearer.seconds - estimate.seconds
+    assert more == pytest.approx(speed.prefill_per_token * 1000)
     assert estimate.words().startswith("up to ")
     assert estimate.words().endswith("at the speed of the recorded run")
+
+
+def test_what_is_left_of_the_answers_is_judged_by_their_tokens() -> None:
+    live = LiveRun(["FullKV", "SnapKV"], "?", 11, 30)
+    live.add(dkv.Token(0, "FullKV", 5, "The", 0.0))
+    assert live.status(40.0)["detail"] == "40.0 s"
+    for _ in range(4):
+        live.add(dkv.Token(0, "FullKV", 5, "The", 0.5))
+        live.add(dkv.Token(1, "SnapKV", 5, "The", 0.5))
+    assert live.status(44.0)["detail"] == "44.0 s · at most 6.0 s more"
 
 
 def test_an_exceeded_estimate_is_said_to_be_exceeded() -> None:
