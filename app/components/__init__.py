@@ -71,6 +71,12 @@ class Film(Component):
     view, template = "film", "film"
 
 
+class Forgetting(Component):
+    """What is forgotten while an answer grows, token by token; hidden where nothing is."""
+
+    view, template = "forgetting", "forgetting"
+
+
 class LayerMap(Component):
     """Retention of all layers and positions on one canvas."""
 
@@ -111,6 +117,7 @@ __all__ = [
     "Evidence",
     "FigureView",
     "Film",
+    "Forgetting",
     "LabPanel",
     "LabStatus",
     "LayerMap",

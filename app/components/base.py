@@ -34,6 +34,7 @@ SCRIPTS = (
     "figure_view",
     "layer_map",
     "film",
+    "forgetting",
     "answer_cards",
     "status_line",
     "model_chip",
@@ -110,4 +111,5 @@ def head() -> str:
 
 def styles() -> str:
     """The palette and the sizes."""
-    return f"{css_variables()}\n{read('explorer.css')}\n{read('stage.css')}\n{read('film.css')}"
+    own = ("explorer", "stage", "film", "forgetting")
+    return "\n".join([css_variables(), *(read(f"{name}.css") for name in own)])
