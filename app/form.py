@@ -8,7 +8,7 @@ from typing import Any
 
 import dynamickv as dkv
 
-from .inputs import Request, build_request
+from .inputs import DEFAULT_BUFFER, Request, build_request
 from .record.words import document_of
 from .settings import CAPACITIES, SETTINGS, defaults, form_defaults, offered_methods
 
@@ -18,6 +18,8 @@ FIELDS = (
     "methods",
     *SETTINGS,
     "max_new_tokens",
+    "decode_budget",
+    "decode_buffer",
     "truncate",
     "question_aware",
     "model",
@@ -43,6 +45,8 @@ class Form:
     question_aware: Any
     model: Any
     expected: Any = ""
+    decode_budget: Any = 0
+    decode_buffer: Any = DEFAULT_BUFFER
 
     @classmethod
     def of(cls, values: Sequence[Any], names: Sequence[str] = FIELDS) -> Form:
@@ -70,6 +74,8 @@ class Form:
             truncate=self.truncate,
             question_aware=self.question_aware,
             expected=self.expected,
+            decode_budget=self.decode_budget,
+            decode_buffer=self.decode_buffer,
         )
 
 
@@ -83,6 +89,7 @@ def form_of(trace: dkv.Trace, models: list[str]) -> dict[str, Any]:
     capacity = settings["capacity"]
     if not isinstance(capacity, int) or not CAPACITIES[0] <= capacity <= CAPACITIES[1]:
         del settings["capacity"]
+    decoding = next((run.decoding for run in trace.runs if run.decoding), {})
     names = {run.method for run in trace.runs} | {"FullKV"}
     model = {"model": trace.model.name} if trace.model.name in models else {}
     texts = {"document": document_of(trace.prompt), "question": trace.prompt.question}
@@ -92,6 +99,8 @@ def form_of(trace: dkv.Trace, models: list[str]) -> dict[str, Any]:
         **texts,
         "methods": [name for name in offered_methods() if name in names],
         **settings,
+        "decode_budget": decoding.get("budget", 0),
+        "decode_buffer": decoding.get("buffer", DEFAULT_BUFFER),
         "truncate": trace.prompt.truncated,
         "question_aware": trace.prompt.question_aware,
         "expected": trace.expected.text if trace.expected else "",

@@ -19,6 +19,8 @@ MAX_CHARACTERS = 1_000_000
 MAX_QUESTION_CHARACTERS = 20_000
 MAX_NEW_TOKENS = 512
 DEFAULT_NEW_TOKENS = 64
+DEFAULT_BUFFER = 16
+"""Answers on the page are short."""
 DEFAULT_METHODS = ("FullKV", "DynamicKV")
 
 
@@ -34,6 +36,8 @@ class Request:
     question_aware: bool = True
     expected: str = ""
     """A passage or an answer to look for; empty where nothing is expected."""
+    decoding: dkv.Decoding | None = None
+    """How compression goes on while answering; None where it does not."""
 
 
 def check_texts(document: Any, question: Any) -> tuple[str, str]:
@@ -80,6 +84,27 @@ def check_expected(text: Any) -> str:
             f"{MAX_QUESTION_CHARACTERS:,}: shorten it."
         )
     return text.strip()
+
+
+def build_decoding(
+    budget: Any, buffer: Any, methods: Sequence[dkv.CompressionMethod]
+) -> dkv.Decoding | None:
+    """How compression goes on while answering; None for a budget of 0 or none at all.
+
+    Raises:
+        ValueError: one sentence, also where one of the methods cannot choose again.
+    """
+    if budget in (None, 0, ""):
+        return None
+    most = dkv.trace.MAX_POSITIONS
+    decoding = dkv.Decoding(
+        budget=whole_number("decode_budget", budget, 1, most),
+        buffer=whole_number("decode_buffer", buffer, 1, most),
+    )
+    for method in methods:
+        if method.capabilities.capacity:
+            decoding.of_answer(method)
+    return decoding
 
 
 def build_methods(names: Any, settings: Mapping[str, Any]) -> list[dkv.CompressionMethod]:
@@ -204,6 +229,8 @@ def build_request(
     truncate: Any = False,
     question_aware: Any = True,
     expected: Any = "",
+    decode_budget: Any = 0,
+    decode_buffer: Any = DEFAULT_BUFFER,
 ) -> Request:
     """Check everything at once.
 
@@ -212,12 +239,14 @@ def build_request(
     """
     document, question = check_texts(document, question)
     numbers = whole_numbers(settings)
+    chosen = build_methods(methods, numbers)
     return Request(
         document=document,
         question=question,
-        methods=build_methods(methods, numbers),
+        methods=chosen,
         max_new_tokens=whole_number("max_new_tokens", max_new_tokens, 1, MAX_NEW_TOKENS),
         truncate=bool(truncate),
         question_aware=bool(question_aware),
         expected=check_expected(expected),
+        decoding=build_decoding(decode_budget, decode_buffer, chosen),
     )

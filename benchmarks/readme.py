@@ -24,6 +24,7 @@ SECTIONS = {
     "convert": ("First conversion of a GGUF file", "python -m benchmarks.convert FILE.gguf"),
     "engine": ("Reading, choosing, decoding", "make bench"),
     "what-if": ("Choosing again from one prefill", "python -m benchmarks.what_if"),
+    "decoding": ("Long answers, several questions", "python -m benchmarks.decoding"),
     "film": ("Watching a run", "python -m benchmarks.film"),
     "batch": ("Several prompts in one batch", "python -m benchmarks.batch"),
     "evaluate": ("Six methods and one", "python -m benchmarks.evaluate"),
@@ -80,7 +81,9 @@ def measured_section() -> str:
             again = record.get("again", [])
             cells = columns_by_length(rows) or rows_with_targets(rows, again)
             parts += [f"## {title}", caption(record, command), markdown(cells)]
-    return "\n\n".join([MEASURED[0], *parts, *allocations(), first_third(), MEASURED[1]])
+    return "\n\n".join(
+        [MEASURED[0], *parts, *forgetting(), *allocations(), first_third(), MEASURED[1]]
+    )
 
 
 def headline_section() -> str:
@@ -207,6 +210,41 @@ def figure(value: float) -> str:
     if abs(value) >= 100:
         return f"{value:.0f}"
     return f"{value:.4g}" if 0.9 < abs(value) < 1.1 else f"{value:.3g}"
+
+
+def forgetting() -> list[str]:
+    """What caches of fixed size say along a given text, a table per model."""
+    parts = []
+    for path in sorted(RESULTS.glob("forgetting-*.json")):
+        record = results(path.stem)
+        where, rows = record["circumstances"], record["summary"]
+        first = rows[0]
+        parts.append(
+            f"{where['model']}, {first['texts']} texts, {first['answer_tokens']:.0f} tokens fed "
+            f"behind {first['prompt_tokens']:.0f} that were read ({where['device']}, "
+            f"{where['cores']} cores, {where['date']}). Against the full cache, 95 % intervals "
+            "over texts in brackets; what survives also in the first, fourth and last eighth of "
+            "the text. Again with `python -m dynamickv forgetting`."
+        )
+        cells = [["method", "budget", "same next token", "survives", "1/8", "4/8", "8/8"]]
+        for row in rows:
+            curve = row["surviving_curve"]
+            cells.append(
+                [
+                    row["method"],
+                    str(row["budget"]),
+                    *(shared(row, name) for name in ("agreement", "surviving")),
+                    *(f"{curve[part]:.0%}" for part in (0, 3, 7)),
+                ]
+            )
+        parts.append(markdown(cells))
+    return ["## How a cache of fixed size forgets", *parts] if parts else []
+
+
+def shared(row: dict[str, Any], name: str) -> str:
+    """A share with its interval."""
+    low, high = row[f"{name}_interval"]
+    return f"{row[name]:.1%} ({100 * low:.1f} to {100 * high:.1f})"
 
 
 def allocations() -> list[str]:

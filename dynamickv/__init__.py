@@ -63,6 +63,7 @@ if TYPE_CHECKING or transformers_serves():
     from dynamickv.answer import Preview, preview
     from dynamickv.compare import compare, compare_stream
     from dynamickv.conversation import Conversation
+    from dynamickv.decoding.asking import with_question
     from dynamickv.decoding.forcing import divergence, forced_logits
     from dynamickv.decoding.reads import Reads, reads
     from dynamickv.models import Geometry, LoadedModel, load_model
@@ -163,4 +164,5 @@ __all__ = [
     "search_capacity",
     "smallest_capacity",
     "trace",
+    "with_question",
 ]

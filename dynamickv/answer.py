@@ -104,7 +104,15 @@ class Answer:
         self.keeps_everything = bool(self._mask.all())
         self._together: Together | None = None
         self._member: Member | None = None
-        self._decode = partial(decode, llm, cache, logits, prompt.length, max_new_tokens)
+        self._decode = partial(
+            decode,
+            llm,
+            cache,
+            logits,
+            prompt.length,
+            max_new_tokens,
+            forgetting=self._forgetting,
+        )
         self._steps: Iterator[Step] = self._decode()
         self._text = TextStream(llm)
         self._done: list[Step] = []

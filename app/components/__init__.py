@@ -80,6 +80,12 @@ class Onward(Component):
     view, template = "onward", "onward"
 
 
+class Forgetting(Component):
+    """What is forgotten while an answer grows, token by token; hidden where nothing is."""
+
+    view, template = "forgetting", "forgetting"
+
+
 class LayerMap(Component):
     """Retention of all layers and positions on one canvas."""
 
@@ -126,6 +132,7 @@ __all__ = [
     "Evidence",
     "FigureView",
     "Film",
+    "Forgetting",
     "Gallery",
     "LabPanel",
     "LabStatus",

@@ -34,6 +34,7 @@ SCRIPTS = (
     "figure_view",
     "layer_map",
     "film",
+    "forgetting",
     "answer_cards",
     "status_line",
     "model_chip",
@@ -115,5 +116,7 @@ def head() -> str:
 
 def styles() -> str:
     """The palette and the sizes."""
-    sheets = (read(f"{name}.css") for name in ("explorer", "stage", "film", "lab", "hall"))
+    sheets = (
+        read(f"{name}.css") for name in ("explorer", "stage", "film", "forgetting", "lab", "hall")
+    )
     return "\n".join([css_variables(), *sheets])

@@ -14,6 +14,7 @@ from app.components import (
     Evidence,
     FigureView,
     Film,
+    Forgetting,
     LayerMap,
     Onward,
     Readout,
@@ -25,7 +26,7 @@ from app.components import (
 )
 from app.examples import OWN_TEXT, Example
 from app.form import FIELDS
-from app.inputs import DEFAULT_METHODS, DEFAULT_NEW_TOKENS, MAX_NEW_TOKENS
+from app.inputs import DEFAULT_BUFFER, DEFAULT_METHODS, DEFAULT_NEW_TOKENS, MAX_NEW_TOKENS
 from app.serving.events import IN_TURNS, LIGHT, PRIVATE
 from app.serving.model_host import ModelHost
 from app.serving.shown import Shown
@@ -200,6 +201,23 @@ def build_advanced(first: Example | None) -> Widgets:
             step=1,
             label="Longest answer, in tokens",
         )
+        with gr.Row():
+            made["decode_budget"] = gr.Number(
+                0,
+                minimum=0,
+                precision=0,
+                label="Decode budget",
+                info="held while answering; 0: all",
+                min_width=120,
+            )
+            made["decode_buffer"] = gr.Number(
+                DEFAULT_BUFFER,
+                minimum=1,
+                precision=0,
+                label="Decode buffer",
+                info="tokens between choices",
+                min_width=120,
+            )
         made["truncate"] = gr.Checkbox(
             False, label="Cut the middle out of a document that is too long"
         )
@@ -256,6 +274,7 @@ def build_results(handlers: ExploreHandlers, shown: Shown, first: Example | None
         made["cards"] = AnswerCards(cards, elem_id="dkv-answers")
         Film(elem_id="dkv-film")
         made["onward"] = Onward(elem_id="dkv-onward")
+        Forgetting(elem_id="dkv-forgetting")
         with gr.Row(elem_id="dkv-stage"):
             with gr.Column(scale=6, min_width=320, elem_id="dkv-reading"):
                 DocumentView(elem_id="dkv-document-view", elem_classes=["dkv-fill"])

@@ -182,10 +182,19 @@ def card(run: Run, trace: Trace) -> dict[str, Any]:
         "chip": chip,
         "tone": tone,
         "answer": [same, differs, rest],
-        "finish": finish_words(run),
+        "finish": finish_words(run) + forgetting_words(run),
         "kept": run.kept_fraction,
         "receipts": receipts(run, trace),
     }
+
+
+def forgetting_words(run: Run) -> str:
+    """How often a run chose again while it answered, and down to what."""
+    if run.decoding is None or not run.forgotten:
+        return ""
+    times = len(run.forgotten)
+    often = "once" if times == 1 else f"{times} times"
+    return f"; chose again {often}, down to {count(run.decoding['budget'], 'token')} per layer"
 
 
 def card_frame(method: str) -> dict[str, Any]:

@@ -106,6 +106,7 @@ class Comparisons:
             should_stop=should_stop,
             question_aware=job.question_aware,
             expected=job.expected,
+            decoding=job.decoding,
             watch=scores,  # who looks at scores looks on; the endpoint does neither
         )
 

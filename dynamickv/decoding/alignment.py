@@ -60,7 +60,7 @@ def with_alignment(
         for index, place in places.items()
     }
     every = FullKV().select(prefill.layers)
-    whole = _along(
+    whole = along(
         llm,
         prefill,
         prompt,
@@ -70,7 +70,7 @@ def with_alignment(
     )
     for index in others:
         pair = {index: pairs[index]} if index in pairs else {}
-        own = _along(llm, prefill, prompt, caches[index - first], full.token_ids, pair)
+        own = along(llm, prefill, prompt, caches[index - first], full.token_ids, pair)
         texts = [
             str(llm.tokenizer.decode([token], clean_up_tokenization_spaces=False))
             for token in own.forced.likeliest
@@ -97,7 +97,7 @@ def _parting(run: Run, full: Run) -> int | None:
 
 
 @dataclass(slots=True)
-class _Pass:
+class Pass:
     """What one cache says along an answer."""
 
     forced: Forced
@@ -105,14 +105,14 @@ class _Pass:
 
 
 @torch.inference_mode()
-def _along(
+def along(
     llm: LoadedModel,
     prefill: Prefill,
     prompt: EncodedPrompt,
     make_cache: MakeCache,
     answer: Sequence[int],
     asked: Mapping[int, tuple[int, list[int]]],
-) -> _Pass:
+) -> Pass:
     """One pass of a cache over an answer.
 
     Args:
@@ -123,7 +123,7 @@ def _along(
     start = prefill.logits
     if later:
         start = extend(llm, cache, later, prefill.length, forgetting)
-    made = _Pass(Forced(probabilities=[], likeliest=[], likeliest_probabilities=[]))
+    made = Pass(Forced(probabilities=[], likeliest=[], likeliest_probabilities=[]))
     _take(made, start[None], answer, asked)
     for logits in follow(llm, cache, answer[:-1], prompt.length, forgetting=forgetting):
         _take(made, logits, answer, asked)
@@ -133,7 +133,7 @@ def _along(
 
 
 def _take(
-    made: _Pass, logits: Tensor, answer: Sequence[int], asked: Mapping[int, tuple[int, list[int]]]
+    made: Pass, logits: Tensor, answer: Sequence[int], asked: Mapping[int, tuple[int, list[int]]]
 ) -> None:
     """Add what some places' logits, (places, vocabulary), say."""
     done = len(made.forced.likeliest)

@@ -4,7 +4,8 @@ A pruned cache's buffers have a fixed, preallocated size, so one token's whole w
 is the same sequence of launches on the same memory every time; only numbers on the device change
 (the token, its position, the slot it fills in each layer). The sequence is captured once and
 replayed per token, which frees it from the host. Layers may differ in length: each is fixed. A
-model that lies on several devices is one graph on each, and a short message from one to the next.
+cache whose method chooses again while it grows is one graph from choice to choice. A model that
+lies on several devices is one graph on each, and a short message from one to the next.
 
 For the models that `decode_step` takes (Llama, Mistral, Qwen2 and Qwen3 with full attention), with
 Triton kernels where they run and plain torch operations elsewhere. Every other model decodes
@@ -14,14 +15,17 @@ without a graph.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from dynamickv.cache import KVCache
 from dynamickv.decoding.decode_step import DecodeStep, PlainOps
+from dynamickv.decoding.forgetting import Forgetting
 from dynamickv.fast.decoder import stages, steppable
 from dynamickv.models import LoadedModel
 
@@ -29,6 +33,20 @@ log = logging.getLogger(__name__)
 
 LEAST_STEPS = 16
 """Fewer steps than this are not worth a capture."""
+
+
+class Stage(Protocol):
+    """A step that can be replayed."""
+
+    step: DecodeStep
+    output: Tensor
+    """What the stage sends on, or the logits; the next step overwrites it."""
+
+    def replay(self) -> None:
+        """Enqueue the stage's work."""
+
+
+Capture = Callable[[DecodeStep], Stage]
 
 
 class DecodeGraph:
@@ -42,6 +60,8 @@ class DecodeGraph:
         position: int,
         room: int,
         ops: PlainOps | None = None,
+        remember: int = 0,
+        capture: Capture | None = None,
     ) -> None:
         """Capture a step; nothing is decoded yet.
 
@@ -50,14 +70,30 @@ class DecodeGraph:
             position: true position of the next token, whatever the cache dropped.
             room: steps to make room for.
             ops: what the step is made of; by default the fastest that run here.
+            remember: how many of the last queries of every layer stay, see `asked`.
+            capture: what makes a step one that is replayed; by default a CUDA graph.
         """
         self._cache = cache
+        self._steps = 0
+        make = capture or CapturedStage
         self._stages = [
-            CapturedStage(
-                DecodeStep(llm, cache, position, room, ops or fastest_ops(stage.device), stage)
+            make(
+                DecodeStep(
+                    llm, cache, position, room, ops or fastest_ops(stage.device), stage, remember
+                )
             )
             for stage in stages(llm)
         ]
+
+    def asked(self) -> dict[int, Tensor]:
+        """By layer the last queries that are remembered, (query_heads, any number, head_dim)."""
+        return {
+            layer: queries
+            for stage in self._stages
+            for layer, queries in zip(
+                stage.step.stage.layers, stage.step.asked(self._steps), strict=True
+            )
+        }
 
     @property
     def logits(self) -> Tensor:
@@ -80,10 +116,60 @@ class DecodeGraph:
         """Feed a token; the most likely next one and its natural-log probability."""
         self._stages[0].step.token.fill_(token_id)
         self.replay()
+        self._steps += 1
         for layer in self._cache.whole_layers():
             layer.grow_in_place()
         next_id, logprob = self._stages[-1].step.chosen.tolist()
         return int(next_id), logprob
+
+
+class ForgettingGraphs:
+    """One graph after another for a cache whose method chooses again while it grows: each has the
+    room that is left until the next choice, and is dropped before it. What is held never takes more
+    than budget + buffer; the graph remembers the queries that the choice reads.
+    """
+
+    def __init__(
+        self,
+        llm: LoadedModel,
+        cache: KVCache,
+        position: int,
+        steps: int,
+        forgetting: Forgetting,
+        ops: PlainOps | None = None,
+        capture: Capture | None = None,
+    ) -> None:
+        """Nothing is captured yet.
+
+        Args:
+            cache: as for `DecodeGraph`.
+            forgetting: of that cache; it is asked to make room before every step.
+            steps: most steps that will come.
+        """
+        self._make = partial(DecodeGraph, llm, cache, ops=ops, capture=capture)
+        self._forgetting = forgetting
+        self._position, self._left = position, steps
+        self._graph: DecodeGraph | None = None
+        forgetting.before_choice = self._bring
+
+    def advance(self, token_id: int) -> tuple[int, float]:
+        """Feed a token for which room was made; the most likely next one and its natural-log
+        probability."""
+        if self._graph is None:
+            # The room made for this token counts no more.
+            room = min(self._left, self._forgetting.room + 1)
+            remember = self._forgetting.queries_read(room)
+            self._graph = self._make(self._position, room, remember=remember)
+        self._position += 1
+        self._left -= 1
+        return self._graph.advance(token_id)
+
+    def _bring(self) -> None:
+        """Hand over the queries since the last choice; the memory of the graph is the cache's."""
+        if self._graph is not None:
+            for layer, queries in self._graph.asked().items():
+                self._forgetting.took(layer, queries[None])
+            self._graph = None
 
 
 class CapturedStage:

@@ -14,7 +14,12 @@ import torch
 from torch import Tensor
 
 from dynamickv.cache import BatchedCache, KVCache
-from dynamickv.decoding.cuda_graph import LEAST_STEPS, DecodeGraph, graphable
+from dynamickv.decoding.cuda_graph import (
+    LEAST_STEPS,
+    DecodeGraph,
+    ForgettingGraphs,
+    graphable,
+)
 from dynamickv.decoding.decode_step import RowSteps
 from dynamickv.decoding.forgetting import Forgetting
 from dynamickv.fast.decoder import steppable
@@ -46,6 +51,7 @@ def decode(
     position: int,
     max_new_tokens: int,
     advance: Advance | None = None,
+    forgetting: Forgetting | None = None,
 ) -> Iterator[Step]:
     """Yield greedy tokens until the end of the answer, `max_new_tokens` or the model's last
     position.
@@ -58,6 +64,8 @@ def decode(
         logits: next-token logits after the prompt, (vocabulary,).
         position: true position of the next token, whatever the cache dropped.
         advance: feeds tokens in another way, such as together with other runs.
+        forgetting: of a cache whose method chooses again; the caller asks it for room after every
+            step but the last.
     """
     count = 0
     most = min(max_new_tokens, llm.geometry.max_positions - position + 1)
@@ -74,15 +82,19 @@ def decode(
         yield Step(token_id, logprob, seconds, last)
         if last is not None:
             return
-        advance = advance or _stepper(llm, cache, position, most - 1)
+        advance = advance or _stepper(llm, cache, position, most - 1, forgetting)
         token_id, logprob, seconds = advance(token_id)
 
 
-def _stepper(llm: LoadedModel, cache: KVCache, position: int, steps: int) -> Advance:
+def _stepper(
+    llm: LoadedModel, cache: KVCache, position: int, steps: int, forgetting: Forgetting | None
+) -> Advance:
     """Feed tokens one after another from `position` on."""
-    # A graph's launches are fixed, and a layer that is observed while answering is cut again.
-    seen = any(layer.after_attention is not None for layer in cache.whole_layers())
-    if steps >= LEAST_STEPS and cache.plain and graphable(llm) and not seen:
+    captured = steps >= LEAST_STEPS and cache.plain and graphable(llm)
+    if captured and forgetting is not None and forgetting.buffer >= LEAST_STEPS:
+        step = ForgettingGraphs(llm, cache, position, steps, forgetting).advance
+    # A graph's launches are fixed, and it shows no queries to whoever observes a layer.
+    elif captured and all(layer.after_attention is None for layer in cache.whole_layers()):
         step = DecodeGraph(llm, cache, position, steps).advance
     else:
         feed = feeder(llm, cache.plain)

@@ -73,6 +73,51 @@ class PlainOps(Ops[Slots]):
         return output.reshape(-1)
 
 
+class RememberingOps(Ops[Slots]):
+    """Other operations that leave the last queries of every layer behind, for a choice among what
+    is held."""
+
+    def __init__(self, ops: PlainOps, asked: dict[int, Tensor], turn: Tensor) -> None:
+        """
+        Args:
+            asked: by the identity of a layer's slots, (remembered, query_heads, head_dim).
+            turn: the place that this token's query takes in each, (1,).
+        """
+        self._ops, self._asked, self._turn = ops, asked, turn
+
+    def linear(self, x: Tensor, linear: nn.Linear) -> Tensor:
+        """One projection."""
+        return self._ops.linear(x, linear)
+
+    def place(
+        self,
+        qkv: Tensor,
+        rotation: Rotation,
+        norms: HeadNorms | None,
+        store: Slots,
+        query_heads: int,
+    ) -> Tensor:
+        """Write into the token's slot."""
+        return self._ops.place(qkv, rotation, norms, store, query_heads)
+
+    def attend(self, query: Tensor, store: Slots, scaling: float) -> Tensor:
+        """Attention over the slots up to the token's own; the query stays behind."""
+        self._asked[id(store)].index_copy_(0, self._turn, query[None])
+        return self._ops.attend(query, store, scaling)
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """RMS norm over the last dimension."""
+        return self._ops.norm(x, weight, eps)
+
+    def project(self, x: Tensor, *linears: nn.Linear, residual: Tensor | None = None) -> Tensor:
+        """Up to three projections of one input."""
+        return self._ops.project(x, *linears, residual=residual)
+
+    def gate(self, x: Tensor, gate: nn.Linear, up: nn.Linear) -> Tensor:
+        """silu(gate(x)) * up(x)."""
+        return self._ops.gate(x, gate, up)
+
+
 class RowSteps:
     """Feeds one token to each of several caches, on the CPU in float32.
 
@@ -144,6 +189,7 @@ class DecodeStep:
         room: int,
         ops: PlainOps,
         stage: Stage | None = None,
+        remember: int = 0,
     ) -> None:
         """Reserve room.
 
@@ -152,8 +198,9 @@ class DecodeStep:
             position: true position of the next token, whatever the cache dropped.
             room: steps to make room for.
             stage: which part; by default the whole of a model on one device.
+            remember: how many of the last queries of every layer stay, see `asked`.
         """
-        self._llm, self._ops = llm, ops
+        self._llm = llm
         decoder: Any = llm.model.model
         self.stage = stage or Stage(llm.device, range(len(decoder.layers)), True, True, True)
         device = self.stage.device
@@ -176,12 +223,28 @@ class DecodeStep:
             Slots(keys[0], values[0], self.slots[index : index + 1])
             for index, (keys, values) in enumerate(layer.reserve(room) for layer in layers)
         ]
+        self._turn = torch.zeros(1, dtype=torch.long, device=device)
+        shape = remember, llm.geometry.num_query_heads, llm.geometry.head_dim
+        self._asked = [torch.zeros(shape, dtype=weight.dtype, device=device) for _ in self._stores]
+        self._ops: Ops[Slots] = ops
+        if remember:
+            kept = {id(s): asked for s, asked in zip(self._stores, self._asked, strict=True)}
+            self._ops = RememberingOps(ops, kept, self._turn)
+        self._remember = remember
         self.rewind()
 
     def rewind(self) -> None:
         """Back to the first step; what was written since is overwritten by the next steps."""
         self.slots.copy_(self._first_slots)
         self.position.fill_(self._first_position)
+        self._turn.zero_()
+
+    def asked(self, steps: int) -> list[Tensor]:
+        """The last queries that are remembered after so many steps, per layer of the stage,
+        (query_heads, at most remember, head_dim), the newest last."""
+        last = range(max(steps - self._remember, 0), steps)
+        places = torch.tensor([step % self._remember for step in last], device=self._turn.device)
+        return [asked[places].transpose(0, 1) for asked in self._asked]
 
     def __call__(self) -> Tensor:
         """Feed `token` or `message`, move `position` and `slots` on; the message for the next
@@ -198,6 +261,8 @@ class DecodeStep:
         x = through(self._llm, self._ops, x, rotation, layers, self._stores)
         self.position += 1
         self.slots += 1
+        if self._remember:
+            self._turn.add_(1).remainder_(self._remember)
         if self.stage.norms:
             x = normed(self._llm, self._ops, x)
         if not self.stage.speaks:

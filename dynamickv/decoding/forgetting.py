@@ -84,6 +84,16 @@ class _Traits:
     sinks: Tensor | None
 
 
+def _traits_of(layer: Attended | LayerObservation) -> _Traits:
+    sinks = layer.sinks
+    if layer.bias is not None or (sinks is not None and sinks.dim() > 1):
+        raise ValueError(
+            "this model's attention logits depend on each query's position or sinks, which are not "
+            "kept while answering; leave decoding out"
+        )
+    return _Traits(layer.scaling, layer.softcap, sinks)
+
+
 class Forgetting:
     """The choices of one cache, from the end of the prompt on."""
 
@@ -102,6 +112,8 @@ class Forgetting:
         self._decoding, self._on_choice = decoding, on_choice
         self.needs_mass = self._method.needs_mass
         self.choices: list[Choice] = []
+        self.before_choice: Callable[[], None] | None = None
+        """Asked for queries that were kept elsewhere, see `took`."""
         self._layers: list[KVLayer] = []
         self._padding: list[int] = []
         self._rooms: list[int] = []
@@ -121,12 +133,7 @@ class Forgetting:
         Raises:
             ValueError: attention that depends on more than queries, keys and sinks.
         """
-        if attended.bias is not None or (attended.sinks is not None and attended.sinks.dim() > 1):
-            raise ValueError(
-                "this model's attention logits depend on each query's position or sinks, which are "
-                "not kept while answering; leave decoding out"
-            )
-        self._traits[layer.index] = _Traits(attended.scaling, attended.softcap, attended.sinks)
+        self._traits[layer.index] = _traits_of(attended)
         queries = attended.queries
         if not self._layers:
             queries = queries[:, :, -self._method.tail :].clone()
@@ -142,13 +149,19 @@ class Forgetting:
     def read(self, observations: Iterable[tuple[int, LayerObservation]]) -> None:
         """The same as `saw`, from a finished prefill: layers by their place in the model."""
         for place, layer in observations:
-            if layer.bias is not None or (layer.sinks is not None and layer.sinks.dim() > 1):
-                raise ValueError(
-                    "this model's attention logits depend on each query's position or sinks, which "
-                    "are not kept while answering; leave decoding out"
-                )
-            self._traits[place] = _Traits(layer.scaling, layer.softcap, layer.sinks)
+            self._traits[place] = _traits_of(layer)
             self._queries[place] = [layer.queries[None, :, -self._method.tail :]]
+
+    def queries_read(self, room: int) -> int:
+        """How many of the queries of the next `room` tokens the next choice reads."""
+        return room if self.needs_mass else min(room, self._method.tail)
+
+    def took(self, place: int, queries: Tensor) -> None:
+        """The queries of the last tokens of a layer, (rows, num_query_heads, any number, head_dim),
+        which nobody saw as they came: all since the last choice, or as many as a choice reads."""
+        whole = torch.cat([*self._queries[place], queries], dim=2)
+        read = max(self._method.tail, self._since if self.needs_mass else 0)
+        self._queries[place] = [whole[:, :, -read:]]
 
     def begin(
         self,
@@ -177,6 +190,11 @@ class Forgetting:
         for layer in self._layers:
             layer.limit = layer.length + max(self.room, 0)
         self.make_room(0)
+
+    @property
+    def buffer(self) -> int:
+        """Positions between two choices."""
+        return self._decoding.buffer
 
     @property
     def room(self) -> int:
@@ -211,7 +229,7 @@ class Forgetting:
         for layer in self._layers:
             # Else the layers and this hold each other until the garbage collector comes by.
             layer.after_attention = None
-        self._layers = []
+        self._layers, self.before_choice = [], None
 
     def crop(self, count: int) -> None:
         """The last `count` positions were taken back."""
@@ -226,6 +244,8 @@ class Forgetting:
     def _choose(self, rows: Sequence[int]) -> None:
         """Choose again in these rows; the others keep what they hold."""
         start = time.perf_counter()
+        if self.before_choice is not None:
+            self.before_choice()
         observed = [self._observations(layer) for layer in self._layers]
         kept = [[_every_place(one) for one in layer] for layer in observed]
         for row in rows:

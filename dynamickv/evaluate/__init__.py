@@ -13,6 +13,7 @@ from dynamickv.evaluate import (
     sweep,
     tables,
     tasks,
+    turns,
 )
 from dynamickv.evaluate.about import circumstances
 from dynamickv.evaluate.experiment import Experiment, Measured, Stopped, methods_at, rows_of, run
@@ -39,4 +40,5 @@ __all__ = [
     "sweep",
     "tables",
     "tasks",
+    "turns",
 ]

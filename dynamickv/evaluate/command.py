@@ -1,4 +1,4 @@
-"""The commands needle, longbench, ruler, sweep and tasks of `python -m dynamickv`.
+"""The commands needle, longbench, ruler, sweep, tasks, turns and forgetting.
  Each writes what it measures to a .jsonl file at once and continues such a file when started again.
 Under `accelerate launch` the processes share the work, and the first one writes the tables.
 """
@@ -19,6 +19,13 @@ from dynamickv.evaluate.about import circumstances
 from dynamickv.evaluate.arguments import listed, output_file, settings_of
 from dynamickv.evaluate.datasets import hub_folder, read_tasks
 from dynamickv.evaluate.experiment import Experiment, Row, methods_at, rows_of, run
+from dynamickv.evaluate.forgetting import (
+    ForgettingExperiment,
+    forgetting_csv,
+    forgetting_summary,
+    forgetting_table,
+    require_forgetting,
+)
 from dynamickv.evaluate.haystack import Haystack, Hidden
 from dynamickv.evaluate.journal import Journal, write_whole
 from dynamickv.evaluate.longbench import LongBenchExperiment, Protocol
@@ -35,6 +42,9 @@ from dynamickv.evaluate.tasks import (
     read_questions,
     tasks_summary,
 )
+from dynamickv.evaluate.turns import TurnsExperiment, require_documents
+from dynamickv.evaluate.turns_data import Documents, KeyValues, read_folder, read_questions_file
+from dynamickv.evaluate.turns_summary import turns_summary, turns_table
 from dynamickv.methods import CompressionMethod
 from dynamickv.models import LoadedModel, load_model
 from dynamickv.reading.prompt import require_longer_document, require_text
@@ -172,6 +182,68 @@ def tasks(options: argparse.Namespace) -> None:
         summary = [tasks_summary(rows, method.name) for method in methods]
         _write(output, llm, share, summary, experiment.settings)
         print("\n\n".join(map(tables.tasks_table, summary)))
+
+
+def turns(options: argparse.Namespace) -> None:
+    """Several questions about each document, on three caches."""
+    methods = _methods(options)
+    documents = _documents(options)
+    require_documents(documents)
+    output = _output_file(options.output)
+    share = Share.of_this_process()
+    llm = _load(options, share)
+    experiment = TurnsExperiment(llm, documents, options.max_new_tokens, options.truncate)
+    rows = _measured(experiment, methods, output.with_suffix(".jsonl"), share)
+    if rows is not None:
+        summary = turns_summary(rows)
+        _write(output, llm, share, summary)
+        print(turns_table(summary))
+
+
+def forgetting(options: argparse.Namespace) -> None:
+    """Given texts fed to caches of fixed size."""
+    methods = _methods(options)
+    require_forgetting(methods, options.buffer)
+    texts: dict[str, str] = {}
+    for name in listed(options.document):
+        text = options.read_text(name)
+        require_text("document", text)
+        texts[Path(name).stem] = text
+    if not texts:
+        raise ValueError("--document names no file; give at least one")
+    output = _output_file(options.output)
+    share = Share.of_this_process()
+    llm = _load(options, share)
+    experiment = ForgettingExperiment(
+        llm, texts, options.prompt_tokens, options.answer_tokens, options.buffer
+    )
+    rows = _measured(experiment, methods, output.with_suffix(".jsonl"), share)
+    if rows is not None:
+        summary = forgetting_summary(rows)
+        _write(output, llm, share, summary)
+        write_whole(output.with_suffix(".csv"), forgetting_csv(summary))
+        print(forgetting_table(summary))
+
+
+def _documents(options: argparse.Namespace) -> Documents:
+    """Documents and their questions, as the options name them."""
+    if (options.document is None) != (options.questions is None):
+        given, lacking = ("--document", "--questions")
+        if options.document is None:
+            given, lacking = lacking, given
+        raise ValueError(f"{given} needs {lacking}; give both")
+    if options.document is not None:
+        if options.data is not None:
+            raise ValueError("--data brings documents of its own; leave --document or --data out")
+        text = options.read_text(options.document)
+        require_text("document", text)
+        asked = read_questions_file(Path(options.questions))
+        return {Path(options.document).stem: (text, asked)}
+    if options.data is not None:
+        return read_folder(Path(options.data), options.limit)
+    return KeyValues(
+        samples=options.samples, pairs=options.pairs, questions=options.asked, seed=options.seed
+    ).documents()
 
 
 def _measured(

@@ -187,9 +187,13 @@ def answers(
     methods: Sequence[CompressionMethod],
     max_new_tokens: int,
     stop: Stop = lambda: False,
+    question: str | None = None,
 ) -> list[Run]:
     """Every method's answer from one prefill, with agreement where FullKV is among them; all
     runs share a pass where they can.
+
+    Args:
+        question: for a prefill of a document alone.
 
     Raises:
         Stopped: as soon as `stop` says so.
@@ -197,6 +201,7 @@ def answers(
     finished: dict[int, Run] = {}
     events = compare_stream(
         llm,
+        question=question,
         prefill=prefill,
         methods=methods,
         max_new_tokens=max_new_tokens,

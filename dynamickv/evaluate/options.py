@@ -19,7 +19,7 @@ BESIDE = "what is measured goes at once to a .jsonl file beside it, from where a
 
 
 def add_commands(commands: Any, read_text: Callable[[str], str]) -> None:
-    """Add needle, longbench, ruler, sweep and tasks to the command line.
+    """Add needle, longbench, ruler, sweep, tasks, turns and forgetting to the command line.
 
     Args:
         commands: what `add_subparsers` returned.
@@ -31,6 +31,8 @@ def add_commands(commands: Any, read_text: Callable[[str], str]) -> None:
         ("ruler", "make RULER's needle tasks, for longbench --data", _ruler),
         ("sweep", "one document at every capacity: agreement, KL, bytes", _sweep),
         ("tasks", "how budgets per layer follow the task", _tasks),
+        ("turns", "several questions about one document: reuse a cache, or choose anew", _turns),
+        ("forgetting", "a given text fed to caches of fixed size: what survives", _forgetting),
     ):
         parser = commands.add_parser(
             name, help=explanation, description=explanation, formatter_class=Help
@@ -150,6 +152,54 @@ def _tasks(parser: argparse.ArgumentParser) -> None:
     _add_methods(parser, "DynamicKV", "128")
     parser.add_argument(
         "--output", default="tasks.json", metavar="FILE.json", help=f"summary; {BESIDE}"
+    )
+
+
+def _turns(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data",
+        metavar="DIR",
+        help="SCBench's .jsonl files, or .txt files with turns.json or questions.json; otherwise "
+        "tables of keys and values, made up",
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="first N documents of the data")
+    parser.add_argument("--document", metavar="FILE", help="UTF-8 text; with --questions")
+    parser.add_argument(
+        "--questions",
+        metavar="FILE",
+        help="a question a line, or JSON: a list of questions or of "
+        '{"question": ..., "answers": [...]}; the cache is compressed for the first',
+    )
+    _add_methods(parser, "FullKV,SnapKV,DynamicKV", "64,128")
+    parser.add_argument("--samples", type=int, default=8, metavar="N", help="made-up tables")
+    parser.add_argument("--pairs", type=int, default=60, metavar="N", help="keys in each")
+    parser.add_argument("--asked", type=int, default=5, metavar="N", help="keys asked for in each")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what is made up")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=32, metavar="N", help="longest answer in tokens"
+    )
+    parser.add_argument("--truncate", action="store_true", help="cut a long document's middle out")
+    parser.add_argument(
+        "--output", default="turns.json", metavar="FILE.json", help=f"summary; {BESIDE}"
+    )
+
+
+def _forgetting(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--document", required=True, metavar="FILE,FILE", help="UTF-8 texts, fed to the end"
+    )
+    _add_methods(parser, "StreamingLLM,H2O,SnapKV,PyramidKV,DynamicKV", "128,256,512")
+    parser.add_argument(
+        "--buffer", type=int, default=64, metavar="N", help="tokens held beyond the capacity"
+    )
+    parser.add_argument(
+        "--prompt-tokens", type=int, default=512, metavar="N", help="of each text, read before"
+    )
+    parser.add_argument(
+        "--answer-tokens", type=int, default=1024, metavar="N", help="of each text, fed"
+    )
+    parser.add_argument(
+        "--output", default="forgetting.json", metavar="FILE.json", help=f"summary; {BESIDE}"
     )
 
 

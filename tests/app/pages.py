@@ -29,6 +29,8 @@ DEFAULTS: dict[str, Any] = {
     "capacity": 40,
     **{name: value for name, value in form_defaults().items() if name in SETTINGS},
     "max_new_tokens": 6,
+    "decode_budget": 0,
+    "decode_buffer": 16,
     "truncate": False,
     "question_aware": True,
     "model": "tiny",

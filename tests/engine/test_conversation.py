@@ -79,3 +79,52 @@ def test_an_answer_is_given_once_and_has_tokens(llm: dkv.LoadedModel, prefill: d
     talk.said([3, 4])
     with pytest.raises(ValueError, match="answered already"):
         talk.said([3, 4])
+
+
+DECODING = dkv.Decoding(budget=32, buffer=8)
+
+
+def test_a_conversation_that_goes_on_compressing_never_holds_more_than_budget_and_buffer(
+    llm: dkv.LoadedModel, prefill: dkv.Prefill
+) -> None:
+    method = dkv.DynamicKV(capacity=24)
+    talk = dkv.Conversation(llm, prefill, method, DECODING)
+    sizes: list[int] = []
+    handle = llm.model.register_forward_hook(lambda *_: sizes.append(talk.kv_bytes))
+    try:
+        first = talk.answer(max_new_tokens=30)
+        said = [talk.ask(asked, max_new_tokens=20) for asked in ("and then?", "why " * 12)]
+    finally:
+        handle.remove()
+    assert first == (
+        dkv.compare(llm, prefill=prefill, methods=[method], max_new_tokens=30, decoding=DECODING)
+        .runs[0]
+        .answer
+    )
+    assert all(said)
+    assert len(talk.choices) > 4
+    per_position = prefill.kv_bytes / prefill.length
+    assert talk.kv_bytes <= 40 * per_position
+    assert sizes
+    assert max(sizes) <= 40 * per_position
+
+
+def test_a_conversation_with_room_for_everything_says_what_a_full_one_says(
+    llm: dkv.LoadedModel, prefill: dkv.Prefill
+) -> None:
+    full = dkv.Conversation(llm, prefill, dkv.FullKV())
+    roomy = dkv.Conversation(
+        llm, prefill, dkv.SnapKV(capacity=999), dkv.Decoding(budget=999, buffer=8)
+    )
+    for talk in (full, roomy):
+        talk.answer(max_new_tokens=9)
+    assert full.ask("and then?", 9) == roomy.ask("and then?", 9)
+    assert full.kv_bytes == roomy.kv_bytes
+    assert roomy.choices == []
+
+
+def test_a_method_that_cannot_choose_again_starts_no_such_conversation(
+    llm: dkv.LoadedModel, prefill: dkv.Prefill
+) -> None:
+    with pytest.raises(ValueError, match="leave decoding out"):
+        dkv.Conversation(llm, prefill, dkv.CAKE(capacity=24), DECODING)

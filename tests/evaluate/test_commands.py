@@ -127,6 +127,105 @@ def test_tasks_print_the_distances(call: Command, tmp_path: Path) -> None:
     assert json.loads(Path("tasks.json").read_text())["summary"][0]["kinds"] == ["fact", "summary"]
 
 
+TURNS = ("turns", "--capacity", "24", "--max-new-tokens", "3", "--methods", "FullKV,SnapKV")
+
+
+def test_turns_ask_a_document_its_questions_and_go_on_where_they_stopped(call: Command) -> None:
+    Path("d.txt").write_text(DOCUMENT)
+    Path("q.txt").write_text(f"{QUESTION}\n\nWho is the keeper?\nWhen was it built?\n")
+    own = (*TURNS, "--document", "d.txt", "--questions", "q.txt")
+    code, out, err = call(*own)
+    assert code == 0, err
+    assert "1 document, 2 questions after the first, 0 with a known answer" in out
+    assert [line.split()[0] for line in out.splitlines()[2:]] == [
+        "method",
+        "FullKV",
+        *["SnapKV"] * 3,
+    ]
+    record = json.loads(Path("turns.json").read_text())
+    ways = [line["way"] for line in record["summary"] if line["method"] == "SnapKV"]
+    assert ways == ["first", "blind", "anew"]
+    assert len(Path("turns.jsonl").read_text().splitlines()) == 4
+    assert call(*own)[1] == out
+    assert len(Path("turns.jsonl").read_text().splitlines()) == 4
+    code, _, err = call(*own, "--max-new-tokens", "4")
+    assert code == 2
+    assert "turns.jsonl was measured with max_new_tokens=3 and not 4" in err
+
+
+def test_forgetting_prints_its_curves_and_writes_a_csv(call: Command) -> None:
+    Path("d.txt").write_text(DOCUMENT * 2)
+    code, out, err = call(
+        *("forgetting", "--document", "d.txt", "--methods", "SnapKV,DynamicKV", "--capacity", "24"),
+        *("--prompt-tokens", "64", "--answer-tokens", "64", "--buffer", "8"),
+    )
+    assert code == 0, err
+    assert "same next token" in out
+    assert len(Path("forgetting.csv").read_text().splitlines()) == 1 + 2 * 8
+    assert len(json.loads(Path("forgetting.json").read_text())["summary"]) == 2
+
+
+def test_turns_make_tables_up_where_nothing_is_given(call: Command) -> None:
+    made = (*TURNS, "--samples", "2", "--pairs", "8", "--asked", "2", "--methods", "SnapKV")
+    code, out, err = call(*made)
+    assert code == 0, err
+    assert "2 documents, 2 questions after the first, 2 with a known answer" in out
+
+
+def test_turns_read_scbench_files_and_folders_of_texts(call: Command) -> None:
+    Path("kv").mkdir()
+    turns = [{"input": QUESTION, "answer": "x"}, {"input": "Who?", "answer": ["y", "z"]}]
+    line = json.dumps({"id": 7, "context": DOCUMENT, "multi_turns": turns})
+    Path("kv/scbench_kv.jsonl").write_text(f"{line}\n{line.replace('7', '8')}\n")
+    code, _, err = call(*TURNS, "--data", "kv", "--limit", "1")
+    assert code == 0, err
+    rows = [json.loads(row) for row in Path("turns.jsonl").read_text().splitlines()[1:]]
+    assert [row["unit"]["document"] for row in rows] == ["scbench_kv-7"] * 2
+    assert [row["expected"] for row in rows] == [["x"], ["y", "z"]]
+    Path("texts").mkdir()
+    Path("texts/a.txt").write_text(DOCUMENT)
+    Path("texts/b.txt").write_text(DOCUMENT)
+    Path("texts/questions.json").write_text(json.dumps({"b": {"fact": "Who?", "sum": "Sum up."}}))
+    code, out, err = call(*TURNS, "--data", "texts", "--output", "t.json")
+    assert code == 0, err
+    assert "1 document, 1 question after the first, 0 with a known answer" in out
+    Path("texts/turns.json").write_text(json.dumps({"a": ["Who?", {"question": "When?"}]}))
+    code, out, err = call(*TURNS, "--data", "texts", "--output", "u.json")
+    assert code == 0, err
+    assert json.loads(Path("u.jsonl").read_text().splitlines()[1])["unit"]["document"] == "a"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("q.txt", "Only one?", "q.txt needs a list of at least 2 questions"),
+        ("q.txt", "[torn", "q.txt is not JSON"),
+        ("q.txt", '["a?", 3]', "q.txt, question 2 is no text"),
+        ("q.txt", '[{"answers": ["a"]}, "b?"]', "q.txt, question 1 is no text"),
+        ("q.txt", '[{"question": "a?", "answers": [1]}, "b?"]', "question 1 has answers that are"),
+        ("data/a.jsonl", "{torn", "a.jsonl, line 1 is not JSON"),
+        ("data/a.jsonl", '{"multi_turns": []}', "line 1 has no text in its field context"),
+        ("data/a.jsonl", '{"context": "a", "multi_turns": [1]}', "line 1 needs a list of at least"),
+        ("data/a.jsonl", "\n", "a.jsonl is empty"),
+        ("data/turns.json", '{"b": ["a?", "b?"]}', "questions for 'b', but there is no b.txt"),
+        ("data/turns.json", "[]", "turns.json is no table"),
+        ("data/none.json", "{}", "has no questions for its texts"),
+    ],
+)
+def test_questions_that_cannot_be_asked_are_named_by_their_place(
+    call: Command, file: str, content: str, words: str
+) -> None:
+    Path("data").mkdir()
+    Path("data/a.txt").write_text(DOCUMENT)
+    Path("d.txt").write_text(DOCUMENT)
+    Path(file).write_text(content)
+    own = ("--document", "d.txt", "--questions", "q.txt")
+    code, out, err = call("turns", *(own if file == "q.txt" else ("--data", "data")))
+    assert (code, out) == (2, "")
+    assert words in err.splitlines()[-1]
+    assert not Path("turns.jsonl").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -148,6 +247,20 @@ def test_tasks_print_the_distances(call: Command, tmp_path: Path) -> None:
         (("longbench", "--limit", "0", "--data", "."), "limit must be at least 1"),
         (("sweep", "--document", "none.txt", "--question", "?"), "there is no file none.txt"),
         (("tasks", "--documents", "/nowhere"), "there is no folder /nowhere"),
+        (("forgetting", "--document", "none.txt"), "there is no file none.txt"),
+        (("forgetting", "--document", ","), "--document names no file"),
+        (("forgetting", "--document", "n", "--methods", "CAKE"), "leave decoding out"),
+        (("forgetting", "--document", "n", "--buffer", "0"), "buffer must be at least 1 token"),
+        (("turns", "--data", "/nowhere"), "there is no folder /nowhere"),
+        (("turns", "--data", ".", "--limit", "0"), "limit must be at least 1"),
+        (("turns", "--document", "none.txt"), "--document needs --questions"),
+        (("turns", "--questions", "none.txt"), "--questions needs --document"),
+        (("turns", "--document", "n", "--questions", "n"), "there is no file n"),
+        (("turns", "--samples", "0"), "samples must be at least 1"),
+        (("turns", "--asked", "1"), "asked must be at least 2"),
+        (("turns", "--pairs", "4"), "pairs must be from the number of questions (5)"),
+        (("turns", "--max-new-tokens", "0"), "max_new_tokens must be at least 1"),
+        (("turns", "--output", "a.txt"), "ends in .json"),
         (("tasks", "--documents", "."), "holds no .txt files"),
     ],
 )

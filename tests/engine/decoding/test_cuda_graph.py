@@ -13,9 +13,15 @@ import torch
 
 import dynamickv as dkv
 from dynamickv.cache import KVCache, prune
-from dynamickv.decoding.cuda_graph import DecodeGraph, graphable
+from dynamickv.decoding.cuda_graph import (
+    DecodeGraph,
+    ForgettingGraphs,
+    fastest_ops,
+    graphable,
+)
 from dynamickv.decoding.decode import choose, decode, extend
 from dynamickv.decoding.decode_step import DecodeStep, PlainOps
+from dynamickv.decoding.forgetting import forgetting_of
 from dynamickv.fast.decoder import Stage, stages, steppable
 from tests.engine.tiny import (
     DOCUMENT,
@@ -32,6 +38,11 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 METHODS = [
     *(m for m in SMALL_INSTANCES if m.name != "LAVa"),  # its heads part, which no graph takes
     *(m for m in small_instances(granularity="query_head") if m.name == "SnapKV"),
+]
+
+
+FORGETTING = [
+    m for m in METHODS if m.capabilities.decoding and getattr(m, "head_budgets", "") != "adaptive"
 ]
 
 
@@ -191,6 +202,79 @@ def test_graphs_are_for_cuda() -> None:
     assert not graphable(tiny_llm())
 
 
+# Compression that goes on while answering: graph after graph.
+
+DECODING = dkv.Decoding(budget=32, buffer=8)
+LONG = 40
+
+
+class Eager:
+    """A stage that computes its step anew instead of replaying it."""
+
+    def __init__(self, step: DecodeStep) -> None:
+        step()
+        step.rewind()  # as before a capture
+        self.step = step
+        self.output = step.message
+
+    def replay(self) -> None:
+        self.output = self.step()
+
+
+@torch.inference_mode()
+def forgetting_answer(
+    llm: dkv.LoadedModel, method: Any, ops: PlainOps | None, capture: Any = None
+) -> tuple[list[int], list[tuple[int, list[Any]]], list[float]]:
+    """Tokens, what every choice left, and the most stored per layer and head: from graphs, or
+    without `ops` from the model's own pass."""
+    prefill = dkv.prefill(llm, DOCUMENT, QUESTION, mass=method.needs_mass)
+    cache = prune(prefill, DECODING.of_prompt(method).select(prefill.layers), 0)
+    kept: list[tuple[int, list[Any]]] = []
+    forgetting = forgetting_of(
+        method,
+        DECODING,
+        prefill,
+        cache,
+        lambda choice: kept.append(
+            (choice.seen, [layer.rows_held()[0][1].tolist() for layer in cache.layers])
+        ),
+    )
+    assert forgetting is not None
+    graphs = None
+    if ops is not None:
+        graphs = ForgettingGraphs(llm, cache, prefill.length, LONG, forgetting, ops, capture)
+    tokens, stored = [choose(prefill.logits)[0]], []
+    for position in range(prefill.length, prefill.length + LONG):
+        forgetting.make_room(1)
+        if graphs is None:
+            tokens.append(choose(extend(llm, cache, tokens[-1:], position))[0])
+        else:
+            tokens.append(graphs.advance(tokens[-1])[0])
+        layers = cache.whole_layers()
+        sizes = [layer.reserved_bytes / layer.nbytes * layer.length for layer in layers]
+        stored.append(sum(sizes) / len(sizes))
+    return tokens, kept, stored
+
+
+@pytest.mark.parametrize("method", FORGETTING, ids=str)
+def test_graphs_choose_again_and_answer_like_the_model(method: Any) -> None:
+    llm = tiny_llm()
+    tokens, kept, stored = forgetting_answer(llm, method, PlainOps(), Eager)
+    expected, theirs, _ = forgetting_answer(llm, method, None)
+    assert tokens == expected
+    assert len(set(tokens)) > 3
+    assert len(kept) >= 3
+    assert kept == theirs
+    assert max(stored) <= DECODING.most
+
+
+@families
+def test_every_family_goes_on_compressing_in_graphs(family: str) -> None:
+    llm, method = tiny_llm(family), dkv.DynamicKV(capacity=24)
+    tokens, kept, _ = forgetting_answer(llm, method, PlainOps(), Eager)
+    assert (tokens, kept) == forgetting_answer(llm, method, None)[:2]
+
+
 # Triton kernels: on CUDA, or anywhere with TRITON_INTERPRET=1 set before the start.
 
 
@@ -212,6 +296,21 @@ def test_kernels_compute_what_the_plain_operations_do(
     answer, expected = (stepped(llm, method, ops) for ops in (TritonOps(), PlainOps()))
     assert [token for token, _ in answer] == [token for token, _ in expected]
     assert [value for _, value in answer] == pytest.approx([v for _, v in expected], abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1",
+    reason="needs Triton and TRITON_INTERPRET=1; on CUDA the graph's tests run the kernels",
+)
+def test_kernels_choose_again_like_the_plain_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dynamickv.decoding.triton_ops import TritonOps
+
+    monkeypatch.setitem(globals(), "LONG", 22)
+    llm, method = tiny_llm(num_hidden_layers=2), dkv.DynamicKV(capacity=24)
+    answer = forgetting_answer(llm, method, TritonOps(), Eager)
+    assert len(answer[1]) >= 1
+    assert answer == forgetting_answer(llm, method, PlainOps(), Eager)
 
 
 def to_cuda(llm: dkv.LoadedModel) -> dkv.LoadedModel:
@@ -245,3 +344,14 @@ def test_decode_takes_the_graph_and_answers_in_turns() -> None:
         streams.append(decode(llm, cache, prefill.logits, prefill.length, STEPS + 1))
     turns = list(zip(*streams, strict=True))
     assert [[turn[i].token_id for turn in turns] for i in range(2)] == expected
+
+
+@needs_cuda
+@pytest.mark.parametrize("method", FORGETTING, ids=str)
+def test_captured_graphs_choose_again_like_the_model(method: Any) -> None:
+    llm = to_cuda(tiny_llm())
+    tokens, kept, stored = forgetting_answer(llm, method, fastest_ops(llm.device))
+    expected, theirs, _ = forgetting_answer(llm, method, None)
+    assert tokens == expected
+    assert [seen for seen, _ in kept] == [seen for seen, _ in theirs]
+    assert max(stored) <= DECODING.most
