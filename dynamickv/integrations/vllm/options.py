@@ -11,8 +11,6 @@ from dynamickv.methods.registry import require_known
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-TESTED_VERSIONS = ("0.32.0",)
-"""vLLM versions that `make vllm` was run with."""
 CONNECTOR = "DynamicKV"
 """Name of the connector in --kv-transfer-config."""
 DEFAULT_METHOD = "DynamicKV"
@@ -32,7 +30,21 @@ def method_of(config: VllmConfig) -> CompressionMethod:
             '"kv_connector_extra_config": {"capacity": 256}}\''
         )
     _require_supported(config)
-    return _method(dict(transfer.kv_connector_extra_config))
+    settings = dict(transfer.kv_connector_extra_config)
+    settings.pop("conversations", None)
+    return _method(settings)
+
+
+def conversations_of(config: VllmConfig) -> bool:
+    """Whether a later turn goes on from a compressed prompt: the option `conversations`.
+
+    Raises:
+        ValueError: it is neither true nor false.
+    """
+    value = config.kv_transfer_config.kv_connector_extra_config.get("conversations", True)
+    if not isinstance(value, bool):
+        raise ValueError(f"conversations must be true or false, got {value!r}")
+    return value
 
 
 def _method(settings: dict[str, Any]) -> CompressionMethod:
@@ -66,7 +78,6 @@ def _require_supported(config: VllmConfig) -> None:
     """Refuse what would give wrong answers, or was never tried."""
     parallel = config.parallel_config
     refused = {
-        "prefix caching": (config.cache_config.enable_prefix_caching, "--no-enable-prefix-caching"),
         "speculative decoding": (
             config.speculative_config is not None,
             "start without --speculative-config",
