@@ -94,6 +94,13 @@ def read_prompt(engine: LLMEngine, prompt: Sequence[int]) -> None:
         pass
 
 
+def ask(engine: LLMEngine, prompt: Sequence[int], tokens: int) -> tuple[list[int], dict[str, Any]]:
+    """A prompt alone; its answer, and what the response tells of it."""
+    add(engine, "asked", prompt, tokens)
+    output = finish(engine)["asked"]
+    return list(output.outputs[0].token_ids), output.kv_transfer_params["dynamickv"]
+
+
 def finish(engine: LLMEngine) -> dict[str, Any]:
     """Step until nothing is left; the finished outputs by request."""
     finished = {}
@@ -152,26 +159,51 @@ def alone_and_together(engine: LLMEngine, tokens: int) -> tuple[list[bool], int]
 
 
 def mixed_requests(engine: LLMEngine, count: int) -> dict[str, int]:
-    """Serve prompts of 1 to 500 tokens, abort some at any time; free blocks before, at least, and
-    after."""
-    random.seed(1)
+    """Serve prompts of 1 to 500 tokens, some of them a next turn of what was answered before, some
+    beginning as others do; abort some at any time. Free blocks before, at least, and after, and how
+    many of each kind there were."""
+    rng = random.Random(1)
     pool = scheduler_of(engine).kv_cache_manager.block_pool
     before = least = pool.get_num_free_blocks()
-    waiting, running, aborted = [str(number) for number in range(count)], set(), 0
+    waiting, running = [str(number) for number in range(count)], set()
+    answered: list[list[int]] = []
+    common = random_prompt(250, 0)
+    aborted = continued = cached = 0
+    preempted: set[str] = set()
     while waiting or engine.has_unfinished_requests():
         while waiting and len(running) < 16:
             running.add(name := waiting.pop())
-            add(engine, name, random_prompt(random.randint(1, 500), int(name)), 12)
-        if running and random.random() < 0.2:
-            engine.abort_request([stopped := random.choice(sorted(running))])
+            prompt = random_prompt(rng.randint(1, 500), int(name))
+            if answered and rng.random() < 0.3:
+                prompt = [*answered.pop(), *prompt[:40]]
+            elif rng.random() < 0.3:
+                prompt = [*common, *prompt[:200]]
+            add(engine, name, prompt, 12)
+        if running and rng.random() < 0.2:
+            engine.abort_request([stopped := rng.choice(sorted(running))])
             running.discard(stopped)
             aborted += 1
-        running -= {output.request_id for output in engine.step() if output.finished}
+        for output in engine.step():
+            if output.finished:
+                running.discard(output.request_id)
+                answered.append([*output.prompt_token_ids, *output.outputs[0].token_ids])
+                told = (output.kv_transfer_params or {}).get("dynamickv", {})
+                continued += "continued_tokens" in told
+                cached += "continued_tokens" not in told and output.num_cached_tokens > 0
+        requests = scheduler_of(engine).requests.values()
+        preempted |= {request.request_id for request in requests if request.num_preemptions}
         least = min(least, pool.get_num_free_blocks())
     # The workers hear of the last ones with the next step.
     answers(engine, {"last": random_prompt(5, 5)}, 2)
-    after = pool.get_num_free_blocks()
-    return {"before": before, "least": least, "after": after, "aborted": aborted}
+    return {
+        "before": before,
+        "least": least,
+        "after": pool.get_num_free_blocks(),
+        "aborted": aborted,
+        "continued": continued,
+        "cached": cached,
+        "preempted": len(preempted),
+    }
 
 
 def most_at_once(engine: LLMEngine, count: int, length: int, tokens: int) -> dict[str, float]:

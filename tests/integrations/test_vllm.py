@@ -17,11 +17,14 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
 import dynamickv as dkv
-from benchmarks.vllm import at_whole_blocks, engine_answer, recorded
+from benchmarks.vllm import at_whole_blocks, engine_answers, recorded
 from benchmarks.vllm_run import (
+    ANSWER,
     BLOCK,
+    add,
     alone_and_together,
     answers,
+    ask,
     finish,
     held_positions,
     mixed_requests,
@@ -88,7 +91,7 @@ def test_blocks_hold_what_the_engine_selects_at_the_rounded_budgets(folder, plai
     assert len({kept.shape[1] for kept in expected}) > 1 or method.name == "SnapKV"
     for got, wanted in zip(held, expected, strict=True):
         assert torch.equal(got, wanted)
-    assert answer == engine_answer(folder, rounded, prompt)
+    assert [answer] == engine_answers(folder, rounded, [prompt])
 
 
 def test_a_method_without_scores_fills_its_blocks_with_the_latest_tokens(folder, plain_answers):
@@ -114,19 +117,102 @@ def test_preempted_requests_among_others_answer_as_alone(folder, plain_answers):
     assert equal == [True] * 4
 
 
-def test_every_block_comes_back_after_many_requests_and_aborts(folder, plain_answers):
+def shared_prompts() -> dict[str, list[int]]:
+    """50 prompts: ten ends for each of five beginnings."""
+    return {
+        f"{start}-{end}": [
+            *random_prompt(150 + 67 * start, start),
+            *random_prompt(5 + 9 * end, 10 * start + end),
+        ]
+        for start in range(5)
+        for end in range(10)
+    }
+
+
+def test_prefix_caching_changes_no_answer(folder, plain_answers):
+    """The prompts that the cache serves were themselves compressed, and are being answered."""
+    found, cached = [], []
+    for caching in (False, True):
+        with started(folder, DYNAMIC, enable_prefix_caching=caching) as engine:
+            for name, prompt in shared_prompts().items():
+                add(engine, name, prompt, 8)
+            outputs = finish(engine)
+            found.append({name: list(o.outputs[0].token_ids) for name, o in outputs.items()})
+            cached.append(sum(o.num_cached_tokens > 0 for o in outputs.values()))
+            blocks = [o.kv_transfer_params["dynamickv"] for o in outputs.values()]
+    assert found[0] == found[1]
+    assert cached[0] == 0
+    assert cached[1] >= 20
+    assert all(len(told["kept_tokens"]) == LAYERS for told in blocks)
+    assert sum(max(told["kept_tokens"]) < told["prompt_tokens"] for told in blocks) >= 45
+
+
+def test_a_second_turn_goes_on_from_the_compressed_first_as_in_the_engine(folder, plain_answers):
+    """And answers as the engine does, whose cache holds the same positions."""
+    method = dkv.DynamicKV(capacity=100, r_max=3.0, update_interval=4)
+    prompt, question = random_prompt(20 * BLOCK + method.window_size, 5), random_prompt(21, 6)
+    rounded = at_whole_blocks(method, *recorded(folder, prompt))
+    options = {"method": method.name, **method.parameters}
+    with started(folder, options, enable_prefix_caching=True) as engine:
+        first, _ = ask(engine, prompt, ANSWER)
+        second, told = ask(engine, [*prompt, *first, *question], ANSWER)
+        _, told_anew = ask(engine, [*prompt, *first, *question], ANSWER)
+    assert told["continued_tokens"] == len(prompt) + ANSWER - 1
+    assert [first, second] == engine_answers(folder, rounded, [prompt, question])
+    assert "continued_tokens" not in told_anew
+    assert told_anew["prompt_tokens"] == len(prompt) + ANSWER + len(question)
+
+
+def test_a_conversation_has_one_writer_and_goes_on_turn_after_turn(folder, plain_answers):
+    with started(folder, DYNAMIC, enable_prefix_caching=True) as engine:
+        turn = random_prompt(400, 1)
+        turn += ask(engine, turn, 8)[0]
+        for name in ("left", "right"):
+            add(engine, name, [*turn, *random_prompt(9, ord(name[0]))], 8)
+        told = {n: o.kv_transfer_params["dynamickv"] for n, o in finish(engine).items()}
+        assert sum("continued_tokens" in one for one in told.values()) == 1
+        third = [*random_prompt(400, 1)]
+        lengths = []
+        for number in range(4):
+            answer, told = ask(engine, third, 8)
+            lengths.append(told.get("continued_tokens", 0))
+            third += [*answer, *random_prompt(11, number)]
+        # The first turn's own chain was taken; it was read again, and then went on three times.
+        assert lengths == [0, 407, 426, 445]
+
+
+def test_chains_are_dropped_oldest_first_when_their_blocks_are_needed(folder, plain_answers):
+    blocks = {"num_gpu_blocks_override": 30 * LAYERS, "max_model_len": 600}
+    with started(folder, DYNAMIC, enable_prefix_caching=True, **blocks) as engine:
+        manager = scheduler_of(engine).kv_cache_manager
+        free = manager.block_pool.get_num_free_blocks()
+        turns = [random_prompt(400, seed) for seed in range(9)]
+        for turn in turns:
+            turn += ask(engine, turn, 8)[0]
+        assert manager.block_pool.get_num_free_blocks() == free
+        found = ["continued_tokens" in ask(engine, [*turn, 1], 2)[1] for turn in reversed(turns)]
+    assert found[0]
+    assert not found[-1]
+    assert found == sorted(found, reverse=True)
+
+
+def test_every_block_comes_back_after_many_requests_aborts_and_chains(folder, plain_answers):
     blocks = {"max_model_len": 900, "num_gpu_blocks_override": 40 * LAYERS}
-    with started(folder, DYNAMIC, **blocks) as engine:
-        found = mixed_requests(engine, 60)
-        assert found["aborted"] > 5
+    with started(folder, DYNAMIC, enable_prefix_caching=True, **blocks) as engine:
+        found = mixed_requests(engine, 150)
+        assert min(found["aborted"], found["continued"], found["cached"]) > 5
+        assert found["preempted"] > 0
         assert found["least"] < found["before"] / 4
         assert found["after"] == found["before"]
-        assert not get_kv_transfer_group().worker._requests
-        assert not get_kv_transfer_group().worker._by_block
-        connector = scheduler_of(engine).connector
-        assert not connector._prompts
-        assert not connector._kept
-        assert not any(manager._gaps for manager in connector._managers())
+        worker = get_kv_transfer_group().worker
+        assert not worker._requests
+        assert not worker._by_block
+        scheduling = scheduler_of(engine).connector.scheduling
+        known = ("_plans", "_kept", "_found", "_went_on", "_written", "_resuming")
+        assert not any(getattr(scheduling, name) for name in known)
+        for manager in scheduling.managers:
+            for known in (manager._awaited, manager._rooms, manager._gaps, manager._rows):
+                assert not known
 
 
 def test_layers_give_back_what_their_own_budget_does_not_need(folder, plain_answers):
@@ -141,12 +227,6 @@ def test_layers_give_back_what_their_own_budget_does_not_need(folder, plain_answ
     assert told["prompt_tokens"] == len(prompt)
     assert len(set(told["kept_tokens"])) > 1
     assert used == sum(-(-kept // BLOCK) for kept in told["kept_tokens"])
-
-
-def test_vllm_refuses_to_start_with_prefix_caching(folder, plain_answers):
-    refused = pytest.raises(ValueError, match="does not work with prefix caching")
-    with refused, started(folder, {"capacity": 64}, enable_prefix_caching=True):
-        pass
 
 
 def test_a_model_with_sliding_windows_is_refused(tmp_path, plain_answers):

@@ -12,7 +12,10 @@ import torch
 import dynamickv as dkv
 from dynamickv.integrations import vllm as plugin
 from dynamickv.integrations.vllm.blocks import BlockPlan, kept_before_tail
-from dynamickv.integrations.vllm.options import method_of, require_plain_attention
+from dynamickv.integrations.vllm.options import (
+    method_of,
+    require_plain_attention,
+)
 
 
 def config(**named: Any) -> Any:
@@ -25,14 +28,14 @@ def config(**named: Any) -> Any:
         "prefill_context_parallel_size": 1,
         "enable_dbo": False,
     }
-    cache = {"enable_prefix_caching": False, "cache_dtype": "auto"}
+    cache = {"cache_dtype": "auto"}
     return SimpleNamespace(
         kv_transfer_config=SimpleNamespace(
             kv_connector=named.pop("connector", plugin.CONNECTOR),
             kv_connector_extra_config=options,
         ),
         speculative_config=named.pop("speculative_config", None),
-        scheduler_config=SimpleNamespace(async_scheduling=named.pop("async_scheduling", False)),
+        model_config=SimpleNamespace(get_total_num_kv_heads=lambda: 2),
         parallel_config=SimpleNamespace(**{k: named.pop(k, v) for k, v in parallel.items()}),
         cache_config=SimpleNamespace(**{k: named.pop(k, v) for k, v in cache.items()}),
         use_v2_model_runner=named.pop("use_v2_model_runner", False),
@@ -47,12 +50,11 @@ def test_options_are_the_methods_own():
 @pytest.mark.parametrize(
     ("named", "sentence"),
     [
-        ({"enable_prefix_caching": True}, "does not work with prefix caching; use --no-enable-p"),
+        ({"options": {"conversations": 1}}, "conversations must be true or false, got 1"),
         ({"speculative_config": object()}, "does not work with speculative decoding"),
-        ({"tensor_parallel_size": 2}, "does not work with tensor parallelism"),
+        ({"tensor_parallel_size": 4}, "does not work with more ranks than KV heads"),
         ({"pipeline_parallel_size": 2}, "does not work with pipeline parallelism"),
         ({"decode_context_parallel_size": 2}, "does not work with context parallelism"),
-        ({"async_scheduling": True}, "does not work with asynchronous scheduling"),
         ({"use_v2_model_runner": True}, "VLLM_USE_V2_MODEL_RUNNER=0"),
         ({"cache_dtype": "fp8"}, "does not work with a quantized KV cache"),
         ({"connector": "NixlConnector"}, "needs --kv-transfer-config"),

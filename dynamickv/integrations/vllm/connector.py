@@ -21,14 +21,20 @@ from dynamickv.integrations.vllm.compat import (
     KVCacheConfig,
     KVConnectorBase_V1,
     KVConnectorOutput,
+    KVConnectorPromMetrics,
     KVConnectorRole,
+    KVConnectorStats,
     Request,
     SchedulerOutput,
+    SlidingWindowSpec,
     SupportsHMA,
     VllmConfig,
     extract_layer_index,
 )
+from dynamickv.integrations.vllm.metrics import KeptMetrics, KeptStats
 from dynamickv.integrations.vllm.options import conversations_of, method_of
+from dynamickv.integrations.vllm.plugin import require_announced
+from dynamickv.integrations.vllm.ranks import Ranks
 from dynamickv.integrations.vllm.scheduling import Scheduling
 from dynamickv.integrations.vllm.steps import Kept, Step
 from dynamickv.integrations.vllm.worker import Worker
@@ -42,20 +48,36 @@ class DynamicKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     ) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         self.method = method_of(vllm_config)
-        groups = _compressed_groups(kv_cache_config)
-        names = [kv_cache_config.kv_cache_groups[group].layer_names[0] for group in groups]
-        block_size = kv_cache_config.kv_cache_groups[groups[0]].kv_cache_spec.block_size
+        groups, sliding = _groups(kv_cache_config)
+        caches = kv_cache_config.kv_cache_groups
+        block_size = caches[groups[0]].kv_cache_spec.block_size
         self._compressed_now: dict[str, list[int]] = {}
+        self._stats = KeptStats()
         if role == KVConnectorRole.WORKER:
-            context = vllm_config.compilation_config.static_forward_context
+            names = [caches[group].layer_names[0] for group in groups]
             self._numbers = {name: number for number, name in enumerate(names)}
-            self.worker = Worker(self.method, [context[name] for name in names], block_size)
+            context = vllm_config.compilation_config.static_forward_context
+            parallel = vllm_config.parallel_config.tensor_parallel_size > 1
+            self.worker = Worker(
+                self.method,
+                [context[name] for name in names],
+                block_size,
+                {name: context[name] for name in sliding},
+                Ranks.of_group() if parallel else Ranks(),
+            )
             return
+        if sliding and vllm_config.cache_config.enable_prefix_caching:
+            raise ValueError(
+                "DynamicKV's plugin does not work with prefix caching in a model with sliding "
+                "windows; use --no-enable-prefix-caching"
+            )
         # The manager finds it here: vLLM gives it no other configuration.
         for group in groups:
-            one = kv_cache_config.kv_cache_groups[group]
-            one.kv_cache_spec = replace(one.kv_cache_spec, tail=self.method.tail)
-        self.scheduling = Scheduling(self.method, groups, block_size, conversations_of(vllm_config))
+            caches[group].kv_cache_spec = replace(
+                caches[group].kv_cache_spec, tail=self.method.tail
+            )
+        conversations = conversations_of(vllm_config) and not sliding
+        self.scheduling = Scheduling(self.method, groups, sliding, block_size, conversations)
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -66,6 +88,16 @@ class DynamicKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
         """Block tables change shape from layer to layer, which a full CUDA graph cannot follow."""
         return True
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats:
+        """What was kept, as it came to the process that logs it."""
+        return KeptStats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(cls, *arguments: Any) -> KVConnectorPromMetrics:
+        """What was kept, for Prometheus."""
+        return KeptMetrics(*arguments)
 
     # In the workers.
 
@@ -82,7 +114,10 @@ class DynamicKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     ) -> CommonAttentionMetadata:
         """A batch as one layer sees it."""
         number = self._numbers.get(layer_name)
-        return common if number is None else self.worker.shortened(number, common)
+        if number is not None:
+            return self.worker.shortened(number, common)
+        self.worker.beside(layer_name, common)
+        return common
 
     def see(self, layer_name: str, queries: Tensor) -> None:
         """A layer's queries of this step."""
@@ -145,7 +180,13 @@ class DynamicKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     ) -> tuple[bool, dict[str, Any] | None]:
         """Forget a request; its response tells how much of the prompt each layer kept."""
         told = self.scheduling.finished(request)
-        return False, told and {"dynamickv": told}
+        self._stats.record(told)
+        return False, {"dynamickv": told}
+
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        """What was kept of the requests that finished since the last call."""
+        stats, self._stats = self._stats, KeptStats()
+        return None if stats.is_empty() else stats
 
     def reset_cache(self) -> bool:
         """Forget all conversations."""
@@ -153,24 +194,39 @@ class DynamicKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return True
 
 
+# vLLM comes here by kv_connector_module_path, be the plugin loaded or not: without it nothing would
+# be compressed.
+require_announced()
 DynamicKV = DynamicKVConnector
 """By the name in --kv-transfer-config."""
 
 
-def _compressed_groups(config: KVCacheConfig) -> list[int]:
-    """Numbers of the cache groups of compressed layers, in the order of the layers.
+def _groups(config: KVCacheConfig) -> tuple[list[int], dict[str, int]]:
+    """Numbers of the cache groups of compressed layers, in the order of the layers, and of sliding
+    layers by their names.
 
     Raises:
-        ValueError: a model with other than plain full attention in every layer.
+        ValueError: a model with layers of another kind, or without one to compress.
     """
-    for group in config.kv_cache_groups:
-        if not isinstance(group.kv_cache_spec, CompressedSpec):
+    groups, sliding = [], {}
+    for number, group in enumerate(config.kv_cache_groups):
+        kind = type(group.kv_cache_spec)
+        if kind is CompressedSpec:
+            groups.append(number)
+        elif kind is SlidingWindowSpec:
+            sliding |= dict.fromkeys(group.layer_names, number)
+        else:
             raise ValueError(
-                f"layer {group.layer_names[0]} has {type(group.kv_cache_spec).__name__}, and "
-                "DynamicKV's plugin compresses models with full attention in every layer only; "
-                "serve another model or take dynamickv out of VLLM_PLUGINS"
+                f"layer {group.layer_names[0]} has {kind.__name__}, and DynamicKV's plugin works "
+                "with full attention and sliding windows only; serve another model or take "
+                "dynamickv out of VLLM_PLUGINS"
             )
-    names = [group.layer_names[0] for group in config.kv_cache_groups]
+    if not groups:
+        raise ValueError(
+            "every layer of this model has a sliding window, and DynamicKV's plugin compresses "
+            "layers with full attention; serve another model or take dynamickv out of VLLM_PLUGINS"
+        )
+    names = [config.kv_cache_groups[group].layer_names[0] for group in groups]
     if names != sorted(names, key=extract_layer_index):
         raise ValueError(f"cache groups are not in the order of the layers: {', '.join(names)}")
-    return list(range(len(names)))
+    return groups, sliding

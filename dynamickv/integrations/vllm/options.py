@@ -30,6 +30,7 @@ def method_of(config: VllmConfig) -> CompressionMethod:
             '"kv_connector_extra_config": {"capacity": 256}}\''
         )
     _require_supported(config)
+    conversations_of(config)
     settings = dict(transfer.kv_connector_extra_config)
     settings.pop("conversations", None)
     return _method(settings)
@@ -82,17 +83,16 @@ def _require_supported(config: VllmConfig) -> None:
             config.speculative_config is not None,
             "start without --speculative-config",
         ),
-        "tensor parallelism": (parallel.tensor_parallel_size > 1, "--tensor-parallel-size 1"),
+        "more ranks than KV heads": (
+            parallel.tensor_parallel_size > config.model_config.get_total_num_kv_heads(),
+            "a smaller --tensor-parallel-size",
+        ),
         "pipeline parallelism": (parallel.pipeline_parallel_size > 1, "--pipeline-parallel-size 1"),
         "context parallelism": (
             max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size) > 1,
             "start without context parallelism",
         ),
         "micro-batch overlap": (parallel.enable_dbo, "start without --enable-dbo"),
-        "asynchronous scheduling": (
-            config.scheduler_config.async_scheduling,
-            "--no-async-scheduling",
-        ),
         "vLLM's second model runner": (
             config.use_v2_model_runner,
             "the environment variable VLLM_USE_V2_MODEL_RUNNER=0",

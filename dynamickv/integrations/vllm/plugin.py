@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from dynamickv.integrations.vllm import compat
 from dynamickv.integrations.vllm.compat import (
     AttentionBackendEnum,
@@ -42,6 +44,16 @@ def announce() -> None:
     except ValueError:
         KVConnectorFactory.register_connector(
             CONNECTOR, f"{PACKAGE}.connector", "DynamicKVConnector"
+        )
+
+
+def require_announced() -> None:
+    """Raise ValueError where vLLM did not load the plugin."""
+    if not all(path == backend.get_path() for backend, path in BACKENDS.items()):
+        named = os.environ.get("VLLM_PLUGINS")
+        raise ValueError(
+            f"--kv-transfer-config asks for {CONNECTOR}, and VLLM_PLUGINS={named or ''} did not "
+            "load the plugin; set VLLM_PLUGINS=dynamickv"
         )
 
 

@@ -18,17 +18,24 @@ class Scheduling:
     """What the scheduler knows of requests that are, or will be, compressed."""
 
     def __init__(
-        self, method: CompressionMethod, groups: list[int], block_size: int, conversations: bool
+        self,
+        method: CompressionMethod,
+        groups: list[int],
+        sliding: dict[str, int],
+        block_size: int,
+        conversations: bool,
     ) -> None:
         """
         Args:
             method: what compresses.
             groups: numbers of the compressed layers' cache groups.
+            sliding: the sliding layers' by their names.
             block_size: tokens in a block.
             conversations: whether compressed prompts are left for a later turn.
         """
         self.method = method
         self.groups = groups
+        self.sliding = sliding
         self.chains = Chains(block_size)
         self.managers: list[CompressedManager] = []
         self._block_size = block_size
@@ -123,6 +130,7 @@ class Scheduling:
                     self._plans[name].prompt_length,
                     self._kept[name],
                     [blocks[group] for group in self.groups],
+                    {layer: blocks[group] for layer, group in self.sliding.items()},
                 )
                 for name, blocks in begun
                 if name in self._resuming
@@ -153,7 +161,7 @@ class Scheduling:
             for manager, copy in zip(self.managers, copies, strict=True):
                 manager.settle(name, copy, plan.tail_block)
 
-    def finished(self, request: Request) -> dict[str, Any] | None:
+    def finished(self, request: Request) -> dict[str, Any]:
         """Forget a request, but for the chain that it leaves; what its response tells."""
         name = request.request_id
         plan, kept = self._plans.get(name), self._kept.get(name)

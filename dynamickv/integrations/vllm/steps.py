@@ -30,6 +30,8 @@ class Resumed:
     """Per compressed layer, blocks before the tail."""
     blocks: list[list[int]]
     """Per compressed layer, a new block table's row; null blocks in the gap."""
+    windows: dict[str, list[int]]
+    """By sliding layer, its new row; null blocks before the window."""
 
 
 @dataclass(frozen=True)

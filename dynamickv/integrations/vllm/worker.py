@@ -7,7 +7,7 @@ is never shared, and it is freed no earlier than the request.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,10 +17,11 @@ from torch import Tensor
 from dynamickv.integrations.vllm.blocks import BlockPlan, dealt, kept_before_tail
 from dynamickv.integrations.vllm.compat import CommonAttentionMetadata, init_logger
 from dynamickv.integrations.vllm.pages import Pages
+from dynamickv.integrations.vllm.ranks import Ranks
 from dynamickv.integrations.vllm.shapes import Shape
+from dynamickv.integrations.vllm.sliding import Sliding
 from dynamickv.integrations.vllm.steps import Resumed, Step
 from dynamickv.methods import CompressionMethod
-from dynamickv.records import LayerObservation
 
 logger = init_logger("vllm.dynamickv")
 
@@ -47,6 +48,10 @@ class Watched:
     """Per layer, those blocks, where they are others than the scheduler's first ones."""
     saved: list[Tensor] = field(default_factory=list)
     """Per layer, the contents of its blocks while it is preempted."""
+    windows: dict[str, Tensor] = field(default_factory=dict)
+    """By sliding layer, its block table's row in the last step."""
+    saved_windows: dict[str, Tensor] = field(default_factory=dict)
+    """By sliding layer, the contents of its window's blocks while it is preempted."""
 
     def held_blocks(self, layer: int) -> int:
         """Blocks that hold its tokens in a layer."""
@@ -67,10 +72,27 @@ class Reading:
 class Worker:
     """Watched requests, and the layers they run through."""
 
-    def __init__(self, method: CompressionMethod, layers: Sequence[Any], block_size: int) -> None:
+    def __init__(
+        self,
+        method: CompressionMethod,
+        layers: Sequence[Any],
+        block_size: int,
+        sliding: Mapping[str, Any] | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
+        """
+        Args:
+            method: what compresses.
+            layers: vLLM's attention modules that are compressed, in order.
+            block_size: tokens in a block.
+            sliding: the other layers' modules by name; they keep their window.
+            ranks: this rank among those that share a layer's heads.
+        """
         self.method = method
         self._layers = layers
         self._block_size = block_size
+        self._sliding = Sliding(sliding or {}, block_size)
+        self._ranks = ranks or Ranks()
         self._pages: list[Pages] = []
         self._requests: dict[str, Watched] = {}
         self._by_block: dict[int, Watched] = {}
@@ -126,6 +148,10 @@ class Worker:
                 row.blocks[layer] = table[number]
         return common
 
+    def beside(self, layer: str, common: CommonAttentionMetadata) -> None:
+        """A batch as a sliding layer sees it, which is as the scheduler says."""
+        self._sliding.tables[layer] = common.block_table_tensor
+
     def see(self, layer: int, queries: Tensor) -> None:
         """Keep the last queries of the prompts that a step reads; (tokens, heads, head_dim)."""
         for reading in self._reading:
@@ -139,6 +165,9 @@ class Worker:
     @torch.no_grad()
     def finish(self) -> dict[str, list[int]]:
         """Compress the prompts that the step has read to their end; blocks kept, by request."""
+        for number, row in enumerate(self._rows):
+            if row is not None:
+                row.windows = self._sliding.rows(number)
         done = [
             reading.request
             for reading in self._reading
@@ -157,7 +186,8 @@ class Worker:
         ]
         for layer, pages in enumerate(self._pages):
             selection.observe(
-                LayerObservation(
+                self._ranks.observation(
+                    self.method,
                     queries=request.queries[layer].transpose(0, 1),
                     keys=pages.keys(blocks[layer], plan.prompt_length),
                     scaling=self._layers[layer].impl.scale,
@@ -223,6 +253,7 @@ class Worker:
             pages.cache[request.blocks[layer][: request.held_blocks(layer)].long()]
             for layer, pages in enumerate(self._pages)
         ]
+        request.saved_windows = self._sliding.save(request.windows, request.length)
         self._lose(request)
 
     def _resume(self, resumed: Resumed) -> None:
@@ -237,7 +268,8 @@ class Worker:
             held = row[: request.kept[layer]] + row[plan.tail_block :]
             blocks = torch.tensor(held[: request.held_blocks(layer)], device=contents.device)
             self._pages[layer].cache[blocks] = contents
-        request.saved = []
+        self._sliding.restore(request.saved_windows, resumed.windows, request.length)
+        request.saved, request.saved_windows = [], {}
         request.copies = [
             torch.tensor(row[:kept], device=pages.cache.device)
             for row, kept, pages in zip(resumed.blocks, resumed.kept, self._pages, strict=True)
