@@ -1,7 +1,7 @@
 """One vLLM engine in one process: what the vLLM benchmark and the plugin's tests run. Needs vLLM's
 environment (make vllm).
 
-python -m benchmarks.vllm_run decode|tokens|at_once
+python -m benchmarks.vllm_run decode|tokens|at_once|serve
 
 reads its arguments as one line of JSON and answers in lines that begin with JSON.
 """
@@ -254,11 +254,49 @@ def at_once(arguments: dict[str, Any]) -> None:
         _say(most_at_once(engine, arguments["count"], arguments["length"], arguments["tokens"]))
 
 
+def serve(arguments: dict[str, Any]) -> None:
+    """Rounds of prompts, each asked for by a line: requests per second, mean and slowest latency,
+    how many were answered at once, and which share of the prompt tokens was cached."""
+    with started(arguments["folder"], arguments["options"], **arguments["settings"]) as engine:
+        for line in sys.stdin:
+            _say(served(engine, **json.loads(line)))
+
+
+def served(
+    engine: LLMEngine, prompts: Sequence[Sequence[int]], tokens: int, clients: int
+) -> dict[str, float]:
+    """Answer prompts that so many clients send, each its next one when it has its answer."""
+    waiting = list(enumerate(prompts))[::-1]
+    sent: dict[str, float] = {}
+    latencies: list[float] = []
+    most = cached = 0
+    begin = time.perf_counter()
+    while waiting or sent:
+        while waiting and len(sent) < clients:
+            number, prompt = waiting.pop()
+            sent[str(number)] = time.perf_counter()
+            add(engine, str(number), prompt, tokens)
+        outputs = engine.step()
+        most = max(most, len(outputs))
+        for output in outputs:
+            if output.finished:
+                latencies.append(time.perf_counter() - sent.pop(output.request_id))
+                cached += output.num_cached_tokens
+    seconds = time.perf_counter() - begin
+    return {
+        "rate": len(prompts) / seconds,
+        "latency": sum(latencies) / len(latencies),
+        "slowest": max(latencies),
+        "most": most,
+        "cached": 100 * cached / sum(map(len, prompts)),
+    }
+
+
 def _say(value: Any) -> None:
     print(f"\nJSON {json.dumps(value)}", flush=True)
 
 
 if __name__ == "__main__":
-    {"decode": decode, "tokens": tokens, "at_once": at_once}[sys.argv[1]](
+    {"decode": decode, "tokens": tokens, "at_once": at_once, "serve": serve}[sys.argv[1]](
         json.loads(sys.stdin.readline())
     )

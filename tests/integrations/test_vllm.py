@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +15,14 @@ import torch
 
 pytest.importorskip("vllm", reason="vLLM pins its own torch; run make vllm")
 
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
@@ -35,7 +45,9 @@ from benchmarks.vllm_run import (
     write_tiny_model,
 )
 from dynamickv.integrations import vllm as plugin
-from dynamickv.integrations.vllm.plugin import BACKENDS
+from dynamickv.integrations.vllm import compat
+from dynamickv.integrations.vllm.blocks import BlockPlan, kept_before_tail
+from dynamickv.integrations.vllm.plugin import BACKENDS, require_version
 
 LAYERS = 6
 
@@ -92,6 +104,24 @@ def test_blocks_hold_what_the_engine_selects_at_the_rounded_budgets(folder, plai
     for got, wanted in zip(held, expected, strict=True):
         assert torch.equal(got, wanted)
     assert [answer] == engine_answers(folder, rounded, [prompt])
+
+
+@pytest.mark.parametrize("method", [dkv.CAKE(capacity=90), dkv.KeyDiff(capacity=90)], ids=str)
+def test_blocks_hold_what_other_methods_rank_best_in_the_engine(folder, plain_answers, method):
+    prompt = random_prompt(407, 8)
+    queries, keys = recorded(folder, prompt)
+    selection = method.start(LAYERS)
+    for query, key in zip(queries, keys, strict=True):
+        selection.observe(
+            dkv.LayerObservation(queries=query[0, :, -method.tail :], keys=key[0], scaling=32**-0.5)
+        )
+    plan = BlockPlan.of(method, len(prompt), BLOCK)
+    with started(folder, {"method": method.name, **method.parameters}) as engine:
+        read_prompt(engine, prompt)
+        held = held_positions([key[0] for key in keys])
+    tail = torch.arange(plan.tail_start, len(prompt)).expand(2, -1)
+    for layer, got in enumerate(held):
+        assert torch.equal(got, torch.cat([kept_before_tail(selection, layer, plan), tail], dim=1))
 
 
 def test_a_method_without_scores_fills_its_blocks_with_the_latest_tokens(folder, plain_answers):
@@ -229,13 +259,78 @@ def test_layers_give_back_what_their_own_budget_does_not_need(folder, plain_answ
     assert used == sum(-(-kept // BLOCK) for kept in told["kept_tokens"])
 
 
-def test_a_model_with_sliding_windows_is_refused(tmp_path, plain_answers):
-    geometry = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
-    config = MistralConfig(**geometry, **heads, vocab_size=512, sliding_window=64)
-    MistralForCausalLM(config).save_pretrained(tmp_path)
-    refused = pytest.raises(ValueError, match="full attention in every layer only")
+GEOMETRY = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 512,
+    "initializer_range": 0.2,
+    "max_position_embeddings": 4096,
+}
+
+
+def write_model(folder: str, kind: str) -> None:
+    """A checkpoint with random weights of a kind of layers."""
+    torch.manual_seed(0)
+    if kind == "gemma3":
+        layers = ["sliding_attention", "full_attention"] * 2
+        config = Gemma3TextConfig(
+            **GEOMETRY,
+            num_hidden_layers=4,
+            layer_types=layers,
+            sliding_window=48,
+            query_pre_attn_scalar=32,
+        )
+        Gemma3ForCausalLM(config).float().save_pretrained(folder)
+    elif kind == "qwen3":
+        Qwen3ForCausalLM(Qwen3Config(**GEOMETRY, num_hidden_layers=2)).float().save_pretrained(
+            folder
+        )
+    else:
+        config = MistralConfig(**GEOMETRY, num_hidden_layers=2, sliding_window=64)
+        MistralForCausalLM(config).float().save_pretrained(folder)
+
+
+@pytest.mark.parametrize(("kind", "layers"), [("gemma3", 2), ("qwen3", 2)])
+def test_other_layer_kinds_answer_together_and_preempted_as_alone(
+    tmp_path, plain_answers, kind, layers
+):
+    """Queries after norms, and sliding windows beside; only full attention is compressed."""
+    write_model(str(tmp_path), kind)
+    blocks = {"max_model_len": 400, "num_gpu_blocks_override": 64 if kind == "gemma3" else 36}
+    with started(str(tmp_path), DYNAMIC, **blocks) as engine:
+        _, told = ask(engine, random_prompt(300, 3), 2)
+        equal, preempted = alone_and_together(engine, 140)
+    assert len(told["kept_tokens"]) == layers
+    assert sum(told["kept_tokens"]) < 0.6 * 300 * layers
+    assert preempted, "no request was preempted; lower num_gpu_blocks_override"
+    assert equal == [True] * 4
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "qwen3"])
+def test_other_layer_kinds_keep_what_the_engine_keeps(tmp_path, plain_answers, kind):
+    """The answers of the engine's serve mode, which has its own code for each."""
+    method = dkv.SnapKV(capacity=5 * BLOCK + 8)
+    write_model(str(tmp_path), kind)
+    prompt = random_prompt(12 * BLOCK + 8, 4)
+    with started(str(tmp_path), {"method": method.name, **method.parameters}) as engine:
+        answer, _ = ask(engine, prompt, ANSWER)
+    assert [answer] == engine_answers(str(tmp_path), method, [prompt])
+
+
+def test_a_model_with_sliding_windows_only_is_refused(tmp_path, plain_answers):
+    write_model(str(tmp_path), "mistral")
+    refused = pytest.raises(ValueError, match="every layer of this model has a sliding window")
     with refused, started(str(tmp_path), {"capacity": 64}):
+        pass
+
+
+def test_sliding_windows_with_prefix_caching_are_refused(tmp_path, plain_answers):
+    write_model(str(tmp_path), "gemma3")
+    refused = pytest.raises(ValueError, match="prefix caching in a model with sliding windows")
+    with refused, started(str(tmp_path), {"capacity": 64}, enable_prefix_caching=True):
         pass
 
 
@@ -250,10 +345,28 @@ def test_every_backend_extends_vllms_own(plain_answers):
         assert ours.get_name() == backend.name
 
 
-def test_another_version_of_vllm_is_refused(monkeypatch):
-    monkeypatch.setattr("vllm.__version__", "0.33.1+cpu")
-    with pytest.raises(ValueError, match=r"tested with vLLM 0\.32\.0 and this is 0\.33\.1"):
-        plugin.register()
+@pytest.mark.parametrize("version", compat.READ_VERSIONS)
+def test_a_version_that_was_only_read_is_taken_with_a_warning(version, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    require_version(f"{version}+cpu")
+    assert f"tested with vLLM 0.32.0, not with {version}" in caplog.text
+
+
+def test_another_version_of_vllm_is_refused():
+    with pytest.raises(ValueError, match=r"tested with vLLM 0\.32\.0 and this is 0\.34\.1"):
+        require_version("0.34.1+cpu")
+
+
+def test_every_name_taken_from_vllm_is_there():
+    for name in compat.NAMES:
+        if not name.startswith(("FlashAttention", "TritonAttention")):
+            assert compat.__getattr__(name) is not None
+
+
+def test_no_other_file_of_the_plugin_takes_names_from_vllm():
+    folder = Path(plugin.__file__).parent
+    for file in folder.glob("*.py"):
+        assert not re.search(r"^\s*(from|import) vllm", file.read_text("utf-8"), re.MULTILINE), file
 
 
 def test_the_entry_point_is_announced():

@@ -58,6 +58,8 @@ def test_options_are_the_methods_own():
         ({"use_v2_model_runner": True}, "VLLM_USE_V2_MODEL_RUNNER=0"),
         ({"cache_dtype": "fp8"}, "does not work with a quantized KV cache"),
         ({"connector": "NixlConnector"}, "needs --kv-transfer-config"),
+        ({"options": {"decoding": {"budget": 64}}}, "keeps answers whole: .*; leave decoding out"),
+        ({"options": {"method": "LAVa"}}, "LAVa reads the values, which the plugin does not look"),
         ({"options": {"method": "H2O"}}, "needs the attention of all queries"),
         ({"options": {"method": "Best"}}, "there is no method 'Best'"),
         ({"options": {"budget": 3}}, "DynamicKV has no option 'budget'"),

@@ -9,7 +9,7 @@ from dynamickv.methods import METHODS, CompressionMethod, build_method
 from dynamickv.methods.registry import require_known
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from dynamickv.integrations.vllm.compat import VllmConfig
 
 CONNECTOR = "DynamicKV"
 """Name of the connector in --kv-transfer-config."""
@@ -33,6 +33,12 @@ def method_of(config: VllmConfig) -> CompressionMethod:
     conversations_of(config)
     settings = dict(transfer.kv_connector_extra_config)
     settings.pop("conversations", None)
+    if "decoding" in settings:
+        raise ValueError(
+            "DynamicKV's plugin compresses prompts and keeps answers whole: choosing again while "
+            "answering would move tokens between blocks that the scheduler has already dealt with; "
+            "leave decoding out"
+        )
     return _method(settings)
 
 
