@@ -27,7 +27,7 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
 import dynamickv as dkv
-from benchmarks.vllm import at_whole_blocks, engine_answers, recorded
+from benchmarks.vllm import at_whole_blocks, engine_answers, on_ranks, recorded
 from benchmarks.vllm_run import (
     ANSWER,
     BLOCK,
@@ -42,6 +42,7 @@ from benchmarks.vllm_run import (
     read_prompt,
     scheduler_of,
     started,
+    with_and_without_prefix_caching,
     write_tiny_model,
 )
 from dynamickv.integrations import vllm as plugin
@@ -147,34 +148,25 @@ def test_preempted_requests_among_others_answer_as_alone(folder, plain_answers):
     assert equal == [True] * 4
 
 
-def shared_prompts() -> dict[str, list[int]]:
-    """50 prompts: ten ends for each of five beginnings."""
-    return {
-        f"{start}-{end}": [
-            *random_prompt(150 + 67 * start, start),
-            *random_prompt(5 + 9 * end, 10 * start + end),
-        ]
-        for start in range(5)
-        for end in range(10)
-    }
-
-
 def test_prefix_caching_changes_no_answer(folder, plain_answers):
     """The prompts that the cache serves were themselves compressed, and are being answered."""
-    found, cached = [], []
-    for caching in (False, True):
-        with started(folder, DYNAMIC, enable_prefix_caching=caching) as engine:
-            for name, prompt in shared_prompts().items():
-                add(engine, name, prompt, 8)
-            outputs = finish(engine)
-            found.append({name: list(o.outputs[0].token_ids) for name, o in outputs.items()})
-            cached.append(sum(o.num_cached_tokens > 0 for o in outputs.values()))
-            blocks = [o.kv_transfer_params["dynamickv"] for o in outputs.values()]
-    assert found[0] == found[1]
+    (off, on), cached, told = with_and_without_prefix_caching(folder, DYNAMIC)
+    assert off == on
     assert cached[0] == 0
     assert cached[1] >= 20
-    assert all(len(told["kept_tokens"]) == LAYERS for told in blocks)
-    assert sum(max(told["kept_tokens"]) < told["prompt_tokens"] for told in blocks) >= 45
+    assert all(len(one["kept_tokens"]) == LAYERS for one in told)
+    assert sum(max(one["kept_tokens"]) < one["prompt_tokens"] for one in told) >= 45
+
+
+@pytest.mark.parametrize(
+    "method", [dkv.DynamicKV(capacity=100, r_max=3.0), dkv.KeyDiff(capacity=90)], ids=str
+)
+def test_two_ranks_keep_and_answer_what_one_does(folder, plain_answers, method):
+    one, two = on_ranks(folder, method, random_prompt(20 * BLOCK + 3, 5))
+    assert one == two
+    kept = [len(layer[0]) for layer in one["positions"]]
+    assert len(one["positions"][0]) == 2
+    assert max(kept) < 400
 
 
 def test_a_second_turn_goes_on_from_the_compressed_first_as_in_the_engine(folder, plain_answers):
