@@ -8,6 +8,7 @@ import os
 import re
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from transformers import (
 )
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.v1.kv_cache_interface import MLAAttentionSpec
 
 import dynamickv as dkv
 from benchmarks.vllm import at_whole_blocks, engine_answers, on_ranks, recorded
@@ -48,7 +50,7 @@ from benchmarks.vllm_run import (
 from dynamickv.integrations import vllm as plugin
 from dynamickv.integrations.vllm import compat
 from dynamickv.integrations.vllm.blocks import BlockPlan, kept_before_tail
-from dynamickv.integrations.vllm.plugin import BACKENDS, require_version
+from dynamickv.integrations.vllm.plugin import BACKENDS, PACKAGE, require_version
 
 LAYERS = 6
 
@@ -324,6 +326,15 @@ def test_sliding_windows_with_prefix_caching_are_refused(tmp_path, plain_answers
     refused = pytest.raises(ValueError, match="prefix caching in a model with sliding windows")
     with refused, started(str(tmp_path), {"capacity": 64}, enable_prefix_caching=True):
         pass
+
+
+def test_latent_attention_is_refused(plain_answers):
+    spec = MLAAttentionSpec(block_size=32, num_kv_heads=1, head_size=96, dtype=torch.float32)
+    group = SimpleNamespace(layer_names=["model.layers.0.self_attn.attn"], kv_cache_spec=spec)
+    with pytest.raises(ValueError, match="has MLAAttentionSpec, and DynamicKV's plugin works with"):
+        resolve_obj_by_qualname(f"{PACKAGE}.connector._groups")(
+            SimpleNamespace(kv_cache_groups=[group])
+        )
 
 
 def test_every_backend_extends_vllms_own(plain_answers):

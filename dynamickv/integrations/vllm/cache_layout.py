@@ -125,11 +125,12 @@ class CompressedManager(FullAttentionManager):  # type: ignore[misc]
         that goes on from a compressed prompt needs no blocks in the gap."""
         gap = self._gaps.get(request_id)
         if gap is not None and not self.req_to_blocks.get(request_id):
-            count = -(-num_tokens // self.block_size)
+            count: int = -(-num_tokens // self.block_size)
             row = self._rows.get(request_id)
             if row is None:
                 return count - len(gap)
-            return count - len(row) + self._get_num_evictable_blocks(row)
+            idle: int = self._get_num_evictable_blocks(row)
+            return count - len(row) + idle
         needed: int = super().get_num_blocks_to_allocate(
             request_id, num_tokens, *arguments, **named
         )

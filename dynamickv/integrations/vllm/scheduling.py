@@ -191,13 +191,12 @@ class Scheduling:
     def _leave_chain(self, request: Request, plan: BlockPlan, kept: list[int]) -> None:
         name, length = request.request_id, request.num_computed_tokens
         held = -(-length // self._block_size)
+        if any(len(manager.req_to_blocks.get(name, ())) < held for manager in self.managers):
+            return
         rows = [manager.pop_blocks_for_free(name) for manager in self.managers]
         pool = self.managers[0].block_pool
-        if any(len(row) < held for row in rows):
-            raise ValueError(f"{name} holds fewer blocks than its {length} tokens need")
-        for row in rows:
-            pool.free_blocks(row[held:])
-            del row[held:]
+        pool.free_blocks([block for row in rows for block in row[held:]])
+        rows = [row[:held] for row in rows]
         chain = Chain(self.chains.key(request, length), length, plan.prompt_length, kept, rows)
         self.chains.keep(chain, pool)
 
