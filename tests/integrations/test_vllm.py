@@ -328,6 +328,13 @@ def test_sliding_windows_with_prefix_caching_are_refused(tmp_path, plain_answers
         pass
 
 
+def test_a_pool_without_room_for_the_longest_prompt_and_its_copy_is_refused(folder, plain_answers):
+    blocks = {"num_gpu_blocks_override": 20 * LAYERS + 1, "max_model_len": 20 * BLOCK}
+    refused = pytest.raises(ValueError, match=r"compressed copy; use --max-model-len 544 or give")
+    with refused, started(folder, DYNAMIC, **blocks):
+        pass
+
+
 def test_latent_attention_is_refused(plain_answers):
     spec = MLAAttentionSpec(block_size=32, num_kv_heads=1, head_size=96, dtype=torch.float32)
     group = SimpleNamespace(layer_names=["model.layers.0.self_attn.attn"], kv_cache_spec=spec)

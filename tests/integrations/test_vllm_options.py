@@ -11,7 +11,7 @@ import torch
 
 import dynamickv as dkv
 from dynamickv.integrations import vllm as plugin
-from dynamickv.integrations.vllm.blocks import BlockPlan, kept_before_tail
+from dynamickv.integrations.vllm.blocks import BlockPlan, dealt, kept_before_tail, room_for
 from dynamickv.integrations.vllm.options import (
     method_of,
     require_plain_attention,
@@ -117,6 +117,40 @@ def test_budgets_are_rounded_up_to_whole_blocks(held, blocks):
 
 def test_a_prompt_within_one_block_has_no_block_before_its_tail():
     assert BlockPlan.of(dkv.SnapKV(capacity=9), 39, 32).tail_block == 0
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        dkv.SnapKV(capacity=100),
+        dkv.PyramidKV(capacity=120),
+        dkv.DynamicKV(capacity=100, r_max=3.0),
+        dkv.DynamicKV(capacity=65, progressive=False),
+        dkv.CAKE(capacity=90),
+        dkv.KeyDiff(capacity=90),
+        dkv.StreamingLLM(capacity=90),
+        dkv.ShiftKV(capacity=90),
+        dkv.Manual(budgets=[9, 300, 64, 31, 8, 200]),
+    ],
+    ids=lambda method: method.name,
+)
+@pytest.mark.parametrize("length", [321, 359, 640])
+def test_a_compressed_copy_fits_the_room_set_aside_for_it(method, length):
+    generator = torch.Generator().manual_seed(length)
+    selection = method.start(6)
+    for _ in range(6):
+        queries, keys = (torch.randn(h, length, 16, generator=generator) for h in (4, 2))
+        selection.observe(
+            dkv.LayerObservation(queries=queries[:, -method.tail :], keys=keys, scaling=0.25)
+        )
+    plan = BlockPlan.of(method, length, 32)
+    kept = [kept_before_tail(selection, layer, plan).shape[1] // 32 for layer in range(6)]
+    room = room_for(method, plan, 6)
+    copies = dealt(range(room), kept, plan.tail_block)
+    assert [len(copy) for copy in copies] == [n if n < plan.tail_block else 0 for n in kept]
+    assert room <= 6 * plan.tail_block
+    dealt_out = [block for copy in copies for block in copy]
+    assert len(set(dealt_out)) == len(dealt_out)
 
 
 @pytest.mark.parametrize("length", [328, 337, 359])

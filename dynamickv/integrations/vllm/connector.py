@@ -152,6 +152,9 @@ class DynamicKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         super().bind_kv_cache_manager(kv_cache_manager)
         managers = kv_cache_manager.coordinator.single_type_managers
         self.scheduling.managers = [managers[group] for group in self.scheduling.groups]
+        self.scheduling.require_room(
+            kv_cache_manager.block_pool.num_gpu_blocks - 1, kv_cache_manager.max_model_len
+        )
 
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int

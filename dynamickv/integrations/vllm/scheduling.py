@@ -52,6 +52,20 @@ class Scheduling:
         self._written: dict[str, int] = {}
         """Tokens that the steps so far have written."""
 
+    def require_room(self, blocks: int, longest: int) -> None:
+        """Raise ValueError where the longest prompt and its compressed copy do not fit into the
+        pool: such a prompt would wait forever."""
+        layers = len(self.managers)
+        plan = BlockPlan.of(self.method, longest, self._block_size)
+        room = 0 if self.method.fits(longest) else room_for(self.method, plan, layers)
+        if layers * -(-longest // self._block_size) + room > blocks:
+            fits = (blocks - room) // layers * self._block_size
+            raise ValueError(
+                f"{blocks} blocks do not hold a prompt of --max-model-len {longest} tokens and its "
+                f"compressed copy; use --max-model-len {max(fits, 1)} or give the KV cache more "
+                "memory"
+            )
+
     def matched(self, request: Request, local: int) -> int:
         """Tokens beyond `local` ones in the prefix cache that a waiting request need not read: it
         goes on from its own compressed prompt, or from that of the turn before."""
