@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any
-from uuid import uuid4
 
 from dynamickv.integrations.vllm.compat import (
     FullAttentionManager,
@@ -21,7 +21,8 @@ from dynamickv.integrations.vllm.compat import (
 class CompressedSpec(FullAttentionSpec):  # type: ignore[misc]
     """The cache of one layer, unlike any other layer's, so that vLLM groups it with no other."""
 
-    identity: str = field(default_factory=lambda: uuid4().hex)
+    identity: int = field(default_factory=count().__next__)
+    """Counted in the order of the layers: all ranks must say the same of a layer."""
     tail: int = 1
     """Last tokens of a prompt that are read in any case, for their queries."""
 
@@ -31,7 +32,7 @@ class CompressedSpec(FullAttentionSpec):  # type: ignore[misc]
         alike, so that vLLM looks up a prefix in all of them at once."""
         if len(specs) != 1:
             raise AssertionError("every compressed layer has a cache group of its own")
-        return replace(specs[0], identity="")
+        return replace(specs[0], identity=-1)
 
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
         """No block table may serve several layers."""
@@ -125,13 +126,13 @@ class CompressedManager(FullAttentionManager):  # type: ignore[misc]
         that goes on from a compressed prompt needs no blocks in the gap."""
         gap = self._gaps.get(request_id)
         if gap is not None and not self.req_to_blocks.get(request_id):
-            count: int = -(-num_tokens // self.block_size)
+            needed: int = -(-num_tokens // self.block_size)
             row = self._rows.get(request_id)
             if row is None:
-                return count - len(gap)
+                return needed - len(gap)
             idle: int = self._get_num_evictable_blocks(row)
-            return count - len(row) + idle
-        needed: int = super().get_num_blocks_to_allocate(
+            return needed - len(row) + idle
+        needed = super().get_num_blocks_to_allocate(
             request_id, num_tokens, *arguments, **named
         )
         return needed + self._missing_room(request_id, num_tokens)
