@@ -224,7 +224,7 @@ def forgetting() -> list[str]:
             f"{where['model']}, {first['texts']} texts, {first['answer_tokens']:.0f} tokens fed "
             f"behind {first['prompt_tokens']:.0f} that were read ({where['device']}, "
             f"{where['cores']} cores, {where['date']}). Against the full cache, 95 % intervals "
-            "over texts in brackets; what survives also in the first, fourth and last eighth of "
+            "over the texts' eighths in brackets; what survives also in the first, fourth and last eighth of "
             "the text. Again with `python -m dynamickv forgetting`."
         )
         cells = [["method", "budget", "same next token", "survives", "1/8", "4/8", "8/8"]]

@@ -23,6 +23,7 @@ HELD = """() => {
 
 def shown(page: Page, page_url: str) -> Any:
     open_page(page, page_url)
+    page.wait_for_function("document.querySelector('.dkv-plot').data?.length > 3")
     trace = forgetful()
     page.evaluate("(payload) => window.DynamicKV.setTrace(payload)", trace_payload(trace, "file"))
     return page.locator(".dkv-forgetting")

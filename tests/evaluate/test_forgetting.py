@@ -108,12 +108,16 @@ def test_curves_are_means_over_equal_parts_of_tokens_and_of_words() -> None:
 
 def test_the_summary_is_over_texts(llm: dkv.LoadedModel, tmp_path: Path) -> None:
     (row,) = measured(llm, tmp_path / "f.jsonl", methods_at(["SnapKV"], [24]))
-    other = {**row, "runs": [{**row["runs"][0], "agreement": 0.0, "surviving": 0.0}]}
+    lost = {"surviving": 0.0, "surviving_curve": [0.0] * PARTS}
+    other = {**row, "runs": [{**row["runs"][0], **lost}]}
     (line,) = forgetting_summary([row, other])
     assert (line["budget"], line["texts"]) == (24, 2)
     assert line["surviving"] == pytest.approx(row["runs"][0]["surviving"] / 2)
-    assert line["surviving_interval"] == pytest.approx([0.0, row["runs"][0]["surviving"]])
-    assert line["surviving_curve"] == pytest.approx(row["runs"][0]["surviving_curve"], abs=1e-6)
+    low, high = line["surviving_interval"]
+    assert low < line["surviving"] < high
+    assert line["surviving_curve"] == pytest.approx(
+        [value / 2 for value in row["runs"][0]["surviving_curve"]], abs=1e-6
+    )
     assert "2 texts" in forgetting_table([line])
     assert len(forgetting_csv([line]).splitlines()) == 1 + PARTS
 
