@@ -196,7 +196,7 @@ def turns(options: argparse.Namespace) -> None:
     rows = _measured(experiment, methods, output.with_suffix(".jsonl"), share)
     if rows is not None:
         summary = turns_summary(rows)
-        _write(output, llm, share, summary)
+        _write(output, llm, share, summary, experiment.settings)
         print(turns_table(summary))
 
 
@@ -220,7 +220,7 @@ def forgetting(options: argparse.Namespace) -> None:
     rows = _measured(experiment, methods, output.with_suffix(".jsonl"), share)
     if rows is not None:
         summary = forgetting_summary(rows)
-        _write(output, llm, share, summary)
+        _write(output, llm, share, summary, experiment.settings)
         write_whole(output.with_suffix(".csv"), forgetting_csv(summary))
         print(forgetting_table(summary))
 

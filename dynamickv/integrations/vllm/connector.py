@@ -211,7 +211,8 @@ def _groups(config: KVCacheConfig) -> tuple[list[int], dict[str, int]]:
     Raises:
         ValueError: a model with layers of another kind, or without one to compress.
     """
-    groups, sliding = [], {}
+    groups: list[int] = []
+    sliding: dict[str, int] = {}
     for number, group in enumerate(config.kv_cache_groups):
         kind = type(group.kv_cache_spec)
         if kind is CompressedSpec:

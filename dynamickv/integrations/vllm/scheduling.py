@@ -217,6 +217,6 @@ class Scheduling:
     def forget(self, name: str) -> None:
         """Nothing is known of a request any longer."""
         for known in (self._plans, self._kept, self._found, self._went_on, self._written):
-            known.pop(name, None)  # type: ignore[attr-defined]
+            known.pop(name, None)
         for manager in self.managers:
             manager.forget(name)
