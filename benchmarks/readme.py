@@ -223,9 +223,9 @@ def forgetting() -> list[str]:
         parts.append(
             f"{where['model']}, {first['texts']} texts, {first['answer_tokens']:.0f} tokens fed "
             f"behind {first['prompt_tokens']:.0f} that were read ({where['device']}, "
-            f"{where['cores']} cores, {where['date']}). Against the full cache, 95 % intervals "
-            "over the texts' eighths in brackets; what survives also in the first, fourth and last eighth of "
-            "the text. Again with `python -m dynamickv forgetting`."
+            f"{where['cores']} cores, {where['date']}). Against the full cache; in brackets 95 % "
+            "intervals over the texts' eighths; what survives also in the first, fourth and last "
+            "eighth. Again with `python -m dynamickv forgetting`."
         )
         cells = [["method", "budget", "same next token", "survives", "1/8", "4/8", "8/8"]]
         for row in rows:
