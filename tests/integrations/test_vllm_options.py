@@ -16,6 +16,7 @@ from dynamickv.integrations.vllm.options import (
     method_of,
     require_plain_attention,
 )
+from dynamickv.integrations.vllm.ranks import Ranks
 
 
 def config(**named: Any) -> Any:
@@ -188,3 +189,38 @@ def test_a_method_without_a_window_fills_the_blocks_with_its_best_too():
     for head, positions in enumerate(kept):
         best = scores[head, : plan.tail_start].topk(len(positions)).indices
         assert set(positions.tolist()) == set(best.tolist())
+
+
+@pytest.mark.parametrize(
+    "method",
+    [dkv.DynamicKV(capacity=100, r_max=3.0), dkv.CAKE(capacity=90), dkv.KeyDiff(capacity=90)],
+    ids=lambda method: method.name,
+)
+def test_ranks_choose_for_their_heads_what_one_rank_chooses(method):
+    """Each rank is given what the others would send it."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(torch.randn(8, 330, 16, generator=generator)) for _ in range(6)]
+    layers = [(q[:, -method.tail :], q[:4] + q[4:]) for q in shapes]
+    plan = BlockPlan.of(method, 330, 32)
+    whole = method.start(6)
+    for queries, keys in layers:
+        whole.observe(dkv.LayerObservation(queries=queries, keys=keys, scaling=0.25))
+    for rank in range(2):
+        selection = method.start(6)
+        for queries, keys in layers:
+            parts = list(zip(queries.chunk(2), keys.chunk(2), strict=True))
+
+            def gather(mine, dim, parts=parts, rank=rank):
+                others = [dkv.LayerObservation(queries=q, keys=k, scaling=0.25) for q, k in parts]
+                all_ranks = [
+                    one.attention(method.tail) if dim == 0 else one.moments(method.tail)
+                    for one in others
+                ]
+                assert torch.equal(all_ranks[rank], mine)
+                return torch.cat(all_ranks, dim)
+
+            observed = Ranks(2, rank, gather).observation(method, *parts[rank], 0.25)
+            selection.observe(observed)
+        for layer in range(6):
+            own = Ranks(2, rank).own(method, kept_before_tail(selection, layer, plan))
+            assert torch.equal(own, kept_before_tail(whole, layer, plan).chunk(2)[rank])

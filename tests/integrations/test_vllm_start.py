@@ -43,7 +43,7 @@ def failure(folder: str, path: str = str(ROOT), **environment: str) -> str:
         stderr=subprocess.STDOUT,
         stdout=subprocess.PIPE,
         text=True,
-        timeout=120,
+        timeout=900,
         check=False,
     )
     assert ended.returncode != 0

@@ -132,9 +132,7 @@ class CompressedManager(FullAttentionManager):  # type: ignore[misc]
                 return needed - len(gap)
             idle: int = self._get_num_evictable_blocks(row)
             return needed - len(row) + idle
-        needed = super().get_num_blocks_to_allocate(
-            request_id, num_tokens, *arguments, **named
-        )
+        needed = super().get_num_blocks_to_allocate(request_id, num_tokens, *arguments, **named)
         return needed + self._missing_room(request_id, num_tokens)
 
     def add_local_computed_blocks(

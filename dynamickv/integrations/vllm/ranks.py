@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dynamickv.integrations.vllm.compat import get_tp_group
 from dynamickv.methods import CompressionMethod, ScoredMethod
 from dynamickv.records import LayerObservation
 
@@ -28,6 +27,8 @@ class Ranks:
     @classmethod
     def of_group(cls) -> Ranks:
         """vLLM's tensor parallel group."""
+        from dynamickv.integrations.vllm.compat import get_tp_group
+
         group = get_tp_group()
         return cls(group.world_size, group.rank_in_group, group.all_gather)
 
