@@ -272,8 +272,9 @@ def build_results(handlers: ExploreHandlers, shown: Shown, first: Example | None
     made: Widgets = {}
     with gr.Column(scale=9, min_width=320, elem_id="dkv-views"):
         made["cards"] = AnswerCards(cards, elem_id="dkv-answers")
-        Film(elem_id="dkv-film")
-        made["onward"] = Onward(elem_id="dkv-onward")
+        with gr.Row(elem_id="dkv-after-answers"):
+            Film(elem_id="dkv-film")
+            made["onward"] = Onward(elem_id="dkv-onward")
         Forgetting(elem_id="dkv-forgetting")
         with gr.Row(elem_id="dkv-stage"):
             with gr.Column(scale=6, min_width=320, elem_id="dkv-reading"):

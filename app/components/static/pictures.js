@@ -132,7 +132,7 @@
   };
   // [where the menu stands, what is drawn, title, table]
   const VIEWS = [
-    [".dkv-answers .dkv-answers-head", ".dkv-answers", "Answers", "answers"],
+    [".dkv-answers .dkv-source", ".dkv-answers", "Answers", "answers"],
     [".dkv-document .dkv-menu-box", ".dkv-document", "What the cache kept", "text"],
     [".dkv-map header, .dkv-layer-map header", ".dkv-map, .dkv-layer-map", "The whole cache", "map"],
     [".dkv-evidence header", ".dkv-evidence", "Evidence", "evidence"],
