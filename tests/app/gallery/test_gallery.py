@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from app.examples import ASSETS, load_examples, load_gallery
@@ -43,6 +44,47 @@ def test_what_is_lost_is_said_in_one_line(name: str) -> None:
     assert 20 < len(lost) < 160
     assert lost.count(".") == 1
     assert lost.endswith(".")
+
+
+def kept(name: str, method: str, phrase: str) -> np.ndarray:
+    """Whether each head of each compressed layer keeps each token of a phrase: (layers, heads,
+    tokens)."""
+    trace = GALLERY[name].trace
+    assert trace is not None
+    prompt, layers = trace.prompt, trace.model.num_layers
+    before = prompt.text[: prompt.text.index(phrase)]
+    first = len(before.encode("utf-16-le")) // 2
+    end = first + len(phrase.encode("utf-16-le")) // 2
+    places = [i for i, (a, b) in enumerate(prompt.text_utf16_offsets) if a < end and b > first]
+    compressed = [i for i in range(layers) if i not in trace.model.uncompressed]
+    mask = trace.run(method).retained.unpack(layers, prompt.length)
+    found: np.ndarray = mask[compressed][:, :, places]
+    return found
+
+
+def test_why_a_word_is_lost_is_what_the_record_holds() -> None:
+    shares = {
+        ("loss-key-smollm2", "DynamicKV", "goose"): 0.18,
+        ("loss-key-smollm2", "SnapKV", "goose"): 0.28,
+        ("loss-call-sign-smollm2", "DynamicKV", "Seven"): 0.07,
+        ("loss-call-sign-smollm2", "SnapKV", "Seven"): 0.10,
+        ("loss-glass-qwen", "DynamicKV", "three are chipped"): 0.10,
+    }
+    for (name, method, phrase), share in shares.items():
+        held = kept(name, method, phrase)[:, :, 0].mean()
+        assert held == pytest.approx(share, abs=0.006), name
+        assert f"{100 * share:.0f} %" in GALLERY[name].lost
+    digits = kept("loss-glass-qwen", "DynamicKV", "1,176")[:, :, 2:].mean(axis=(0, 1))
+    assert digits == pytest.approx([0.06] * 3, abs=0.006)
+    whole = {
+        phrase: kept("loss-steps-qwen", "PyramidKV", phrase).all(axis=2).any(axis=1).sum()
+        for phrase in ("31 metres", "142 steps")
+    }
+    assert whole == {"31 metres": 3, "142 steps": 1}
+    for method in ("SnapKV", "DynamicKV"):
+        assert not kept("loss-glass-gemma", method, "1,176")[:, :, 3].any()
+        assert not kept("loss-steps-gemma", method, "142 steps")[:, :, 0].any()
+        assert kept("loss-steps-gemma", method, "142 steps").shape[0] == 3
 
 
 def test_cards_say_model_answers_and_address() -> None:
