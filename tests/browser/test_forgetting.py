@@ -17,7 +17,8 @@ HELD = """() => {
   const { store } = window.DynamicKV;
   const run = store.trace.runs[store.view.run];
   const kept = run.now?.kept ?? run.kept;
-  return { label: run.label, first: kept[0], later: kept[150] };
+  const all = kept.reduce((sum, count) => sum + count, 0);
+  return { label: run.label, first: kept[0], later: kept[150], all };
 }"""
 
 

@@ -51,6 +51,7 @@
 
   DynamicKV.register("forgetting", (element) => {
     const find = (role) => element.querySelector(`[data-role="${role}"]`);
+    const line = element.querySelector(".dkv-forgetting");
     const slider = find("step");
     let at = 0;
     const forgetful = () => (store.trace?.runs ?? []).filter((run) => choicesOf(run).length);
@@ -72,8 +73,8 @@
 
     function say() {
       const runs = forgetful();
-      element.hidden = !runs.length || Boolean(store.trace?.live);
-      if (element.hidden) { find("answer").replaceChildren(); return; }
+      line.hidden = !runs.length || Boolean(store.trace?.live);
+      if (line.hidden) { find("answer").replaceChildren(); return; }
       slider.max = String(total());
       slider.value = String(at);
       const run = store.trace.runs[store.view.run];

@@ -27,7 +27,17 @@ def forgetful(times: int = 2) -> Trace:
         mask[:, :, : 100 * (number + 1)] = False
         mask[:, :, length] = False
         choices.append(Forgotten(position=position, retained=Retained.pack(mask), seconds=0.01))
-    changed = replace(trace.runs[1], decoding=dict(DECODING), forgotten=choices)
+    said = [f" word{number}" for number in range(8)]
+    changed = replace(
+        trace.runs[1],
+        decoding=dict(DECODING),
+        forgotten=choices,
+        answer="".join(said),
+        pieces=said,
+        token_ids=list(range(8)),
+        logprobs=[-0.2] * 8,
+        decode_seconds=[0.05] * 8,
+    )
     return replace(trace, runs=[trace.runs[0], changed, *trace.runs[2:]])
 
 
