@@ -193,7 +193,10 @@ class Worker:
                     scaling=self._layers[layer].impl.scale,
                 )
             )
-        positions = [kept_before_tail(selection, layer, plan) for layer in range(len(self._layers))]
+        positions = [
+            self._ranks.own(self.method, kept_before_tail(selection, layer, plan))
+            for layer in range(len(self._layers))
+        ]
         request.kept = [chosen.shape[1] // plan.block_size for chosen in positions]
         request.copies = []
         for layer, share in enumerate(dealt(request.room, request.kept, plan.tail_block)):
