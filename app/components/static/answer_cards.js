@@ -14,7 +14,7 @@
     node.append(
       make("header", {}, make("span", { className: "dkv-glyph" }, card.glyph),
         make("h3", {}, name, ...(rest.length ? [make("span", { className: "dkv-unseen" }, ", "), make("small", {}, rest.join(", "))] : [])),
-        make("span", { className: "dkv-big" }, make("b"), make("small")), make("span", { className: "dkv-big dkv-counter" }, make("b"), make("small"))),
+        make("span", { className: "dkv-big" }, make("b"), make("small")), make("span", { className: "dkv-counter" }, make("b"), make("small"))),
       make("div", { className: "dkv-meter" }, make("i")),
       make("p", { className: "dkv-kept" }, make("span"), make("button", { type: "button", className: "dkv-link dkv-erased" })),
       answer,
