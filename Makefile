@@ -111,6 +111,7 @@ VLLM_RUN := PYTHONPATH=. HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 V
 vllm: setup .venv-vllm/.done
 	$(VLLM_RUN) -m pytest -q --noconftest -p no:cacheprovider tests/integrations/test_vllm*.py
 	$(VLLM_RUN) -m benchmarks.vllm "$$($(BIN)/python -m benchmarks.embedded)"
+	$(VLLM_RUN) -m benchmarks.vllm_curve "$$($(BIN)/python -m benchmarks.embedded)"
 	$(BIN)/python -m benchmarks.readme
 
 # torchvision, torchaudio and torchcodec come along and do not match the CPU build of torch.

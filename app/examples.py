@@ -40,6 +40,10 @@ class Example:
     run_file: Path | None
     expected: tuple[str, ...] = ()
     """Facts that a right answer holds, as the document words them."""
+    model: str = ""
+    """What a loss of the gallery was recorded with, as people call it."""
+    lost: str = ""
+    """What is lost and why, in one line; empty for an example that is no loss."""
 
     @cached_property
     def trace(self) -> Trace | None:
@@ -90,7 +94,7 @@ class Example:
     @property
     def label(self) -> str:
         """What the picker shows."""
-        return self.title
+        return f"{self.title} ({self.model})" if self.model else self.title
 
 
 def reads_file(run_file: Path) -> Path:
@@ -116,6 +120,36 @@ def load_examples(assets: Path = ASSETS) -> dict[str, Example]:
             log.warning("example %s left out: %s", path.name, error)
     examples.sort(key=lambda example: (example.run_file is None, _place(example.kind)))
     return {example.id: example for example in examples}
+
+
+def load_gallery(assets: Path = ASSETS) -> dict[str, Example]:
+    """Every recorded loss by id, as an example whose record is of any model."""
+    folder = assets / "gallery"
+    try:
+        entries = json.loads((folder / "gallery.json").read_text(encoding="utf-8"))
+        found = [read_loss(entry, folder) for entry in entries]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("the gallery is left out: %s", error)
+        return {}
+    return {loss.id: loss for loss in found if loss.trace is not None}
+
+
+def read_loss(entry: dict[str, Any], folder: Path) -> Example:
+    """One loss: its description, its document and its record."""
+    run_file = folder / "runs" / f"{entry['id']}.json.gz"
+    return Example(
+        id=str(entry["id"]),
+        title=str(entry["title"]),
+        kind="loss",
+        question=str(entry["question"]),
+        capacity=int(entry["capacity"]),
+        max_new_tokens=int(entry["max_new_tokens"]),
+        document=(folder / entry["document"]).read_text(encoding="utf-8"),
+        run_file=run_file if run_file.is_file() else None,
+        expected=tuple(map(str, entry["expected"])),
+        model=str(entry["model"]),
+        lost=str(entry["lost"]),
+    )
 
 
 def read_example(path: Path, assets: Path) -> Example:

@@ -11,13 +11,16 @@ import gradio as gr
 import dynamickv as dkv
 
 from .components import ModelChip
-from .examples import Example, load_examples
+from .examples import Example, load_examples, load_gallery
 from .explore.handlers import ExploreHandlers
-from .explore.layout import build_explore, wire_opening
-from .lab.handlers import LabHandlers
+from .explore.layout import build_explore, run_after, wire_opening
+from .gallery.layout import build_gallery
+from .lab.handlers import LabHandlers, OpeningHandlers
 from .lab.layout import Shared, build_lab
 from .launch import MAX_EVENTS, launch_options
 from .learn.layout import build_learn
+from .onward.handlers import HistoryHandlers, OnwardHandlers
+from .onward.layout import wire_onward
 from .runs.endpoints import add_endpoints
 from .runs.handlers import RunsHandlers
 from .runs.layout import build_runs
@@ -43,7 +46,7 @@ def build_app(
     at once.
     """
     host, turns, shelf = host or ModelHost(), turns or Turns(), shelf or Shelf()
-    examples = load_examples() if examples is None else examples
+    examples = {**load_examples(), **load_gallery()} if examples is None else examples
     shown = Shown(shelf, examples)
     comparisons = Comparisons(host, examples.values())
     explore = ExploreHandlers.of(host, examples, comparisons, turns, shelf, shown)
@@ -65,9 +68,24 @@ def build_app(
         with gr.Tabs() as tabs:
             with gr.Tab("Explore", id="explore"), gr.Row(elem_id="dkv-workbench"):
                 widgets = build_explore(explore, host, examples, shown, model)
+                wire_onward(
+                    OnwardHandlers(host, explore.predictions, explore.run.guarded, examples),
+                    HistoryHandlers(explore.predictions, shown, host.names),
+                    widgets,
+                )
             with gr.Tab("Lab", id="lab"):
-                shared = Shared(widgets["document"], widgets["question"], widgets["model"])
-                build_lab(LabHandlers(host, examples.values(), turns), shared)
+                shared = Shared(
+                    widgets["document"],
+                    widgets["question"],
+                    widgets["model"],
+                    {**widgets, "tabs": tabs},
+                    lambda event: run_after(explore, widgets, event),
+                )
+                opening = OpeningHandlers(host, examples, turns)
+                build_lab(LabHandlers(host, examples.values(), turns), opening, shared)
+            if any(example.lost for example in examples.values()):
+                with gr.Tab("Gallery", id="gallery"):
+                    build_gallery(examples.values())
             with gr.Tab("Learn", id="learn"):
                 build_learn()
             with gr.Tab("Runs & API", id="runs") as runs:

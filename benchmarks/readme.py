@@ -30,6 +30,7 @@ SECTIONS = {
     "evaluate": ("Six methods and one", "python -m benchmarks.evaluate"),
     "kvpress": ("Beside kvpress", "make kvpress"),
     "vllm": ("Inside vLLM", "make vllm"),
+    "vllm-curve": ("Inside vLLM, over the size of the pool", "make vllm"),
     "soak-tiny": ("One server for hours, tiny model", "make soak"),
     "soak-real": ("One server for hours, SmolLM2", "make soak"),
     "spread": ("Several processes and GPUs", "python -m benchmarks.spread"),

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,8 +37,10 @@ def main() -> None:
     """Measure, print a table, write JSON."""
     folder, where = sys.argv[1], machine()
     rows = [*same_tokens(folder), *same_positions(folder), *throughput(folder)]
+    rows += second_turn(folder)
     with tempfile.TemporaryDirectory() as tiny:
         engines.write_tiny_model(tiny)
+        rows += [*same_with_prefix_caching(tiny), *same_on_two_ranks(tiny)]
         rows += [*concurrency(tiny), *together(tiny), *blocks_returned(tiny)]
     publish("vllm", where, rows)
 
@@ -54,13 +57,19 @@ def text_ids(folder: str, length: int, start: int = 0) -> list[int]:
 class Child:
     """Another process with an engine of its own."""
 
-    def __init__(self, action: str, plugin: bool, arguments: dict[str, Any]) -> None:
+    def __init__(
+        self, action: str, plugin: bool, arguments: dict[str, Any], **environment: str
+    ) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.vllm_run", action],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "VLLM_PLUGINS": "dynamickv" if plugin else "none"},
+            env={
+                **os.environ,
+                "VLLM_PLUGINS": "dynamickv" if plugin else "none",
+                **environment,
+            },
         )
         self.ask(arguments)
 
@@ -142,21 +151,29 @@ def at_whole_blocks(
     return dkv.Manual(budgets=rounded, kernel_size=method.kernel_size, pooling=method.pooling)
 
 
-def engine_answer(folder: str, method: dkv.CompressionMethod, prompt: list[int]) -> list[int]:
-    """As many tokens as `read_prompt` asks for, from the engine's serve mode."""
+def engine_answers(
+    folder: str, method: dkv.CompressionMethod, turns: Sequence[list[int]]
+) -> list[list[int]]:
+    """The engine's serve mode on a conversation: to each turn as many tokens as `read_prompt` asks
+    for, every turn going on from the cache of the one before."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     model.generation_config.eos_token_id = None
-    ids = torch.tensor([prompt])
+    said: list[int] = []
+    found = []
     with dkv.compress(model, method) as cache:
-        output = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
-            do_sample=False,
-            max_new_tokens=engines.ANSWER,
-        )
-    answer: list[int] = output[0, len(prompt) :].tolist()
-    return answer
+        for turn in turns:
+            said += turn
+            ids = torch.tensor([said])
+            output = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                past_key_values=cache,
+                do_sample=False,
+                max_new_tokens=engines.ANSWER,
+            )
+            found.append(output[0, len(said) :].tolist())
+            said += found[-1]
+    return found
 
 
 def same_positions(folder: str) -> list[Row]:
@@ -175,7 +192,7 @@ def same_positions(folder: str) -> list[Row]:
         for got, wanted in zip(held, dkv.retain(rounded, queries, keys).indices, strict=True):
             total += len(wanted)
             equal += sum(map(torch.equal, got, wanted)) if got.shape == wanted.shape else 0
-        expected = engine_answer(folder, rounded, prompt)
+        (expected,) = engine_answers(folder, rounded, [prompt])
         tokens += [a == b for a, b in zip(answer, expected, strict=True)]
     note = "SnapKV, PyramidKV and DynamicKV, float32"
     return [
@@ -193,6 +210,102 @@ def same_positions(folder: str) -> list[Row]:
             "",
             f"{sum(tokens)} of {len(tokens)}; {note}",
         ),
+    ]
+
+
+def same_with_prefix_caching(folder: str) -> list[Row]:
+    """Prompts that share their beginnings, with prefix caching off and on."""
+    options = {"capacity": 72, "r_max": 3.0}
+    (off, on), cached, _ = engines.with_and_without_prefix_caching(folder, options)
+    equal = sum(off[name] == on[name] for name in off)
+    return [
+        Row(
+            "of 50 prompts that share beginnings, answered alike with prefix caching off and on",
+            equal,
+            "requests",
+            "50",
+            f"float32; the beginnings of {cached[1]} were cached",
+        )
+    ]
+
+
+def same_on_two_ranks(folder: str) -> list[Row]:
+    """What two ranks keep and answer, against one."""
+    prompt = engines.random_prompt(20 * BLOCK + 3, 5)
+    equal = total = tokens = 0
+    for method in (dkv.SnapKV(capacity=100), dkv.DynamicKV(capacity=100, r_max=3.0), *OTHERS):
+        one, two = on_ranks(folder, method, prompt)
+        for ours, theirs in zip(one["positions"], two["positions"], strict=True):
+            total += len(ours)
+            equal += sum(a == b for a, b in zip(ours, theirs, strict=True))
+        tokens += one["answer"] == two["answer"]
+    return [
+        Row(
+            "two ranks: kept positions equal to one rank's",
+            100 * equal / total,
+            "%",
+            "100",
+            f"{equal} of {total} layers x heads; SnapKV, DynamicKV, CAKE and KeyDiff, float32",
+        ),
+        Row("two ranks: of 4 answers, equal to one rank's", tokens, "answers", "4"),
+    ]
+
+
+OTHERS = (dkv.CAKE(capacity=100), dkv.KeyDiff(capacity=100))
+
+
+def on_ranks(
+    folder: str, method: dkv.CompressionMethod, prompt: list[int]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """One rank, then two on a core each: positions kept, (layers, heads, kept), and the answer."""
+    _, keys = recorded(folder, prompt)
+    found = []
+    with tempfile.TemporaryDirectory() as keep:
+        torch.save([key[0] for key in keys], f"{keep}/keys.pt")
+        for count in (1, 2):
+            arguments = {
+                "folder": folder,
+                "prompt": prompt,
+                "keys": f"{keep}/keys.pt",
+                "options": {"method": method.name, **method.parameters},
+                "settings": {"tensor_parallel_size": count},
+            }
+            bind = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"} if count == 2 else {}
+            child = Child("kept", True, arguments, **bind)
+            said = child.answer()
+            child.close()
+            layers = zip(*said["ranks"], strict=True)
+            positions = [[head for rank in layer for head in rank] for layer in layers]
+            found.append({"positions": positions, "answer": said["answer"]})
+    return found[0], found[1]
+
+
+def second_turn(folder: str) -> list[Row]:
+    """Time to the first token of a conversation's second turn: on its chain, with the prefix cache
+    alone, and read anew."""
+    seconds: list[list[float]] = [[], [], []]
+    settings = {
+        "dtype": "bfloat16",
+        "max_model_len": 8192,
+        "max_num_batched_tokens": 4096,
+        "enable_prefix_caching": True,
+    }
+    with engines.started(folder, {"capacity": CAPACITY}, **settings) as engine:
+        for number in range(ROUNDS + 1):
+            prompt = text_ids(folder, PROMPT, 371 * number)
+            answer, _ = engines.ask(engine, prompt, 16)
+            turn = [*prompt, *answer, *text_ids(folder, 32, 7000 + 41 * number)]
+            for salt, found in zip((None, None, str(number)), seconds, strict=True):
+                taken = engines.first_token(engine, turn, salt)
+                if number:
+                    found.append(taken)
+    chain, cached, anew = seconds
+    what = "second turn, first token"
+    return [
+        measured(f"{what}: on its chain", chain, "s", "", "4K tokens before it, bfloat16"),
+        measured(f"{what}: read anew", anew, "s"),
+        measured(f"{what}: on its chain / read anew", ratios(chain, anew), "x", "<= 0.25"),
+        measured(f"{what}: the prefix cache alone / read anew", ratios(cached, anew), "x"),
     ]
 
 
@@ -300,12 +413,20 @@ def together(folder: str) -> list[Row]:
 def blocks_returned(folder: str) -> list[Row]:
     """Blocks missing after many requests."""
     options = {"capacity": 72, "r_max": 3.0}
-    named = {"max_model_len": 900, "num_gpu_blocks_override": 40 * 6}
+    named = {
+        "max_model_len": 900,
+        "num_gpu_blocks_override": 40 * 6,
+        "enable_prefix_caching": True,
+    }
     with engines.started(folder, options, **named) as engine:
-        found = engines.mixed_requests(engine, 200)
-    note = f"{found['aborted']} aborted; {found['before'] - found['least']} blocks in use at most"
+        found = engines.mixed_requests(engine, 500)
+    note = (
+        f"{found['aborted']} aborted, {found['preempted']} preempted, {found['continued']} went on "
+        f"from a chain, {found['cached']} found their beginning cached; "
+        f"{found['before'] - found['least']} blocks in use at most"
+    )
     missing = found["before"] - found["after"]
-    return [Row("blocks not returned after 200 mixed requests", missing, "blocks", "0", note)]
+    return [Row("blocks not returned after 500 mixed requests", missing, "blocks", "0", note)]
 
 
 if __name__ == "__main__":

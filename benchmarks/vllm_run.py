@@ -1,7 +1,7 @@
 """One vLLM engine in one process: what the vLLM benchmark and the plugin's tests run. Needs vLLM's
 environment (make vllm).
 
-python -m benchmarks.vllm_run decode|tokens|at_once
+python -m benchmarks.vllm_run decode|tokens|at_once|kept|serve
 
 reads its arguments as one line of JSON and answers in lines that begin with JSON.
 """
@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from vllm import LLM, SamplingParams
 from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer import get_kv_transfer_group
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from dynamickv.integrations.vllm import CONNECTOR
@@ -81,10 +82,14 @@ def scheduler_of(engine: LLMEngine) -> Any:
     return engine.engine_core.engine_core.scheduler
 
 
-def add(engine: LLMEngine, name: str, prompt: Sequence[int], tokens: int) -> None:
-    """Queue a prompt that gets a greedy answer of exactly `tokens` tokens."""
+def add(
+    engine: LLMEngine, name: str, prompt: Sequence[int], tokens: int, salt: str | None = None
+) -> None:
+    """Queue a prompt that gets a greedy answer of exactly `tokens` tokens; with a salt of its own
+    it shares nothing with others."""
     sampling = SamplingParams(max_tokens=tokens, temperature=0, detokenize=False, ignore_eos=True)
-    engine.add_request(name, {"prompt_token_ids": list(prompt)}, sampling)
+    salted = {} if salt is None else {"cache_salt": salt}
+    engine.add_request(name, {"prompt_token_ids": list(prompt), **salted}, sampling)
 
 
 def read_prompt(engine: LLMEngine, prompt: Sequence[int]) -> None:
@@ -92,6 +97,22 @@ def read_prompt(engine: LLMEngine, prompt: Sequence[int]) -> None:
     add(engine, "only", prompt, ANSWER)
     while not engine.step():
         pass
+
+
+def ask(engine: LLMEngine, prompt: Sequence[int], tokens: int) -> tuple[list[int], dict[str, Any]]:
+    """A prompt alone; its answer, and what the response tells of it."""
+    add(engine, "asked", prompt, tokens)
+    output = finish(engine)["asked"]
+    return list(output.outputs[0].token_ids), output.kv_transfer_params["dynamickv"]
+
+
+def first_token(engine: LLMEngine, prompt: Sequence[int], salt: str | None = None) -> float:
+    """Seconds until a prompt alone has its first token."""
+    begin = time.perf_counter()
+    add(engine, "timed", prompt, 1, salt)
+    while not engine.step():
+        pass
+    return time.perf_counter() - begin
 
 
 def finish(engine: LLMEngine) -> dict[str, Any]:
@@ -131,6 +152,35 @@ def held_positions(keys: Sequence[Tensor]) -> list[Tensor]:
     return found
 
 
+def shared_prompts() -> dict[str, list[int]]:
+    """50 prompts: ten ends for each of five beginnings."""
+    return {
+        f"{start}-{end}": [
+            *random_prompt(150 + 67 * start, start),
+            *random_prompt(5 + 9 * end, 10 * start + end),
+        ]
+        for start in range(5)
+        for end in range(10)
+    }
+
+
+def with_and_without_prefix_caching(
+    folder: str, options: Mapping[str, Any]
+) -> tuple[list[dict[str, list[int]]], list[int], list[dict[str, Any]]]:
+    """Answers to `shared_prompts` without and with prefix caching, how many of them found their
+    beginning cached, and what the last responses told."""
+    found, cached, told = [], [], []
+    for caching in (False, True):
+        with started(folder, options, enable_prefix_caching=caching) as engine:
+            for name, prompt in shared_prompts().items():
+                add(engine, name, prompt, 8)
+            outputs = finish(engine)
+        found.append({name: list(one.outputs[0].token_ids) for name, one in outputs.items()})
+        cached.append(sum(one.num_cached_tokens > 0 for one in outputs.values()))
+        told = [one.kv_transfer_params["dynamickv"] for one in outputs.values()]
+    return found, cached, told
+
+
 def alone_and_together(engine: LLMEngine, tokens: int) -> tuple[list[bool], int]:
     """Whether each of four prompts is answered together with the others as alone, and how many of
     them were preempted."""
@@ -152,26 +202,52 @@ def alone_and_together(engine: LLMEngine, tokens: int) -> tuple[list[bool], int]
 
 
 def mixed_requests(engine: LLMEngine, count: int) -> dict[str, int]:
-    """Serve prompts of 1 to 500 tokens, abort some at any time; free blocks before, at least, and
-    after."""
-    random.seed(1)
+    """Serve prompts of 1 to 500 tokens, some of them a next turn of what was answered before, some
+    beginning as others do; abort some at any time. Free blocks before, at least, and after, and how
+    many of each kind there were."""
+    rng = random.Random(1)
     pool = scheduler_of(engine).kv_cache_manager.block_pool
     before = least = pool.get_num_free_blocks()
-    waiting, running, aborted = [str(number) for number in range(count)], set(), 0
+    waiting, running = [str(number) for number in range(count)], set()
+    answered: list[list[int]] = []
+    common = random_prompt(250, 0)
+    aborted = continued = cached = 0
+    preempted: set[str] = set()
     while waiting or engine.has_unfinished_requests():
-        while waiting and len(running) < 16:
+        # In quiet stretches chains outlive their requests, in busy ones nothing does.
+        while waiting and len(running) < (16 if len(waiting) // 25 % 2 else 3):
             running.add(name := waiting.pop())
-            add(engine, name, random_prompt(random.randint(1, 500), int(name)), 12)
-        if running and random.random() < 0.2:
-            engine.abort_request([stopped := random.choice(sorted(running))])
+            prompt = random_prompt(rng.randint(1, 500), int(name))
+            if answered and rng.random() < 0.3:
+                prompt = [*answered.pop(), *prompt[:40]]
+            elif rng.random() < 0.3:
+                prompt = [*common, *prompt[:200]]
+            add(engine, name, prompt, 12)
+        if running and rng.random() < 0.2:
+            engine.abort_request([stopped := rng.choice(sorted(running))])
             running.discard(stopped)
             aborted += 1
-        running -= {output.request_id for output in engine.step() if output.finished}
+        for output in engine.step():
+            if output.finished:
+                running.discard(output.request_id)
+                answered.append([*output.prompt_token_ids, *output.outputs[0].token_ids])
+                told = (output.kv_transfer_params or {}).get("dynamickv", {})
+                continued += "continued_tokens" in told
+                cached += "continued_tokens" not in told and output.num_cached_tokens > 0
+        requests = scheduler_of(engine).requests.values()
+        preempted |= {request.request_id for request in requests if request.num_preemptions}
         least = min(least, pool.get_num_free_blocks())
     # The workers hear of the last ones with the next step.
     answers(engine, {"last": random_prompt(5, 5)}, 2)
-    after = pool.get_num_free_blocks()
-    return {"before": before, "least": least, "after": after, "aborted": aborted}
+    return {
+        "before": before,
+        "least": least,
+        "after": pool.get_num_free_blocks(),
+        "aborted": aborted,
+        "continued": continued,
+        "cached": cached,
+        "preempted": len(preempted),
+    }
 
 
 def most_at_once(engine: LLMEngine, count: int, length: int, tokens: int) -> dict[str, float]:
@@ -222,11 +298,65 @@ def at_once(arguments: dict[str, Any]) -> None:
         _say(most_at_once(engine, arguments["count"], arguments["length"], arguments["tokens"]))
 
 
+def kept(arguments: dict[str, Any]) -> None:
+    """Which positions every rank keeps of a prompt, and the answer from them."""
+    with started(arguments["folder"], arguments["options"], **arguments["settings"]) as engine:
+        read_prompt(engine, arguments["prompt"])
+        ranks = engine.collective_rpc(rank_positions, args=(arguments["keys"],))
+        answer = list(finish(engine)["only"].outputs[0].token_ids)
+        _say({"ranks": ranks, "answer": answer})
+
+
+def rank_positions(worker: Any, file: str) -> list[list[list[int]]]:
+    """In a worker: `held_positions` of its heads; the file holds all heads' keys per layer."""
+    group = get_tp_group()
+    keys = torch.load(file, weights_only=True)
+    own = [layer.chunk(group.world_size)[group.rank_in_group] for layer in keys]
+    return [held.tolist() for held in held_positions(own)]
+
+
+def serve(arguments: dict[str, Any]) -> None:
+    """Rounds of prompts, each asked for by a line: requests per second, mean and slowest latency,
+    how many were answered at once, and which share of the prompt tokens was cached."""
+    with started(arguments["folder"], arguments["options"], **arguments["settings"]) as engine:
+        for line in sys.stdin:
+            _say(served(engine, **json.loads(line)))
+
+
+def served(
+    engine: LLMEngine, prompts: Sequence[Sequence[int]], tokens: int, clients: int
+) -> dict[str, float]:
+    """Answer prompts that so many clients send, each its next one when it has its answer."""
+    waiting = list(enumerate(prompts))[::-1]
+    sent: dict[str, float] = {}
+    latencies: list[float] = []
+    most = cached = 0
+    begin = time.perf_counter()
+    while waiting or sent:
+        while waiting and len(sent) < clients:
+            number, prompt = waiting.pop()
+            sent[str(number)] = time.perf_counter()
+            add(engine, str(number), prompt, tokens)
+        outputs = engine.step()
+        most = max(most, len(outputs))
+        for output in outputs:
+            if output.finished:
+                latencies.append(time.perf_counter() - sent.pop(output.request_id))
+                cached += output.num_cached_tokens
+    seconds = time.perf_counter() - begin
+    return {
+        "rate": len(prompts) / seconds,
+        "latency": sum(latencies) / len(latencies),
+        "slowest": max(latencies),
+        "most": most,
+        "cached": 100 * cached / sum(map(len, prompts)),
+    }
+
+
 def _say(value: Any) -> None:
     print(f"\nJSON {json.dumps(value)}", flush=True)
 
 
 if __name__ == "__main__":
-    {"decode": decode, "tokens": tokens, "at_once": at_once}[sys.argv[1]](
-        json.loads(sys.stdin.readline())
-    )
+    actions = {action.__name__: action for action in (decode, tokens, at_once, kept, serve)}
+    actions[sys.argv[1]](json.loads(sys.stdin.readline()))

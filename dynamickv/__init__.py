@@ -5,13 +5,8 @@ trace = compare(llm, document, question, methods=[FullKV(), DynamicKV(capacity=1
 """
 
 import dynamickv.threads  # noqa: F401  # isort: skip  (before torch)
-from dynamickv import evaluate
-from dynamickv.answer import Preview, preview
-from dynamickv.compare import compare, compare_stream
-from dynamickv.conversation import Conversation
-from dynamickv.decoding.asking import with_question
-from dynamickv.decoding.forcing import divergence, forced_logits
-from dynamickv.decoding.reads import Reads, reads
+from typing import TYPE_CHECKING, Any
+
 from dynamickv.memory import OutOfMemory, free_memory, release_memory
 from dynamickv.methods import (
     CAKE,
@@ -35,11 +30,6 @@ from dynamickv.methods import (
 from dynamickv.methods.decoding import Decoding
 from dynamickv.methods.registry import capabilities
 from dynamickv.methods.retain import retain
-from dynamickv.models import Geometry, LoadedModel, load_model
-from dynamickv.models.catalogue import DEFAULT_MODEL, KNOWN_MODELS, KnownModel
-from dynamickv.reading.prefill import prefill, prefill_text
-from dynamickv.reading.prompt import require_longer_document
-from dynamickv.reading.store import PrefillStore
 from dynamickv.record import trace
 from dynamickv.record.events import (
     ComparisonFinished,
@@ -66,8 +56,37 @@ from dynamickv.record.trace import (
     Trace,
 )
 from dynamickv.records import LayerObservation, Prefill, Retention
-from dynamickv.serve import CompressedCache, compress
-from dynamickv.version import __version__
+from dynamickv.version import TRANSFORMERS_NEEDED, __version__, transformers_serves
+
+if TYPE_CHECKING or transformers_serves():
+    from dynamickv import evaluate
+    from dynamickv.answer import Preview, preview
+    from dynamickv.compare import compare, compare_stream
+    from dynamickv.conversation import Conversation
+    from dynamickv.decoding.asking import with_question
+    from dynamickv.decoding.forcing import divergence, forced_logits
+    from dynamickv.decoding.reads import Reads, reads
+    from dynamickv.models import Geometry, LoadedModel, load_model
+    from dynamickv.models.catalogue import DEFAULT_MODEL, KNOWN_MODELS, KnownModel
+    from dynamickv.reading.prefill import prefill, prefill_text
+    from dynamickv.reading.prompt import require_longer_document
+    from dynamickv.reading.store import PrefillStore
+    from dynamickv.serve import CompressedCache, compress
+    from dynamickv.smallest import (
+        Probe,
+        Smallest,
+        capacities,
+        search_capacity,
+        smallest_capacity,
+    )
+else:
+
+    def __getattr__(name: str) -> Any:
+        """Methods, `retain` and records work beside an older transformers (kvpress pins one)."""
+        if name in __all__:
+            raise ImportError(f"dynamickv.{name} {TRANSFORMERS_NEEDED}")
+        raise AttributeError(f"module 'dynamickv' has no attribute {name!r}")
+
 
 __all__ = [
     "CAKE",
@@ -103,6 +122,7 @@ __all__ = [
     "Prefill",
     "PrefillStore",
     "Preview",
+    "Probe",
     "Progress",
     "Prompt",
     "PromptEncoded",
@@ -115,6 +135,7 @@ __all__ = [
     "ScoredMethod",
     "Scores",
     "ShiftKV",
+    "Smallest",
     "SnapKV",
     "StreamingLLM",
     "Token",
@@ -123,6 +144,7 @@ __all__ = [
     "build_method",
     "build_methods",
     "capabilities",
+    "capacities",
     "compare",
     "compare_stream",
     "compress",
@@ -139,6 +161,8 @@ __all__ = [
     "release_memory",
     "require_longer_document",
     "retain",
+    "search_capacity",
+    "smallest_capacity",
     "trace",
     "with_question",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from dynamickv.answer import select
 from dynamickv.cache import prune
 from dynamickv.decoding.decode import TextStream, decode, extend
@@ -62,6 +64,22 @@ class Conversation:
         if self._last is not None:
             raise ValueError("the first question is answered already; ask a follow-up question")
         return self._decode(max_new_tokens)
+
+    def said(self, token_ids: Sequence[int]) -> None:
+        """Take the first answer as given, such as a record's, in one pass instead of decoding it;
+        instead of `answer`.
+
+        Raises:
+            ValueError: an answer of no tokens, or the first question is answered already.
+        """
+        if self._last is not None:
+            raise ValueError("the first question is answered already; ask a follow-up question")
+        if not token_ids:
+            raise ValueError("an answer of no tokens cannot be gone on from; call answer()")
+        *fed, self._last = token_ids
+        if fed:
+            extend(self._llm, self._cache, fed, self._position)
+        self._position += len(fed)
 
     def ask(self, question: str, max_new_tokens: int = 64) -> str:
         """Answer a follow-up question.

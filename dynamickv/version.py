@@ -3,9 +3,28 @@
 from __future__ import annotations
 
 import re
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 __version__ = "0.1.0"
+
+OLDEST_TRANSFORMERS = (5, 17)
+"""The oldest that models can be served with; pyproject.toml says the same."""
+
+
+def transformers_serves() -> bool:
+    """Whether the transformers that is installed is new enough for models."""
+    try:
+        numbers = re.findall(r"\d+", version("transformers"))
+    except PackageNotFoundError:
+        return False
+    return tuple(map(int, numbers[:2])) >= OLDEST_TRANSFORMERS
+
+
+TRANSFORMERS_NEEDED = (
+    f"needs transformers {'.'.join(map(str, OLDEST_TRANSFORMERS))} or newer: "
+    "pip install --upgrade transformers"
+)
 
 _COMMIT = re.compile(r"[0-9a-f]{40}(?:[0-9a-f]{24})?")
 

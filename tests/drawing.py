@@ -18,7 +18,7 @@ ENGINE = "dynamickv"
 FLOORS: dict[str, tuple[str, ...]] = {
     "command line": ("__main__", "cli"),
     "measuring": ("evaluate",),
-    "flows": ("serve", "conversation", "compare", "answer", "walk"),
+    "flows": ("serve", "conversation", "smallest", "compare", "answer", "walk"),
     "other engines": ("integrations",),
     "token by token": ("decoding",),
     "a model": ("models",),

@@ -178,7 +178,8 @@ def assembled_templates(source: Source) -> Iterator[tuple[int, str]]:
 PAGE_FLOORS = (
     ("page",),
     ("launch",),
-    ("explore", "lab", "learn", "runs"),
+    ("onward",),
+    ("explore", "gallery", "lab", "learn", "runs"),
     ("serving", "components", "form", "uploads", "snippets"),
     ("views", "examples", "inputs"),
     ("record", "settings"),

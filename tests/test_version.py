@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import pytest
 import dynamickv as dkv
 from dynamickv import version
 from dynamickv.evaluate import circumstances
+from dynamickv.version import OLDEST_TRANSFORMERS
 from tests.engine.tiny import DOCUMENT, QUESTION, tiny_llm
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -91,3 +94,29 @@ def test_records_hold_it_where_it_is_known(
     assert dkv.Trace.load(tmp_path / "run.json").versions.get("commit") == commit
     assert trace.versions["dynamickv"] == circumstances(llm)["dynamickv"] == dkv.__version__
     assert circumstances(llm).get("commit") == commit
+
+
+def test_methods_work_beside_a_transformers_that_is_too_old_for_models() -> None:
+    code = (
+        "import importlib.metadata as metadata\n"
+        "true = metadata.version\n"
+        "metadata.version = lambda name: '5.2.0' if name == 'transformers' else true(name)\n"
+        "import sys, torch, dynamickv as dkv\n"
+        "keys = [torch.randn(1, 2, 64, 8)] * 3\n"
+        "kept = dkv.retain(dkv.SnapKV(capacity=24), keys, keys)\n"
+        "assert kept.indices[0].shape == (2, 24)\n"
+        "assert 'transformers' not in sys.modules\n"
+        "try: dkv.compare\n"
+        "except ImportError as error: print(error)\n"
+        "print(hasattr(dkv, 'nonsense'))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == (
+        "dynamickv.compare needs transformers 5.17 or newer: pip install --upgrade transformers\n"
+        "False\n"
+    ), done.stderr
+
+
+def test_the_oldest_transformers_is_the_one_that_is_installed_at_least() -> None:
+    project = (Path(__file__).parents[1] / "pyproject.toml").read_text("utf-8")
+    assert f'"transformers>={".".join(map(str, OLDEST_TRANSFORMERS))},<6"' in project

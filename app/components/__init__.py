@@ -71,6 +71,15 @@ class Film(Component):
     view, template = "film", "film"
 
 
+class Onward(Component):
+    """On from a run: its smallest capacity, another question, earlier runs.
+
+    Its events `smallest`, `ask` and `restore` carry the key of a run.
+    """
+
+    view, template = "onward", "onward"
+
+
 class Forgetting(Component):
     """What is forgotten while an answer grows, token by token; hidden where nothing is."""
 
@@ -98,6 +107,12 @@ class Learn(Component):
     view, template = "learn", "learn"
 
 
+class Gallery(Component):
+    """Recorded losses as cards, each with an address."""
+
+    view, template = "gallery", "gallery"
+
+
 class LabPanel(Component):
     """One measurement of the Lab: sentences, a chart, tables, a CSV file."""
 
@@ -118,11 +133,13 @@ __all__ = [
     "FigureView",
     "Film",
     "Forgetting",
+    "Gallery",
     "LabPanel",
     "LabStatus",
     "LayerMap",
     "Learn",
     "ModelChip",
+    "Onward",
     "Readout",
     "StatusLine",
     "TraceStore",

@@ -45,17 +45,22 @@ PAGE_SCRIPTS = (
     "keep",
     "links",
     "exports",
+    "pictures",
+    "onward",
+    "gallery",
+    "history",
     "lab_panel",
     "learn",
     "learn_figures",
     "learn_choice",
     "learn_pair",
     "tour",
+    "hall",
 )
 """Those that a page without a server has no use for."""
 # Gradio looks for the names of a component's own events in this text.
 MOUNT = """
-// events: "answer" "read"
+// events: "answer" "read" "open" "smallest" "ask" "restore"
 (function start() {
   if (window.DynamicKV) window.DynamicKV.mount("%s", element, props, watch, { server, trigger });
   else requestAnimationFrame(start);
@@ -111,5 +116,7 @@ def head() -> str:
 
 def styles() -> str:
     """The palette and the sizes."""
-    own = ("explorer", "stage", "film", "forgetting")
-    return "\n".join([css_variables(), *(read(f"{name}.css") for name in own)])
+    sheets = (
+        read(f"{name}.css") for name in ("explorer", "stage", "film", "forgetting", "lab", "hall")
+    )
+    return "\n".join([css_variables(), *sheets])

@@ -16,6 +16,7 @@ from app.components import (
     Film,
     Forgetting,
     LayerMap,
+    Onward,
     Readout,
     StatusLine,
     TraceStore,
@@ -165,7 +166,7 @@ def build_fields(
     made["methods"] = gr.CheckboxGroup(
         method_choices(), value=shown_methods(first), label="Methods", elem_id="dkv-methods"
     )
-    made["price"] = Readout(price(shown_methods(first), MASS_RATIO), elem_id="dkv-price")
+    made["price"] = Readout(price(MASS_RATIO), elem_id="dkv-price")
     made["capacity"] = gr.Slider(
         *CAPACITIES,
         value=first.capacity if first else DEFAULT_CAPACITY,
@@ -228,8 +229,7 @@ def method_choices() -> list[tuple[str, str]]:
     takes long, and that is said before it is ticked.
     """
     slow = {name for name in offered_methods() if dkv.METHODS[name].capabilities.mass}
-    words = f"({MASS_RATIO:.0f} x reading)"
-    return [(f"{name} {words}" if name in slow else name, name) for name in offered_methods()]
+    return [(f"{name} (slow)" if name in slow else name, name) for name in offered_methods()]
 
 
 def setting_widget(setting: Setting, value: Any) -> Any:
@@ -272,7 +272,9 @@ def build_results(handlers: ExploreHandlers, shown: Shown, first: Example | None
     made: Widgets = {}
     with gr.Column(scale=9, min_width=320, elem_id="dkv-views"):
         made["cards"] = AnswerCards(cards, elem_id="dkv-answers")
-        Film(elem_id="dkv-film")
+        with gr.Row(elem_id="dkv-after-answers"):
+            Film(elem_id="dkv-film")
+            made["onward"] = Onward(elem_id="dkv-onward")
         Forgetting(elem_id="dkv-forgetting")
         with gr.Row(elem_id="dkv-stage"):
             with gr.Column(scale=6, min_width=320, elem_id="dkv-reading"):
@@ -294,17 +296,22 @@ def build_results(handlers: ExploreHandlers, shown: Shown, first: Example | None
 
 def wire_run(handlers: ExploreHandlers, widgets: Widgets) -> None:
     """Run, Stop, and what goes on from a run."""
-    form, buttons = named(widgets, FIELDS), ("run", "stop")
+    buttons = ("run", "stop")
     ran = named(widgets, ("status", "cards", "store", *buttons))
-    begun = widgets["run"].click(
-        handlers.run.begin, form, named(widgets, ("status", *buttons)), **LIGHT
-    )
-    begun.success(handlers.run.run, form, ran, **IN_TURNS, **PRIVATE)
+    run_after(handlers, widgets, widgets["run"].click)
     what_if = widgets["what_if"]
     what_if.answer(handlers.what_if.answer, None, ran, **IN_TURNS, **PRIVATE)
     read = named(widgets, ("status", "what_if", *buttons))
     what_if.read(handlers.what_if.read, None, read, **IN_TURNS, **PRIVATE)
     widgets["stop"].click(handlers.run.stop, None, widgets["status"], queue=False, **PRIVATE)
+
+
+def run_after(handlers: ExploreHandlers, widgets: Widgets, event: Any) -> None:
+    """Run what the form asks for at an event such as `button.click`."""
+    form, told = named(widgets, FIELDS), named(widgets, ("status", "run", "stop"))
+    ran = named(widgets, ("status", "cards", "store", "run", "stop"))
+    begun = event(handlers.run.begin, form, told, **LIGHT)
+    begun.success(handlers.run.run, form, ran, **IN_TURNS, **PRIVATE)
 
 
 def wire_form(handlers: FormHandlers, widgets: Widgets) -> None:
@@ -323,7 +330,7 @@ def wire_form(handlers: FormHandlers, widgets: Widgets) -> None:
     widgets["upload"].upload(handlers.upload, widgets["upload"], document, **LIGHT)
     methods = widgets["methods"]
     methods.input(handlers.lock_reference, methods, methods, **LIGHT)
-    methods.change(handlers.price, methods, widgets["price"], **latest)
+    methods.change(handlers.price, None, widgets["price"], **latest)
     texts = [document, widgets["question"]]
     gr.on([text.change for text in texts], handlers.ready, texts, widgets["run"], **latest)
     gr.on(

@@ -5,7 +5,7 @@ Pure functions; no widgets, no model.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import dynamickv as dkv
@@ -13,7 +13,7 @@ from app.examples import Example
 from app.inputs import MAX_CHARACTERS, MAX_NEW_TOKENS
 from app.serving.comparisons import CHARACTERS_PER_TOKEN
 from app.serving.model_host import PromptSize
-from app.settings import CAPACITIES
+from app.settings import CAPACITIES, offered_methods
 from app.wording import count, mebibytes, percent
 
 BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -51,18 +51,13 @@ def uncountable(document: str) -> dict[str, Any] | None:
     return None
 
 
-def price(methods: Sequence[str], ratio: float) -> dict[str, str]:
-    """What those methods cost that ask for the attention of all tokens; empty without any."""
-    asking = [
-        name for name in methods if name in dkv.METHODS and dkv.METHODS[name].capabilities.mass
-    ]
+def price(ratio: float) -> dict[str, str]:
+    """What the methods cost that ask for the attention of all tokens; empty without any."""
+    asking = [name for name in offered_methods() if dkv.METHODS[name].capabilities.mass]
     if not asking:
         return {"value": "", "note": ""}
-    return {
-        "value": "",
-        "note": f"{asking[0]} reads the whole attention matrix: reading takes about {ratio:.1f} "
-        "times as long.",
-    }
+    note = f"{asking[0]} reads the whole attention matrix: about {ratio:.1f} times the reading."
+    return {"value": "", "note": note}
 
 
 def counted_before(first: Example | None) -> dict[str, Any] | None:

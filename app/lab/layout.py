@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,13 +10,13 @@ import gradio as gr
 
 import dynamickv as dkv
 from app.components import LabPanel, LabStatus
-from app.serving.events import LIGHT, PRIVATE
+from app.serving.events import IN_TURNS, LIGHT, PRIVATE
 from app.serving.status import idle
 from app.settings import DEFAULT_CAPACITY, offered_methods
 from app.uploads import MAX_EXAMPLE_BYTES, MAX_EXAMPLES
 
-from .handlers import FILE_NAME, LabHandlers
-from .view_model import recorded
+from .handlers import FILE_NAME, OPENED, LabHandlers, OpeningHandlers
+from .view_model import needle_form, recorded
 
 longbench_tasks = dkv.evaluate.datasets.longbench_tasks
 SIX = ("FullKV", "StreamingLLM", "H2O", "SnapKV", "PyramidKV", "DynamicKV")
@@ -37,6 +38,10 @@ class Shared:
     document: gr.Textbox
     question: gr.Textbox
     model: gr.Dropdown
+    widgets: Mapping[str, Any]
+    """The page's `tabs` and Explore's, by name."""
+    run: Callable[[Any], None]
+    """Makes an event's success run what Explore's form asks for."""
 
 
 @dataclass(slots=True)
@@ -49,31 +54,46 @@ class Part:
     panel: LabPanel
 
 
-def build_lab(handlers: LabHandlers, shared: Shared) -> None:
+def build_lab(handlers: LabHandlers, opening: OpeningHandlers, shared: Shared) -> None:
     """The tab's content; measurements and the page's runs take turns."""
+    panels = build_parts(handlers, shared)
+    outputs = [shared.widgets[name] for name in OPENED]
+    for panel in panels:
+        # The form first: what runs is what stands there.
+        opened = panel.open(
+            opening.open, [shared.document, shared.question], outputs, **IN_TURNS, **PRIVATE
+        )
+        shared.run(opened.success)
+
+
+def build_parts(handlers: LabHandlers, shared: Shared) -> list[LabPanel]:
+    """The four measurements; their panels."""
     models = [shared.model]
+    panels = []
     with gr.Tabs(elem_id="dkv-lab-tabs"):
         with gr.Tab("Needle", id="lab-needle"), gr.Row(elem_classes=["dkv-split"]):
             with gr.Column(scale=3, min_width=300, elem_classes=["dkv-lab-form"]):
                 gr.Markdown(
                     "Hide a number at every depth of texts of every length, and ask for it."
                 )
+                form = needle_form()
                 methods = _methods(SIX)
                 sizes = gr.Textbox(
-                    "64, 128",
+                    form["capacities"],
                     label="Capacities",
                     elem_id="dkv-lab-capacities",
                     elem_classes=["dkv-field-capacity"],
                 )
                 lengths = gr.Textbox(
-                    "512, 1024", label="Lengths, in tokens", elem_classes=["dkv-field-length"]
+                    form["lengths"], label="Lengths, in tokens", elem_classes=["dkv-field-length"]
                 )
-                depths = gr.Slider(1, 11, value=3, step=1, label="Depths")
-                samples = gr.Slider(1, 10, value=1, step=1, label="Texts per cell")
-                needles = gr.Slider(1, 4, value=1, step=1, label="Needles per text")
+                depths = gr.Slider(1, 11, value=form["depths"], step=1, label="Depths")
+                samples = gr.Slider(1, 10, value=form["samples"], step=1, label="Texts per cell")
+                needles = gr.Slider(1, 4, value=form["needles"], step=1, label="Needles per text")
                 buttons = _buttons("needle")
             part = _part("needle", *buttons)
             fields = [*models, methods, sizes, lengths, depths, samples, needles]
+            panels.append(part.panel)
             _wire(handlers, handlers.needle, fields, part)
         with gr.Tab("Sweep", id="lab-sweep"), gr.Row(elem_classes=["dkv-split"]):
             with gr.Column(scale=3, min_width=300, elem_classes=["dkv-lab-form"]):
@@ -87,6 +107,7 @@ def build_lab(handlers: LabHandlers, shared: Shared) -> None:
                 buttons = _buttons("sweep")
             part = _part("sweep", *buttons)
             fields = [shared.document, shared.question, *models, methods, longest]
+            panels.append(part.panel)
             _wire(handlers, handlers.sweep, fields, part)
         with gr.Tab("Tasks", id="lab-tasks"), gr.Row(elem_classes=["dkv-split"]):
             with gr.Column(scale=3, min_width=300, elem_classes=["dkv-lab-form"]):
@@ -102,6 +123,7 @@ def build_lab(handlers: LabHandlers, shared: Shared) -> None:
                 )
                 buttons = _buttons("tasks")
             part = _part("tasks", *buttons)
+            panels.append(part.panel)
             _wire(handlers, handlers.tasks, [*models, method, capacity], part)
         with gr.Tab("LongBench", id="lab-longbench"):
             with gr.Row(elem_classes=["dkv-split"]):
@@ -121,8 +143,10 @@ def build_lab(handlers: LabHandlers, shared: Shared) -> None:
                     upload, stop, status = _upload_buttons("longbench")
                 part = _part("longbench", upload, stop, status)
                 widgets: list[Any] = [upload, *models, task, methods, sizes, limit]
+                panels.append(part.panel)
                 _wire(handlers, handlers.longbench, widgets, part, upload.upload)
             gr.Markdown(COMMANDS, elem_classes=["dkv-lab-commands"])
+    return panels
 
 
 def _methods(chosen: tuple[str, ...]) -> gr.CheckboxGroup:

@@ -32,18 +32,48 @@ NOTHING = "Nothing measured yet: press Measure."
 
 
 def panel(title: str, source: str, **parts: Any) -> Payload:
-    """A panel's payload; what is not given is left out."""
-    empty: Payload = {"said": [], "figure": None, "tables": [], "csv": None}
+    """A panel's payload; what is not given is left out.
+
+    `cells` says what a click on each point opens, `relative` is the figure in per cent of FullKV's
+    score, `caption` titles a saved picture.
+    """
+    empty: Payload = {
+        "said": [],
+        "figure": None,
+        "relative": None,
+        "tables": [],
+        "csv": None,
+        "kind": "",
+        "settings": {},
+        "cells": [],
+        "caption": title,
+    }
     return {"title": title, "source": source, "palette": PALETTE, **empty, **parts}
 
 
-def needle_panel(summary: Sequence[dict[str, Any]], source: str) -> Payload:
+def caption(
+    title: str, lines: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], question: str = ""
+) -> str:
+    """A picture's title: what was asked of which model, at which capacities, with which methods."""
+    sizes = sorted({line["capacity"] for line in lines if line.get("capacity") is not None})
+    methods = dict.fromkeys(line["method"] for line in lines)
+    named = f"capacity {', '.join(f'{size:,}' for size in sizes)}" if sizes else ""
+    parts = (settings.get("model"), named, ", ".join(methods))
+    made = " · ".join(str(part) for part in parts if part)
+    return f"{title}{f': {question}' if question else ''}\n{made}"
+
+
+def needle_panel(
+    summary: Sequence[dict[str, Any]], source: str, settings: Mapping[str, Any] | None = None
+) -> Payload:
     """Heatmaps; means with Wilson's intervals; the paper's figures beside."""
+    settings = settings or {}
     return panel(
         "Needle in a haystack",
         source,
-        said=tables.standing(summary, "exact"),
+        said=[line for line in [tables.headline(summary)] if line],
         figure=lab_needle.render(summary).to_json(),
+        relative=lab_needle.render(summary, relative=True).to_json(),
         tables=[
             _table(
                 "The paper's figures and these, per cent found", tables.needle_paper_lines(summary)
@@ -51,16 +81,25 @@ def needle_panel(summary: Sequence[dict[str, Any]], source: str) -> Payload:
             _table("Mean over all cells, with Wilson's interval", tables.needle_lines(summary)),
         ],
         csv={"name": "dynamickv_needle.csv", "text": csv_of(needle_rows(summary))},
+        kind="needle",
+        settings=settings,
+        cells=lab_needle.cells(summary),
+        caption=caption("Needle in a haystack", summary, settings, "a code of five digits"),
     )
 
 
 def needle_rows(summary: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
     """Every cell of the heatmaps, under a row of names."""
-    rows: list[list[Any]] = [["method", "capacity", "prompt_tokens", "depth", "exact"]]
-    for line in summary:
-        for cell in line["cells"]:
-            place = [line["method"], line["capacity"], cell["length"], cell["depth"]]
-            rows.append([*place, cell["exact"]])
+    head = ["method", "capacity", "prompt_tokens", "depth", "exact", "exact_of_fullkv"]
+    rows: list[list[Any]] = [head]
+    first: dict[tuple[str, int | None], lab_needle.Map] = {}
+    for shown in lab_needle.maps(summary):
+        first.setdefault((shown.method, shown.capacity), shown)
+    for shown in first.values():
+        for place, cell in shown.cells.items():
+            of_full = shown.of_full(place)
+            share = None if of_full is None else round(of_full, 6)
+            rows.append([shown.method, shown.capacity, *place, cell["exact"], share])
     return rows
 
 
@@ -71,8 +110,16 @@ def csv_of(rows: Sequence[Sequence[Any]]) -> str:
     return out.getvalue()
 
 
-def longbench_panel(summary: Sequence[dict[str, Any]], source: str) -> Payload:
-    """Scores per task and capacity; the paper's rows beside."""
+def longbench_panel(
+    summary: Sequence[dict[str, Any]],
+    source: str,
+    settings: Mapping[str, Any] | None = None,
+    texts: Mapping[str, list[str]] | None = None,
+) -> Payload:
+    """Scores per task and capacity; the paper's rows beside. `texts`: document and question of the
+    examples that points open, by their ids.
+    """
+    settings = settings or {}
     blocks = [
         _table(
             "whole cache" if size is None else f"Capacity {size}, scores in per cent",
@@ -80,11 +127,13 @@ def longbench_panel(summary: Sequence[dict[str, Any]], source: str) -> Payload:
         )
         for size, rows in tables.blocks_by_capacity(summary)
     ]
+    tasks = dict.fromkeys(task for line in summary for task in line["tasks"])
     return panel(
         "LongBench",
         source,
-        said=[*low_scores(summary), *tables.standing(summary, "average")],
+        said=low_scores(summary) or [line for line in [tables.headline(summary)] if line],
         figure=lab_longbench.render(summary).to_json(),
+        relative=lab_longbench.render(summary, relative=True).to_json(),
         tables=[
             _table(
                 "The paper's averages over 16 tasks, and these in its layout",
@@ -93,34 +142,53 @@ def longbench_panel(summary: Sequence[dict[str, Any]], source: str) -> Payload:
             *blocks,
         ],
         csv={"name": "dynamickv_longbench.csv", "text": tables.longbench_csv(summary)},
+        kind="longbench",
+        settings=settings,
+        cells=lab_longbench.cells(summary, texts),
+        texts=texts or {},
+        caption=caption("LongBench", summary, settings, ", ".join(tasks)),
     )
 
 
 def low_scores(summary: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Where FullKV itself hardly answers, methods can only be told apart by chance: said first."""
+    """Where FullKV itself hardly answers, methods can only be told apart by chance: said alone."""
     full = [row["average"] for row in summary if row["capacity"] is None]
     if not full or max(full) >= LOW:
         return []
     return [
-        f"FullKV itself reaches {100 * max(full):.0f} % with this model: so low, the differences "
-        "between methods are mostly chance. Read the figures beside FullKV's, not the paper's."
+        f"FullKV itself reaches {100 * max(full):.0f} % with this model, so differences between "
+        "methods are mostly noise: read them as per cent of FullKV, not beside the paper's."
     ]
 
 
-def sweep_panel(lines: Sequence[dict[str, Any]], source: str) -> Payload:
+def sweep_panel(
+    lines: Sequence[dict[str, Any]],
+    source: str,
+    settings: Mapping[str, Any] | None = None,
+    question: str = "",
+) -> Payload:
     """Curves over the capacity."""
+    settings = settings or {}
     return panel(
         "Capacity sweep",
         source,
         figure=lab_sweep.render(lines).to_json(),
         tables=[_table("Against FullKV's answer", tables.sweep_lines(lines))],
         csv={"name": "dynamickv_sweep.csv", "text": dkv.evaluate.sweep.sweep_csv(lines)},
+        kind="sweep",
+        settings=settings,
+        cells=lab_sweep.cells(lines),
+        caption=caption("Capacity sweep", lines, settings, question),
     )
 
 
-def tasks_panel(summary: Sequence[dict[str, Any]], source: str) -> Payload:
+def tasks_panel(
+    summary: Sequence[dict[str, Any]], source: str, settings: Mapping[str, Any] | None = None
+) -> Payload:
     """Budgets per task, the distances, and the tokens that moved."""
     first = summary[0]
+    settings = {**(settings or {}), "method": first["method"]}
+    asked = [{"method": first["method"], "capacity": settings.get("capacity")}]
     return panel(
         "Budgets follow the task?",
         source,
@@ -132,11 +200,22 @@ def tasks_panel(summary: Sequence[dict[str, Any]], source: str) -> Payload:
                 tables.tasks_lines(first),
             )
         ],
-        csv={"name": "dynamickv_tasks.csv", "text": csv_of(tables.tasks_lines(first))},
+        csv={"name": "dynamickv_tasks.csv", "text": csv_of(tasks_rows(first))},
+        kind="tasks",
+        settings=settings,
+        cells=lab_tasks.cells(first),
+        caption=caption("Budgets follow the task?", asked, settings, ", ".join(first["kinds"])),
     )
 
 
-PANELS: dict[str, tuple[str, Callable[[Any, str], Payload]]] = {
+def tasks_rows(summary: Mapping[str, Any]) -> list[list[Any]]:
+    """The chart's numbers, mean tokens kept per head, under a row of names."""
+    budgets = summary["budgets"]
+    layers = len(next(iter(budgets.values())))
+    return [["layer", *budgets], *([i, *(b[i] for b in budgets.values())] for i in range(layers))]
+
+
+PANELS: dict[str, tuple[str, Callable[..., Payload]]] = {
     "needle": ("Needle in a haystack", needle_panel),
     "sweep": ("Capacity sweep", sweep_panel),
     "tasks": ("Budgets follow the task?", tasks_panel),
@@ -151,10 +230,33 @@ def recorded(kind: str, folder: Path = ASSETS / "evidence") -> Payload:
     if path.is_file():
         try:
             record = json.loads(path.read_text("utf-8"))
-            return build(record["summary"], f"Recorded {source_words(record['circumstances'])}")
+            settings = {"model": record["circumstances"]["model"], **record.get("settings", {})}
+            source = f"Recorded {source_words(record['circumstances'])}"
+            return build(record["summary"], source, settings)
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             log.warning("recorded measurement %s left out: %s", path.name, error)
     return panel(title, NOTHING)
+
+
+def needle_form(folder: Path = ASSETS / "evidence") -> dict[str, Any]:
+    """The form of the recorded picture: capacities and lengths as text, and how many depths, texts
+    per cell and needles; a small grid where none is recorded.
+    """
+    try:
+        record = json.loads((folder / "needle.json").read_text("utf-8"))
+        summary = record["summary"]
+        cells = next(line["cells"] for line in summary if line["capacity"] is None)
+        sizes = sorted({line["capacity"] for line in summary} - {None})
+        return {
+            "capacities": ", ".join(map(str, sizes)),
+            "lengths": ", ".join(map(str, sorted({cell["length"] for cell in cells}))),
+            "depths": len({cell["depth"] for cell in cells}),
+            "samples": cells[0]["samples"],
+            "needles": record["settings"]["needles"],
+        }
+    except (OSError, ValueError, KeyError, TypeError, StopIteration):
+        one = {"depths": 3, "samples": 1, "needles": 1}
+        return {"capacities": "64, 128", "lengths": "512, 1024", **one}
 
 
 def source_words(circumstances: Mapping[str, str]) -> str:

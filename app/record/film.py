@@ -8,6 +8,9 @@ from dynamickv.record.trace import Prompt, Run, Trace
 
 from .words import window_tokens
 
+MOST_LAYERS = 128
+"""A film grows with their square, and files come from strangers."""
+
 
 def film_of(trace: Trace) -> list[list[list[int]] | None]:
     """Per run, what it held after each layer; None where every layer kept at once what it ended
@@ -22,7 +25,7 @@ def held_by_step(run: Run, trace: Trace) -> list[list[int]] | None:
     A layer holds its first budget until an update cuts it; a cut is permanent, and the last state
     is the record's own.
     """
-    if not run.budget_history:
+    if not run.budget_history or trace.model.num_layers > MOST_LAYERS:
         return None
     window = window_tokens(run, trace.prompt)
     others = trace.model.uncompressed

@@ -18,6 +18,26 @@ PANELS = (
 HEIGHT = 860
 
 
+def cells(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What a click on every point opens: the run of that method at that capacity."""
+    methods = list(dict.fromkeys(line["method"] for line in lines))
+    found = []
+    for panel, (field, title, factor, suffix, _) in enumerate(PANELS):
+        for number, method in enumerate(methods):
+            held = [line for line in lines if line["method"] == method]
+            for place, line in enumerate(held):
+                value = f"{title} {factor * line[field]:.4g}{suffix}"
+                size = line["capacity"]
+                found.append(
+                    {
+                        "at": [panel * len(methods) + number, place],
+                        "words": f"{method}, capacity {size:,}: {value}",
+                        "open": {"method": method, "capacity": size},
+                    }
+                )
+    return found
+
+
 def render(lines: Sequence[Mapping[str, Any]]) -> Figure:
     """Four charts, one above the other, over the same logarithmic capacity."""
     figure = blank_figure(

@@ -13,6 +13,20 @@ LOOKS = ("DynamicKV", "SnapKV", "PyramidKV", "H2O", "StreamingLLM", "Manual", "F
 HEIGHT = 640
 
 
+def cells(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a click on every field of the heatmap opens: a document with that kind of question."""
+    kinds, method = list(summary["budgets"]), summary.get("method", "")
+    return [
+        {
+            "at": [len(kinds), row, layer],
+            "words": f"{method}, {kind}: layer {layer} keeps {budget:.0f} tokens per head",
+            "open": {"kind": kind, "layer": layer},
+        }
+        for row, kind in enumerate(kinds)
+        for layer, budget in enumerate(summary["budgets"][kind])
+    ]
+
+
 def render(summary: Mapping[str, Any]) -> Figure:
     """Lines above, a row a task below; both over the layers."""
     kinds = list(summary["budgets"])

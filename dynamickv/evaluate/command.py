@@ -1,4 +1,4 @@
-"""The commands needle, longbench, sweep, tasks, turns and forgetting of `python -m dynamickv`.
+"""The commands needle, longbench, ruler, sweep, tasks, turns and forgetting.
  Each writes what it measures to a .jsonl file at once and continues such a file when started again.
 Under `accelerate launch` the processes share the work, and the first one writes the tables.
 """
@@ -26,11 +26,12 @@ from dynamickv.evaluate.forgetting import (
     forgetting_table,
     require_forgetting,
 )
-from dynamickv.evaluate.haystack import Hidden
+from dynamickv.evaluate.haystack import Haystack, Hidden
 from dynamickv.evaluate.journal import Journal, write_whole
 from dynamickv.evaluate.longbench import LongBenchExperiment, Protocol
 from dynamickv.evaluate.metrics import require_libraries
 from dynamickv.evaluate.needle import NeedleExperiment, NeedleGrid, even_depths
+from dynamickv.evaluate.ruler import COLUMNS, lines, make_examples, ruler_tasks
 from dynamickv.evaluate.share import Share
 from dynamickv.evaluate.summary import longbench_summary, needle_summary
 from dynamickv.evaluate.sweep import SweepExperiment, sweep_csv, sweep_summary
@@ -73,10 +74,11 @@ def needle(options: argparse.Namespace) -> None:
     output = _output_file(options.output)
     share = Share.of_this_process()
     llm = _load(options, share)
-    rows = _measured(NeedleExperiment(llm, grid), methods, output.with_suffix(".jsonl"), share)
+    experiment = NeedleExperiment(llm, grid)
+    rows = _measured(experiment, methods, output.with_suffix(".jsonl"), share)
     if rows is not None:
         summary = needle_summary(rows)
-        _write(output, llm, share, summary)
+        _write(output, llm, share, summary, experiment.settings)
         print(tables.needle_table(summary))
 
 
@@ -94,19 +96,48 @@ def longbench(options: argparse.Namespace) -> None:
     tasks = listed(options.tasks or "")
     folder = hub_folder() if options.data is None else options.data
     examples = read_tasks(folder, tasks, options.limit, options.skip_malformed)
-    output = Path(options.output)
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"{output} is a file; give the name of a folder for the results")
-    output.mkdir(parents=True, exist_ok=True)
+    output = _output_folder(options.output)
     share = Share.of_this_process()
     llm = _load(options, share)
     experiment = LongBenchExperiment(llm, examples, protocol)
     rows = _measured(experiment, methods, output / "results.jsonl", share)
     if rows is not None:
         summary = longbench_summary(rows)
-        _write(output / "summary.json", llm, share, summary)
+        _write(output / "summary.json", llm, share, summary, experiment.settings)
         write_whole(output / "scores.csv", tables.longbench_csv(summary))
         print(tables.longbench_table(summary))
+
+
+def ruler(options: argparse.Namespace) -> None:
+    """Files of RULER's needle tasks, with the lengths that this model's tokenizer gives them."""
+    names = listed(options.tasks or "") or ruler_tasks()
+    for name in names:
+        if name not in ruler_tasks():
+            raise ValueError(f"there is no task {name!r}; choose from {', '.join(ruler_tasks())}")
+    if options.columns not in COLUMNS:
+        raise ValueError(f"--columns must be one of {', '.join(COLUMNS)}, got {options.columns!r}")
+    lengths = _numbers("--lengths", options.lengths)
+    haystack = Haystack(options.haystack)
+    output = _output_folder(options.output)
+    tokenizer = _load(options, Share()).tokenizer
+    print(f"{'task':16} {'asked':>6} {'tokens, prompt and answer':>26}")
+    for length in lengths:
+        for name in names:
+            made = list(
+                make_examples(
+                    name,
+                    length,
+                    options.samples,
+                    lambda text: len(tokenizer(text)["input_ids"]),
+                    haystack=haystack,
+                    seed=options.seed,
+                )
+            )
+            (output / str(length)).mkdir(exist_ok=True)
+            write_whole(output / str(length) / f"{name}.jsonl", lines(made, options.columns, name))
+            used = [one.length for one in made]
+            print(f"{name:16} {length:>6} {f'{min(used)} to {max(used)}':>26}")
+    print(f"python -m dynamickv longbench --data {output / str(lengths[0])} scores them.")
 
 
 def sweep(options: argparse.Namespace) -> None:
@@ -126,7 +157,7 @@ def sweep(options: argparse.Namespace) -> None:
     experiment.prepare(**recording_for(methods))
     rows = _measured(experiment, methods, output.with_suffix(".jsonl"), Share())
     lines = sweep_summary(rows or [])
-    _write(output, llm, Share(), lines)
+    _write(output, llm, Share(), lines, experiment.settings)
     write_whole(output.with_suffix(".csv"), sweep_csv(lines))
     print(tables.sweep_table(lines))
 
@@ -149,7 +180,7 @@ def tasks(options: argparse.Namespace) -> None:
     rows = _measured(experiment, methods, output.with_suffix(".jsonl"), share)
     if rows is not None:
         summary = [tasks_summary(rows, method.name) for method in methods]
-        _write(output, llm, share, summary)
+        _write(output, llm, share, summary, experiment.settings)
         print("\n\n".join(map(tables.tasks_table, summary)))
 
 
@@ -165,7 +196,7 @@ def turns(options: argparse.Namespace) -> None:
     rows = _measured(experiment, methods, output.with_suffix(".jsonl"), share)
     if rows is not None:
         summary = turns_summary(rows)
-        _write(output, llm, share, summary)
+        _write(output, llm, share, summary, experiment.settings)
         print(turns_table(summary))
 
 
@@ -189,7 +220,7 @@ def forgetting(options: argparse.Namespace) -> None:
     rows = _measured(experiment, methods, output.with_suffix(".jsonl"), share)
     if rows is not None:
         summary = forgetting_summary(rows)
-        _write(output, llm, share, summary)
+        _write(output, llm, share, summary, experiment.settings)
         write_whole(output.with_suffix(".csv"), forgetting_csv(summary))
         print(forgetting_table(summary))
 
@@ -233,9 +264,11 @@ def _measured(
     return rows_of(journal, experiment.units())
 
 
-def _write(path: Path, llm: LoadedModel, share: Share, summary: Any) -> None:
+def _write(
+    path: Path, llm: LoadedModel, share: Share, summary: Any, settings: dict[str, Any]
+) -> None:
     where = {**circumstances(llm), "processes": str(share.world)}
-    record = {"circumstances": where, "summary": summary}
+    record = {"circumstances": where, "settings": settings, "summary": summary}
     write_whole(path, json.dumps(record, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
 
 
@@ -284,3 +317,11 @@ def _output_file(name: str) -> Path:
     if Path(name).suffix != ".json":
         raise ValueError(f"--output takes a name that ends in .json, got {name!r}")
     return output_file(name)
+
+
+def _output_folder(name: str) -> Path:
+    path = Path(name)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file; give the name of a folder for the results")
+    path.mkdir(parents=True, exist_ok=True)
+    return path

@@ -20,7 +20,13 @@ from dynamickv.answer import recording_for
 from dynamickv.evaluate.data import data_file
 from dynamickv.evaluate.datasets import Example, task_of
 from dynamickv.evaluate.experiment import Row, Stop, Unit, answers, entry, key, of_model, stopper
-from dynamickv.evaluate.metrics import METRICS, contains_all, contains_any
+from dynamickv.evaluate.metrics import (
+    METRICS,
+    contains_all,
+    contains_any,
+    repetition,
+    rouge_gives_up,
+)
 from dynamickv.methods import CompressionMethod
 from dynamickv.models import LoadedModel
 from dynamickv.reading.prefill import prefill_text
@@ -77,6 +83,18 @@ class Protocol:
                 f"the prompt template for task {example.task!r} has other fields than "
                 "{context} and {input}; mend the file"
             ) from None
+
+    def parts(self, example: Example) -> tuple[str, str] | None:
+        """The prompt as document and question: what the template ends with after the context asks.
+        None where nothing follows it, and for RULER, whose prompts are one text.
+        """
+        if example.ruler:
+            return None
+        whole, context = self.prompt(example), example.fields["context"]
+        before, found, after = whole.partition(context)
+        if not context or not found or not after.strip():
+            return None
+        return before + context, after.strip()
 
     def answer_length(self, example: Example) -> int:
         """Most answer tokens."""
@@ -167,8 +185,20 @@ class LongBenchExperiment:
             "prompt_tokens": read.length,
             "truncated": read.prompt.truncated,
             "prefill_seconds": round(read.seconds + read.mass_seconds, 3),
-            "runs": [{**entry(run), "score": score(example, run.answer)} for run in runs],
+            "runs": [{**entry(run), **scored(example, run.answer)} for run in runs],
         }
+
+
+def scored(example: Example, answer: str) -> Row:
+    """What a journal keeps of an answer's worth: the official score, how much of it is repetition,
+    which ROUGE does not see, and whether the official scorer gives up on it."""
+    row: Row = {"score": score(example, answer), "repetition": round(repetition(answer), 6)}
+    metric = None if example.ruler else task_of(example.task)["metric"]
+    if metric in ("rouge_l", "rouge_l_zh") and row["score"] == 0 and answer.strip():
+        segmented = metric == "rouge_l_zh"
+        if any(rouge_gives_up(answer, truth, segmented) for truth in example.answers):
+            row["gave_up"] = True
+    return row
 
 
 def score(example: Example, answer: str) -> float:

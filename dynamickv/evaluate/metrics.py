@@ -12,11 +12,20 @@ import importlib
 import logging
 import re
 import string
+import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 Metric = Callable[..., float]
+
+WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+")
+"""Words, and single characters of scripts without spaces."""
+RECURSION_LIMIT = 1000
+"""Python's own, with which the official scorer runs."""
+SHALLOW = 400
+"""Characters of both texts below which the package `rouge` cannot recurse deeply anywhere."""
 
 CHINESE_PUNCTUATION = (
     "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃》「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟"  # noqa: RUF001
@@ -38,13 +47,20 @@ def rouge_l(prediction: str, ground_truth: str, all_classes: Sequence[str] | Non
     """ROUGE-L F-measure as the package `rouge` computes it: over sentences that end in a full stop,
     words counted once.
 
-    0 for an empty text and, as in the official scorer, where that package recurses too deeply.
+    0 for an empty text and, as in the official scorer, where that package recurses too deeply (see
+    `rouge_gives_up`). An answer that goes round in circles scores as one that says it once:
+    `repetition` tells.
     """
-    scorer = _library("rouge").Rouge(metrics=["rouge-l"])
-    try:
-        return float(scorer.get_scores([prediction], [ground_truth], avg=True)["rouge-l"]["f"])
-    except (ValueError, RecursionError, AssertionError):
-        return 0.0
+    return _rouge(prediction, ground_truth) or 0.0
+
+
+def rouge_gives_up(prediction: str, ground_truth: str, segmented: bool = False) -> bool:
+    """Whether `rouge_l`, or with `segmented` `rouge_l_zh`, is 0 only because the package `rouge`
+    recurses too deeply: sentences of some 990 words together, without a full stop."""
+    texts = [prediction, ground_truth]
+    if segmented:
+        texts = [" ".join(_segmented(text)) for text in texts]
+    return _rouge(*texts) is None
 
 
 def rouge_l_zh(
@@ -140,10 +156,46 @@ def fuzzy(prediction: str, expected: Sequence[str]) -> float:
     return float(sum(ratio(text.lower(), padded) for text in expected) / len(expected) / 100)
 
 
+def repetition(text: str) -> float:
+    """Share of a text's runs of four words that stood in it before, in [0, 1]; a Chinese or
+    Japanese character counts as a word. 0 for fewer than five words."""
+    words = WORDS.findall(text.lower())
+    runs = list(zip(*(words[start:] for start in range(4)), strict=False))
+    return 1 - len(set(runs)) / len(runs) if len(runs) > 1 else 0.0
+
+
 def require_libraries() -> None:
     """Raise ValueError, with the remedy, unless the extra `evaluate` is installed."""
     for name in ("rouge", "jieba", "rapidfuzz.fuzz"):
         _library(name)
+
+
+def _rouge(prediction: str, ground_truth: str) -> float | None:
+    """ROUGE-L's F-measure; None where the package recurses too deeply."""
+    scorer = _library("rouge").Rouge(metrics=["rouge-l"])
+
+    def scored() -> float | None:
+        try:
+            return float(scorer.get_scores([prediction], [ground_truth], avg=True)["rouge-l"]["f"])
+        except RecursionError:
+            return None
+        except (ValueError, AssertionError):
+            return 0.0
+
+    # The same text must not score here and give up there, by how deep its caller is.
+    if len(prediction) + len(ground_truth) < SHALLOW:
+        return scored()
+    found: list[float | None] = []
+    spare = sys.getrecursionlimit() - RECURSION_LIMIT
+    thread = threading.Thread(target=lambda: found.append(_below(spare, scored)))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def _below(calls: int, action: Callable[[], Any]) -> Any:
+    """What an action gives after so many calls, which leaves it with fewer."""
+    return action() if calls <= 0 else _below(calls - 1, action)
 
 
 def _library(name: str) -> Any:

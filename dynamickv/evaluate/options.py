@@ -19,7 +19,7 @@ BESIDE = "what is measured goes at once to a .jsonl file beside it, from where a
 
 
 def add_commands(commands: Any, read_text: Callable[[str], str]) -> None:
-    """Add needle, longbench, sweep, tasks, turns and forgetting to the command line.
+    """Add needle, longbench, ruler, sweep, tasks, turns and forgetting to the command line.
 
     Args:
         commands: what `add_subparsers` returned.
@@ -28,6 +28,7 @@ def add_commands(commands: Any, read_text: Callable[[str], str]) -> None:
     for name, explanation, add in (
         ("needle", "hide facts at every depth of long texts and ask for them", _needle),
         ("longbench", "score LongBench's or RULER's files", _longbench),
+        ("ruler", "make RULER's needle tasks, for longbench --data", _ruler),
         ("sweep", "one document at every capacity: agreement, KL, bytes", _sweep),
         ("tasks", "how budgets per layer follow the task", _tasks),
         ("turns", "several questions about one document: reuse a cache, or choose anew", _turns),
@@ -105,6 +106,22 @@ def _longbench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--skip-malformed", action="store_true", help="leave out unusable lines")
     parser.add_argument(
         "--output", default="longbench", metavar="DIR", help="answers, scores and tables"
+    )
+
+
+def _ruler(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tasks", metavar="A,B", help="niah_single_1 and so on; otherwise all")
+    parser.add_argument(
+        "--lengths", default="4096", metavar="N,N", help="tokens of prompt and answer together"
+    )
+    parser.add_argument("--samples", type=int, default=20, metavar="N", help="examples per task")
+    parser.add_argument("--haystack", metavar="DIR", help=".txt files; otherwise made up")
+    parser.add_argument(
+        "--columns", default="ruler", metavar="ruler|kvpress", help="whose column names"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what is made up")
+    parser.add_argument(
+        "--output", default="ruler", metavar="DIR", help="a folder per length, a file per task"
     )
 
 

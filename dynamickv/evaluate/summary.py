@@ -6,7 +6,7 @@ percents.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 from dynamickv.evaluate.statistics import bootstrap, wilson
@@ -31,14 +31,15 @@ def series(rows: Iterable[Row]) -> Series:
 
 def needle_summary(rows: Sequence[Row]) -> list[Row]:
     """Per method and capacity: mean exact score with Wilson's interval over all hidden values,
-    fuzzy score, cost, difference to SnapKV, and the cells of its heatmap."""
+    fuzzy score, cost, difference to SnapKV, and the cells of its heatmap, each with the first
+    `sample` of its lowest score."""
     found = series(rows)
     lines = []
     for (method, capacity), pairs in found.items():
-        cells: dict[tuple[int, float], list[Row]] = {}
+        cells: dict[tuple[int, float], list[tuple[Row, Row]]] = {}
         for row, run in pairs:
             place = (row["unit"]["length"], row["unit"]["depth"])
-            cells.setdefault(place, []).append(run)
+            cells.setdefault(place, []).append((row, run))
         hits = sum(run["exact"] * len(row["expected"]) for row, run in pairs)
         trials = sum(len(row["expected"]) for row, _ in pairs)
         lines.append(
@@ -53,11 +54,12 @@ def needle_summary(rows: Sequence[Row]) -> list[Row]:
                     {
                         "length": length,
                         "depth": depth,
-                        "exact": mean(run["exact"] for run in runs),
-                        "fuzzy": mean(run["fuzzy"] for run in runs),
-                        "samples": len(runs),
+                        "exact": mean(run["exact"] for _, run in held),
+                        "fuzzy": mean(run["fuzzy"] for _, run in held),
+                        "samples": len(held),
+                        "sample": _worst(held, "exact")["unit"]["sample"],
                     }
-                    for (length, depth), runs in cells.items()
+                    for (length, depth), held in cells.items()
                 ],
             }
         )
@@ -66,7 +68,9 @@ def needle_summary(rows: Sequence[Row]) -> list[Row]:
 
 def longbench_summary(rows: Sequence[Row]) -> list[Row]:
     """Per method and capacity: every task's mean score with a bootstrap interval, the mean over
-    tasks with its own, cost, and difference to SnapKV."""
+    tasks with its own, cost, difference to SnapKV, the example of its lowest score (`worst`), and
+    what the scores do not show: how much of the answers is repetition, and on how many the official
+    scorer gave up."""
     found = series(rows)
     lines = []
     for (method, capacity), pairs in found.items():
@@ -84,12 +88,32 @@ def longbench_summary(rows: Sequence[Row]) -> list[Row]:
                     }
                     for task, scores in tasks.items()
                 },
+                "repetition": mean(repeated) if (repeated := _told(pairs, "repetition")) else None,
+                "gave_up": sum(_told(pairs, "gave_up")),
+                "prompts": {task: _spread(pairs, task) for task in tasks},
                 "average": mean(mean(scores) for scores in tasks.values()),
                 "interval": list(bootstrap(list(tasks.values()))),
+                "worst": str(_worst(pairs, "score")["unit"].get("id")),
                 "over_snapkv": _difference(found, method, capacity, lambda run: run["score"]),
             }
         )
     return lines
+
+
+def _worst(pairs: Sequence[tuple[Row, Row]], field: str) -> Row:
+    """The first row of the lowest score."""
+    return min(pairs, key=lambda pair: pair[1][field])[0]
+
+
+def _spread(pairs: Sequence[tuple[Row, Row]], task: str) -> list[float]:
+    """Least, median and most prompt tokens of a task."""
+    tokens = [row["prompt_tokens"] for row, _ in pairs if row["unit"]["task"] == task]
+    return [min(tokens), median(tokens), max(tokens)]
+
+
+def _told(pairs: Sequence[tuple[Row, Row]], name: str) -> list[float]:
+    """What the runs say that say it; earlier journals do not."""
+    return [float(run[name]) for _, run in pairs if name in run]
 
 
 def _head(method: str, capacity: int | None, pairs: Sequence[tuple[Row, Row]]) -> Row:

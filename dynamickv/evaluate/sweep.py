@@ -76,11 +76,10 @@ class SweepExperiment:
     @property
     def settings(self) -> dict[str, Any]:
         """What a result depends on besides capacity and method."""
-        text = f"{self._document}\0{self._question}"
         return {
             "experiment": "sweep",
             **of_model(self._llm),
-            "prompt": hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16],
+            "prompt": prompt_digest(self._document, self._question),
             "max_new_tokens": self._max_new_tokens,
         }
 
@@ -130,6 +129,12 @@ class SweepExperiment:
         forced = forced_logits(self._llm, read, method, self._full.token_ids)
         distances = divergence(self._logits, forced)
         return {"kl_mean": float(distances.mean()), "kl_max": float(distances.max())}
+
+
+def prompt_digest(document: str, question: str) -> str:
+    """A document and a question by a hash of both."""
+    text = f"{document}\0{question}"
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
 
 
 def _at(method: CompressionMethod, capacity: int) -> CompressionMethod:

@@ -11,6 +11,7 @@ from typing import Any
 from dynamickv.evaluate.data import data_file
 from dynamickv.evaluate.summary import Row
 from dynamickv.evaluate.verdict import FEWEST as FEWEST
+from dynamickv.evaluate.verdict import headline as headline
 from dynamickv.evaluate.verdict import standing as standing
 
 Lines = list[list[str]]
@@ -68,7 +69,7 @@ def needle_table(summary: Sequence[Row]) -> str:
 def longbench_lines(rows: Sequence[Row]) -> Lines:
     """One capacity in the paper's layout: a row a method, a column a task; percents."""
     tasks = list(dict.fromkeys(task for row in rows for task in row["tasks"]))
-    head = ["method", *tasks, "average", "95 % interval", "kept", "over SnapKV"]
+    head = ["method", *tasks, "average", "95 % interval", "kept", "over SnapKV", "repeated"]
     return [head] + [
         [
             row["method"],
@@ -77,6 +78,7 @@ def longbench_lines(rows: Sequence[Row]) -> Lines:
             _range(row["interval"], ""),
             _percent(row["kept_fraction"]),
             _gain(row["over_snapkv"], ""),
+            "-" if row.get("repetition") is None else _percent(row["repetition"]),
         ]
         for row in rows
     ]
@@ -107,7 +109,30 @@ def longbench_table(summary: Sequence[Row]) -> str:
         for size, rows in blocks_by_capacity(summary)
     ]
     title = data_file("paper.json")["longbench"]["title"]
-    return "\n\n".join([*blocks, f"the paper: {title}\n{aligned(longbench_paper_lines(summary))}"])
+    notes = longbench_notes(summary)
+    return "\n\n".join(
+        [
+            *blocks,
+            "\n".join(notes),
+            f"the paper: {title}\n{aligned(longbench_paper_lines(summary))}",
+        ]
+    )
+
+
+def longbench_notes(summary: Sequence[Row]) -> list[str]:
+    """How long the prompts were in this model's tokens, and what the official scorer gave up on."""
+    prompts = summary[0].get("prompts", {}) if summary else {}
+    notes = [
+        f"{task}: prompts of {least:,.0f} to {most:,.0f} tokens, median {middle:,.0f}"
+        for task, (least, middle, most) in prompts.items()
+    ]
+    lost = sum(row.get("gave_up", 0) for row in summary)
+    if lost:
+        notes.append(
+            f"{lost:.0f} answers count 0 because the official ROUGE scorer gives up on sentences "
+            "of some 990 words."
+        )
+    return notes
 
 
 def _beside(rows: Sequence[tuple[str, Mapping[str, float]]], form: str) -> Lines:

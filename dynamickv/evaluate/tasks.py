@@ -72,6 +72,11 @@ def read_questions(folder: Path, documents: Mapping[str, str]) -> dict[str, dict
     return table
 
 
+def shared_questions() -> dict[str, str]:
+    """Kind -> question, for documents without questions of their own."""
+    return dict(data_file("task_kinds.json"))
+
+
 def is_questions(table: Any) -> bool:
     """Whether it is a table from kinds to questions."""
     return (
@@ -94,7 +99,7 @@ class TaskExperiment:
         """`questions` by the name of their kind; without them those of task_kinds.json, which fit
         any text. `own`: for some documents, questions that they meet instead."""
         self._llm, self._documents = llm, dict(documents)
-        shared, own = dict(questions or data_file("task_kinds.json")), own or {}
+        shared, own = dict(questions or shared_questions()), own or {}
         self._questions = {name: dict(own.get(name, shared)) for name in self._documents}
         if not self._documents:
             raise ValueError("there is no document; give at least one")

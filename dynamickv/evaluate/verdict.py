@@ -47,6 +47,29 @@ def standing(summary: Sequence[Row], field: str) -> list[str]:
     return said
 
 
+def headline(summary: Sequence[Row]) -> str:
+    """All capacities in one sentence, without intervals, which the tables have; empty where
+    nothing was compared with SnapKV.
+    """
+    groups: dict[str, list[str]] = {}
+    for row in summary:
+        gain = row["over_snapkv"]
+        if row["method"] != "DynamicKV" or gain is None:
+            continue
+        low, high = gain["interval"]
+        few = _pairs(row) < FEWEST
+        verdict = "ahead" if low > 0 else "behind" if high < 0 else "not told apart"
+        verdict = "compared by too few trials" if few else verdict
+        points = "" if few else f" ({100 * gain['mean']:+.1f} points)"
+        groups.setdefault(verdict, []).append(f"{row['capacity']}{points}")
+    said = "; ".join(f"{verdict} at {_listed(sizes)}" for verdict, sizes in groups.items())
+    return f"DynamicKV beside SnapKV: {said}." if said else ""
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+
+
 def _pairs(row: Row) -> int:
     """Trials that a difference to SnapKV rests on. Summaries written before pairs were counted have
     a grid's trials or a task's examples."""

@@ -1,4 +1,4 @@
-"""DynamicKV as a kvpress press, so that kvpress's pipeline and evaluation can run it.
+"""DynamicKV and ShiftKV as kvpress presses, so that kvpress's pipeline and evaluation can run them.
 
     from dynamickv.integrations.kvpress import DynamicKVPress
     with DynamicKVPress(compression_ratio=0.9)(model):
@@ -20,14 +20,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import rotate_half
 
+from dynamickv.methods.base import CompressionMethod
 from dynamickv.methods.dynamickv import DynamicKV
-from dynamickv.methods.selection import ScoredSelection
+from dynamickv.methods.selection import Selection
+from dynamickv.methods.shiftkv import ShiftKV
 from dynamickv.records import LayerObservation
 
 
 @dataclass
-class DynamicKVPress(BasePress):  # type: ignore[misc]
-    """Layers compete for one budget; see `dynamickv.DynamicKV` for the parameters."""
+class LayersPress(BasePress):  # type: ignore[misc]
+    """Layers compete for one budget: what the presses of this file share."""
 
     compression_ratio: float = 0.0
     """Share of the prompt's key-value pairs to remove."""
@@ -35,9 +37,9 @@ class DynamicKVPress(BasePress):  # type: ignore[misc]
     kernel_size: int = 7
     pooling: str = "max"
     r_max: float = 10.0
-    update_interval: int = 4
     _layers: int = field(default=0, init=False, repr=False)
-    _selection: ScoredSelection | None = field(default=None, init=False, repr=False)
+    _tail: int = field(default=0, init=False, repr=False)
+    _selection: Selection | None = field(default=None, init=False, repr=False)
     _held: list[Tensor] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -45,6 +47,10 @@ class DynamicKVPress(BasePress):  # type: ignore[misc]
             raise ValueError(
                 f"compression_ratio must be at least 0 and below 1, got {self.compression_ratio}"
             )
+
+    def method(self, capacity: int) -> CompressionMethod:
+        """The engine's method for a prompt of which `capacity` tokens are kept in the mean."""
+        raise NotImplementedError
 
     def post_init_from_model(self, model: PreTrainedModel) -> None:
         """Learn how many layers there are."""
@@ -61,25 +67,19 @@ class DynamicKVPress(BasePress):  # type: ignore[misc]
             return output
         if hidden_states.shape[0] != 1:
             raise ValueError(
-                f"the batch has {hidden_states.shape[0]} sequences and DynamicKVPress serves one; "
-                "compress them one by one"
+                f"the batch has {hidden_states.shape[0]} sequences and {type(self).__name__} "
+                "serves one; compress them one by one"
             )
         if layer == 0:
-            method = DynamicKV(
-                capacity=int(length * (1 - self.compression_ratio)),
-                window_size=self.window_size,
-                kernel_size=self.kernel_size,
-                pooling=self.pooling,
-                r_max=self.r_max,
-                update_interval=self.update_interval,
-            )
-            self._selection, self._held = ScoredSelection(method, self._layers), []
+            method = self.method(int(length * (1 - self.compression_ratio)))
+            self._selection, self._held = method.start(self._layers), []
+            self._tail = min(method.tail, length)
         if self._selection is None:
             raise ValueError("the first layer was not seen; use the press as a context manager")
         keys, _ = extract_keys_and_values(cache, layer)
         changed = self._selection.observe(
             LayerObservation(
-                queries=self._window_queries(module, hidden_states, kwargs["position_embeddings"]),
+                queries=self._last_queries(module, hidden_states, kwargs["position_embeddings"]),
                 keys=keys[0],
                 scaling=float(module.scaling),  # type: ignore[arg-type]
             )
@@ -90,13 +90,13 @@ class DynamicKVPress(BasePress):  # type: ignore[misc]
             self._cut(cache, index, positions)
         return output
 
-    def _window_queries(
+    def _last_queries(
         self, module: nn.Module, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]
     ) -> Tensor:
-        """Post-RoPE queries of the window, (num_query_heads, window_size, head_dim)."""
-        window = hidden_states[:, -self.window_size :]
+        """Post-RoPE queries that the method looks at, (num_query_heads, tail, head_dim)."""
+        window = hidden_states[:, -self._tail :]
         queries: Tensor = get_prerope_query_states(module, window)
-        cos, sin = (part[:, -self.window_size :].unsqueeze(1) for part in position_embeddings)
+        cos, sin = (part[:, -self._tail :].unsqueeze(1) for part in position_embeddings)
         turned: Tensor = rotate_half(queries)  # type: ignore[no-untyped-call]
         return queries[0] * cos[0] + turned[0] * sin[0]
 
@@ -111,3 +111,39 @@ class DynamicKVPress(BasePress):  # type: ignore[misc]
         rows = places[None, :, :, None].expand(-1, -1, -1, keys.shape[-1])
         cache.layers[index].keys = keys.gather(2, rows)
         cache.layers[index].values = values.gather(2, rows)
+
+
+@dataclass
+class DynamicKVPress(LayersPress):
+    """See `dynamickv.DynamicKV` for the parameters."""
+
+    update_interval: int = 4
+
+    def method(self, capacity: int) -> CompressionMethod:
+        """As the paper has it."""
+        return DynamicKV(
+            capacity=capacity,
+            window_size=self.window_size,
+            kernel_size=self.kernel_size,
+            pooling=self.pooling,
+            r_max=self.r_max,
+            update_interval=self.update_interval,
+        )
+
+
+@dataclass
+class ShiftKVPress(LayersPress):
+    """See `dynamickv.ShiftKV` for the parameters."""
+
+    context_size: int = 64
+
+    def method(self, capacity: int) -> CompressionMethod:
+        """More for the layers whose attention the end of the context moves."""
+        return ShiftKV(
+            capacity=capacity,
+            window_size=self.window_size,
+            kernel_size=self.kernel_size,
+            pooling=self.pooling,
+            r_max=self.r_max,
+            context_size=self.context_size,
+        )

@@ -144,6 +144,8 @@ def test_a_grid_is_measured_and_its_figures_arrive(page: Page, lab_url: str) -> 
     show(page, lab_url, "Needle")
     page.get_by_label("Capacities").fill("24")
     page.get_by_label("Lengths, in tokens").fill("400")
+    page.get_by_label("number input for Depths").fill("2")
+    page.get_by_label("number input for Texts per cell").fill("1")
     page.locator("#dkv-lab-needle-run").click()
     panel = page.locator("#dkv-lab-needle")
     expect(page.locator("#dkv-lab-needle-status")).to_contain_text("Done.", timeout=60_000)
@@ -218,7 +220,7 @@ def test_bad_input_is_said_in_one_sentence(page: Page, lab_url: str) -> None:
 def test_a_sweep_is_saved_as_csv(page: Page, lab_url: str, tmp_path: Path) -> None:
     show(page, lab_url, "Sweep")
     with page.expect_download() as waiting:
-        page.locator("#dkv-lab-sweep").get_by_role("button", name="Save CSV").click()
+        page.locator("#dkv-lab-sweep [data-role=save]").select_option("csv")
     assert waiting.value.suggested_filename == "dynamickv_sweep.csv"
     waiting.value.save_as(tmp_path / "s.csv")
     assert len((tmp_path / "s.csv").read_text().splitlines()) == 16

@@ -60,6 +60,27 @@ def test_special_tokens_in_a_follow_up_are_plain_text(llm: dkv.LoadedModel) -> N
     assert spelled.count(llm.tokenizer.eos_token_id) == plain.count(llm.tokenizer.eos_token_id)
 
 
+def test_an_answer_taken_as_given_leads_to_the_same_next_answer(
+    llm: dkv.LoadedModel, prefill: dkv.Prefill
+) -> None:
+    run = dkv.compare(llm, prefill=prefill, methods=[dkv.FullKV()], max_new_tokens=5).runs[0]
+    decoded = dkv.Conversation(llm, prefill, dkv.FullKV())
+    decoded.answer(max_new_tokens=5)
+    given = dkv.Conversation(llm, prefill, dkv.FullKV())
+    given.said(run.token_ids)
+    assert given.kv_bytes == decoded.kv_bytes
+    assert given.ask("and then?", 6) == decoded.ask("and then?", 6)
+
+
+def test_an_answer_is_given_once_and_has_tokens(llm: dkv.LoadedModel, prefill: dkv.Prefill) -> None:
+    talk = dkv.Conversation(llm, prefill, dkv.FullKV())
+    with pytest.raises(ValueError, match="no tokens"):
+        talk.said([])
+    talk.said([3, 4])
+    with pytest.raises(ValueError, match="answered already"):
+        talk.said([3, 4])
+
+
 DECODING = dkv.Decoding(budget=32, buffer=8)
 
 

@@ -406,15 +406,18 @@ def test_tables_show_the_papers_rows_beside_ours(rows: list[dict[str, Any]]) -> 
     assert [block.splitlines()[0].split(":")[0] for block in blocks] == [
         "capacity 24",
         "capacity 32",
+        "qasper",
         "the paper",
     ]
     for block in blocks[:2]:
         names = [line.split()[0] for line in block.splitlines()[2:]]
         assert names == ["FullKV", "H2O", "SnapKV", "DynamicKV"]
         assert "qasper" in block.splitlines()[1]
-    assert "paper: Llama-3-8B-Instruct, 512" in blocks[2]
-    assert "40.73" in blocks[2]
-    assert "here: 3 tasks, 24" in blocks[2]
+    lengths = [row["prompt_tokens"] for row in rows if row["unit"]["task"] == "qasper"]
+    assert f"qasper: prompts of {min(lengths)} to {max(lengths)} tokens" in blocks[2]
+    assert "paper: Llama-3-8B-Instruct, 512" in blocks[3]
+    assert "40.73" in blocks[3]
+    assert "here: 3 tasks, 24" in blocks[3]
     lines = list(csv.DictReader(io.StringIO(tables.longbench_csv(summary))))
     assert len(lines) == 7 * 4
     assert {line["task"] for line in lines} == {

@@ -12,7 +12,14 @@ import numpy as np
 import pytest
 
 from dynamickv.evaluate import metrics
-from dynamickv.evaluate.metrics import METRICS, contains_all, contains_any, fuzzy
+from dynamickv.evaluate.metrics import (
+    METRICS,
+    contains_all,
+    contains_any,
+    fuzzy,
+    repetition,
+    rouge_gives_up,
+)
 from dynamickv.evaluate.statistics import bootstrap, wilson
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "longbench_metrics.json"
@@ -78,6 +85,33 @@ def test_fuzzy_rewards_nearly_right_values_and_no_short_answers() -> None:
     assert fuzzy("4", ["48213"]) < 0.5
     assert fuzzy("", ["48213"]) == 0.0
     assert fuzzy("48213", ["48213", "70707"]) < 0.8
+
+
+def test_repetition_tells_a_looping_answer_from_one_that_says_it_once() -> None:
+    once = "the cat sat on the mat and went home"
+    assert METRICS["rouge_l"](f"{once} " * 50, once) == METRICS["rouge_l"](once, once)
+    assert repetition(once) == 0.0
+    assert repetition(f"{once} " * 50) > 0.97
+    assert repetition("再来一次" * 20) > 0.9
+    assert repetition("") == repetition("one two three") == 0.0
+
+
+def words(number: int) -> str:
+    return " ".join(f"w{place}" for place in range(number))
+
+
+@pytest.mark.parametrize("depth", [0, 600])
+def test_rouge_gives_up_at_the_same_length_however_deep_its_caller_is(depth: int) -> None:
+    def below(calls: int, number: int) -> float:
+        if calls:
+            return below(calls - 1, number)
+        return METRICS["rouge_l"](words(number), words(number))
+
+    assert below(depth, 900) > 0.99
+    assert below(depth, 1100) == 0.0
+    assert rouge_gives_up(words(1100), words(1100))
+    assert not rouge_gives_up(words(900), words(900))
+    assert not rouge_gives_up("other words", "none of these")
 
 
 def test_the_engine_is_imported_without_the_metric_libraries(tmp_path: Path) -> None:

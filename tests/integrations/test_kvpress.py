@@ -12,7 +12,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import dynamickv as dkv
-from dynamickv.integrations.kvpress import DynamicKVPress
+from dynamickv.integrations.kvpress import DynamicKVPress, ShiftKVPress
 
 LENGTH = 300
 
@@ -56,14 +56,17 @@ def post_rope_queries(model: LlamaForCausalLM, prompt: torch.Tensor) -> list[tor
     return queries
 
 
-def test_the_press_keeps_exactly_what_the_engine_keeps(model, prompt):
+@pytest.mark.parametrize(
+    ("press", "kind"), [(DynamicKVPress, dkv.DynamicKV), (ShiftKVPress, dkv.ShiftKV)]
+)
+def test_the_press_keeps_exactly_what_the_engine_keeps(model, prompt, press, kind):
     full, pressed = DynamicCache(), DynamicCache()
     with torch.no_grad():
         model(prompt, past_key_values=full)
-        with DynamicKVPress(compression_ratio=0.8)(model):
+        with press(compression_ratio=0.8)(model):
             model(prompt, past_key_values=pressed)
     keys = [layer.keys for layer in full.layers]
-    method = dkv.DynamicKV(capacity=int(LENGTH * (1 - 0.8)))
+    method = kind(capacity=int(LENGTH * (1 - 0.8)))
     retention = dkv.retain(method, post_rope_queries(model, prompt), keys)
     for layer, kept in enumerate(retention.indices):
         rows = kept[None, :, :, None].expand(-1, -1, -1, 16)

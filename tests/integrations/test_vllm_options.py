@@ -11,8 +11,12 @@ import torch
 
 import dynamickv as dkv
 from dynamickv.integrations import vllm as plugin
-from dynamickv.integrations.vllm.blocks import BlockPlan, kept_before_tail
-from dynamickv.integrations.vllm.options import method_of, require_plain_attention
+from dynamickv.integrations.vllm.blocks import BlockPlan, dealt, kept_before_tail, room_for
+from dynamickv.integrations.vllm.options import (
+    method_of,
+    require_plain_attention,
+)
+from dynamickv.integrations.vllm.ranks import Ranks
 
 
 def config(**named: Any) -> Any:
@@ -25,14 +29,14 @@ def config(**named: Any) -> Any:
         "prefill_context_parallel_size": 1,
         "enable_dbo": False,
     }
-    cache = {"enable_prefix_caching": False, "cache_dtype": "auto"}
+    cache = {"cache_dtype": "auto"}
     return SimpleNamespace(
         kv_transfer_config=SimpleNamespace(
             kv_connector=named.pop("connector", plugin.CONNECTOR),
             kv_connector_extra_config=options,
         ),
         speculative_config=named.pop("speculative_config", None),
-        scheduler_config=SimpleNamespace(async_scheduling=named.pop("async_scheduling", False)),
+        model_config=SimpleNamespace(get_total_num_kv_heads=lambda: 2),
         parallel_config=SimpleNamespace(**{k: named.pop(k, v) for k, v in parallel.items()}),
         cache_config=SimpleNamespace(**{k: named.pop(k, v) for k, v in cache.items()}),
         use_v2_model_runner=named.pop("use_v2_model_runner", False),
@@ -47,15 +51,16 @@ def test_options_are_the_methods_own():
 @pytest.mark.parametrize(
     ("named", "sentence"),
     [
-        ({"enable_prefix_caching": True}, "does not work with prefix caching; use --no-enable-p"),
+        ({"options": {"conversations": 1}}, "conversations must be true or false, got 1"),
         ({"speculative_config": object()}, "does not work with speculative decoding"),
-        ({"tensor_parallel_size": 2}, "does not work with tensor parallelism"),
+        ({"tensor_parallel_size": 4}, "does not work with more ranks than KV heads"),
         ({"pipeline_parallel_size": 2}, "does not work with pipeline parallelism"),
         ({"decode_context_parallel_size": 2}, "does not work with context parallelism"),
-        ({"async_scheduling": True}, "does not work with asynchronous scheduling"),
         ({"use_v2_model_runner": True}, "VLLM_USE_V2_MODEL_RUNNER=0"),
         ({"cache_dtype": "fp8"}, "does not work with a quantized KV cache"),
         ({"connector": "NixlConnector"}, "needs --kv-transfer-config"),
+        ({"options": {"decoding": {"budget": 64}}}, "keeps answers whole: .*; leave decoding out"),
+        ({"options": {"method": "LAVa"}}, "LAVa reads the values, which the plugin does not look"),
         ({"options": {"method": "H2O"}}, "needs the attention of all queries"),
         ({"options": {"method": "Best"}}, "there is no method 'Best'"),
         ({"options": {"budget": 3}}, "DynamicKV has no option 'budget'"),
@@ -115,6 +120,40 @@ def test_a_prompt_within_one_block_has_no_block_before_its_tail():
     assert BlockPlan.of(dkv.SnapKV(capacity=9), 39, 32).tail_block == 0
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        dkv.SnapKV(capacity=100),
+        dkv.PyramidKV(capacity=120),
+        dkv.DynamicKV(capacity=100, r_max=3.0),
+        dkv.DynamicKV(capacity=65, progressive=False),
+        dkv.CAKE(capacity=90),
+        dkv.KeyDiff(capacity=90),
+        dkv.StreamingLLM(capacity=90),
+        dkv.ShiftKV(capacity=90),
+        dkv.Manual(budgets=[9, 300, 64, 31, 8, 200]),
+    ],
+    ids=lambda method: method.name,
+)
+@pytest.mark.parametrize("length", [321, 359, 640])
+def test_a_compressed_copy_fits_the_room_set_aside_for_it(method, length):
+    generator = torch.Generator().manual_seed(length)
+    selection = method.start(6)
+    for _ in range(6):
+        queries, keys = (torch.randn(h, length, 16, generator=generator) for h in (4, 2))
+        selection.observe(
+            dkv.LayerObservation(queries=queries[:, -method.tail :], keys=keys, scaling=0.25)
+        )
+    plan = BlockPlan.of(method, length, 32)
+    kept = [kept_before_tail(selection, layer, plan).shape[1] // 32 for layer in range(6)]
+    room = room_for(method, plan, 6)
+    copies = dealt(range(room), kept, plan.tail_block)
+    assert [len(copy) for copy in copies] == [n if n < plan.tail_block else 0 for n in kept]
+    assert room <= 6 * plan.tail_block
+    dealt_out = [block for copy in copies for block in copy]
+    assert len(set(dealt_out)) == len(dealt_out)
+
+
 @pytest.mark.parametrize("length", [328, 337, 359])
 def test_the_best_scored_positions_before_the_tail_fill_the_blocks(length):
     """Whatever part of the prefix the tail's first block takes along."""
@@ -150,3 +189,38 @@ def test_a_method_without_a_window_fills_the_blocks_with_its_best_too():
     for head, positions in enumerate(kept):
         best = scores[head, : plan.tail_start].topk(len(positions)).indices
         assert set(positions.tolist()) == set(best.tolist())
+
+
+@pytest.mark.parametrize(
+    "method",
+    [dkv.DynamicKV(capacity=100, r_max=3.0), dkv.CAKE(capacity=90), dkv.KeyDiff(capacity=90)],
+    ids=lambda method: method.name,
+)
+def test_ranks_choose_for_their_heads_what_one_rank_chooses(method):
+    """Each rank is given what the others would send it."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(torch.randn(8, 330, 16, generator=generator)) for _ in range(6)]
+    layers = [(q[:, -method.tail :], q[:4] + q[4:]) for q in shapes]
+    plan = BlockPlan.of(method, 330, 32)
+    whole = method.start(6)
+    for queries, keys in layers:
+        whole.observe(dkv.LayerObservation(queries=queries, keys=keys, scaling=0.25))
+    for rank in range(2):
+        selection = method.start(6)
+        for queries, keys in layers:
+            parts = list(zip(queries.chunk(2), keys.chunk(2), strict=True))
+
+            def gather(mine, dim, parts=parts, rank=rank):
+                others = [dkv.LayerObservation(queries=q, keys=k, scaling=0.25) for q, k in parts]
+                all_ranks = [
+                    one.attention(method.tail) if dim == 0 else one.moments(method.tail)
+                    for one in others
+                ]
+                assert torch.equal(all_ranks[rank], mine)
+                return torch.cat(all_ranks, dim)
+
+            observed = Ranks(2, rank, gather).observation(method, *parts[rank], 0.25)
+            selection.observe(observed)
+        for layer in range(6):
+            own = Ranks(2, rank).own(method, kept_before_tail(selection, layer, plan))
+            assert torch.equal(own, kept_before_tail(whole, layer, plan).chunk(2)[rank])

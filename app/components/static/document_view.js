@@ -342,7 +342,7 @@
     }
     on("trace", show);
     on("runs", redraw);
-    on("film", framed(() => { if (store.trace?.runs.length) { paint(); minimap.draw(); } }));
+    on("film", () => { if (store.trace?.runs.length) { paint(); minimap.draw(); } });
     on("view", (changed) => {
       gap = -1;
       find("gap").textContent = "";

@@ -72,6 +72,7 @@
     const find = (role) => element.querySelector(`[data-role="${role}"]`);
     const plot = find("plot");
     const marks = find("marks");
+    const outlines = find("outlines");
     const titles = JSON.parse(props.titles);
     let key = titles[0].key;
     let wide = false;
@@ -108,7 +109,7 @@
       });
     }
 
-    // Budgets that were not run: an outline over all lanes of a layer.
+    // Budgets that were not run, as a saved picture has them: an outline over all lanes of a layer.
     const outline = () => ({
       type: "bar", orientation: "h", name: "predicted", hoverinfo: "none", width: 0.96, offset: -0.48, base: 0,
       y: draft.budgets.map((_, layer) => layer), x: draft.budgets,
@@ -116,7 +117,7 @@
     });
     const outlined = () => Boolean(draft && figure()?.layerAxis === "y");
 
-    const limit = () => (wide && figure().wideLimit ? figure().wideLimit : isFilm() ? figure().filmLimit : null);
+    const limit = () => (wide && figure().wideLimit ? figure().wideLimit : isFilm() ? figure().filmLimit : figure().layerAxis === "y" ? figure().layout.xaxis.range[1] : null);
 
     const config = () => ({
       displaylogo: false, responsive: true, displayModeBar: false,
@@ -131,7 +132,6 @@
       const spec = figure();
       let data = laned(themed(spec.data, store.trace.runs));
       if (isFilm()) data = moved(data);
-      if (outlined()) data = [...data, outline()];
       const layout = { ...themedLayout(spec.layout), height: height() };
       if (outlined() && limit() && !dragging) roof = Math.max(limit(), 1.08 * Math.max(...draft.budgets));
       if (outlined() && limit()) layout.xaxis = { ...layout.xaxis, range: [0, Math.max(roof, limit())] };
@@ -141,6 +141,7 @@
       settled = ticket;
       bind();
       drawMarks();
+      drawOutlines();
     };
 
     // ---- files ------------------------------------------------------------------------------------------------
@@ -168,7 +169,7 @@
       const made = [record.model.name, DynamicKV.counting(record.prompt.length, "token"), capacity && `capacity ${capacity}`, lanes().join(", ")].filter(Boolean).join(" · ");
       const caption = `${titles.find((item) => item.key === key).title}: ${plainly(question.length > 80 ? `${question.slice(0, 80)}…` : question)}<br><span style="font-size:12px">${plainly(made)}</span>`;
       const url = await Plotly.toImage({
-        data: named,
+        data: outlined() ? [...named, outline()] : named,
         layout: { ...layout, paper_bgcolor: "#ffffff", plot_bgcolor: "#ffffff", font: { ...layout.font, ...ink }, showlegend: true, legend: { orientation: "h", y: 1.02, yanchor: "bottom" },
           title: { text: caption, font: { size: 15, ...ink } }, margin: { l: 60, r: 20, t: 110, b: 64 }, xaxis: axis(layout.xaxis), yaxis: axis(layout.yaxis) },
       }, { format, width: 900, height: height() + 124, scale: format === "png" ? 2 : 1 });
@@ -264,6 +265,24 @@
       }
     }
 
+    // The same outline on screen, as boxes over the chart: Plotly would take some 40 ms a time, and a slider moves it.
+    function drawOutlines() {
+      const { xaxis, yaxis } = plot._fullLayout ?? {};
+      outlines.hidden = !outlined() || !yaxis;
+      if (outlines.hidden) return;
+      const { budgets } = draft;
+      if (outlines.children.length !== budgets.length) outlines.replaceChildren(...budgets.map(() => make("i")));
+      const height = 0.96 * Math.abs(yaxis.l2p(1) - yaxis.l2p(0));
+      const left = xaxis._offset + xaxis.l2p(0);
+      budgets.forEach((budget, layer) => {
+        const { style } = outlines.children[layer];
+        style.left = `${left}px`;
+        style.width = `${Math.min(xaxis._length, xaxis.l2p(budget) - xaxis.l2p(0))}px`;
+        style.top = `${yaxis._offset + yaxis.l2p(layer) - height / 2}px`;
+        style.height = `${height}px`;
+      });
+    }
+
     function open(next) {
       if (key === next || !titles.some((item) => item.key === next)) return;
       key = next;
@@ -327,13 +346,10 @@
       draw();
     });
     const framedDraw = framed(draw);
-    // Only the outline moves while a slider is dragged and the axis has room for it.
+    // The chart itself is drawn anew only where its axis has no room for the outline.
     const framedDraft = framed(() => {
-      const last = (plot.data?.length ?? 0) - 1;
-      const shown = plot.data?.[last]?.name === "predicted";
-      if (!outlined() || !shown || Math.max(...draft.budgets) > plot.layout.xaxis.range[1] || drawn !== settled) { draw(); return; }
-      const { marker, x } = outline();
-      window.Plotly.restyle(plot, { x: [x], "marker.line.color": marker.line.color, "marker.line.width": marker.line.width }, [last]);
+      const room = plot.layout?.xaxis?.range?.[1];
+      if (drawn !== settled || !outlined() || !(Math.max(...draft.budgets) <= room)) draw(); else drawOutlines();
     });
     on("trace", (trace) => { if (!trace) return; hidden = crowded(trace.runs); show(); });
     on("theme", draw);
@@ -341,11 +357,11 @@
     const framedMarks = framed(drawMarks);
     for (const name of ["view", "hover"]) on(name, framedMarks);
     on("runs", () => { if (store.trace) showKeys(); });
-    on("draft", (next) => { draft = next; plot.classList.toggle("dkv-editable", Boolean(next?.editable)); framedDraft(); });
+    on("draft", (next) => { draft = next; for (const box of [plot, outlines]) box.classList.toggle("dkv-editable", Boolean(next?.editable)); framedDraft(); });
     // The chart library is large: it waits until the rest of the page is painted and quiet.
     const idle = window.requestIdleCallback || ((action) => setTimeout(action, 200));
     idle(() => { painted = true; draw(); }, { timeout: 1000 });
-    new ResizeObserver(framedMarks).observe(plot);
+    new ResizeObserver(framed(() => { drawMarks(); drawOutlines(); })).observe(plot);
     if (store.trace) show();
     return () => {};
   });

@@ -248,17 +248,18 @@
       skip.hidden = false;
     }
 
-    on("trace", (trace) => {
+    const shown = (trace) => {
       stop();
       scores = [];
       if (!trace?.live) { store.film = null; filming(false); document.body.classList.remove("dkv-live"); }
       say();
       if (trace && !trace.live) requestAnimationFrame(() => { if (store.trace === trace && !store.film) opens(trace); });
-    });
+    };
+    on("trace", shown);
     on("film", () => { if (store.film?.live) say(); });
     on("view", say);
     on("theme", () => { if (store.film) drawCards(); });
-    say();
+    shown(store.trace); // which may have been there first
     return () => {};
   });
 })();

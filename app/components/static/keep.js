@@ -17,6 +17,7 @@
   let values = null; // the form as it stands
   let typed = false; // whether somebody put in a text of his own since the last example was chosen
   let restored = false; // nothing is written before what was kept is back
+  let example = ""; // whose run is on screen; a run that is going on is not yet
   let timer = null;
 
   const hasText = (form) => Boolean(form && (form[DOCUMENT]?.trim() || form[QUESTION]?.trim() || form[EXPECTED]?.trim()));
@@ -24,7 +25,7 @@
     clearTimeout(timer);
     timer = null;
     if (!restored || !values) return;
-    write(STATE, { values, typed, example: store.trace?.example ?? "" });
+    write(STATE, { values, typed, example });
     if (typed && hasText(values)) write(OWN, values);
   }
   const later = () => { clearTimeout(timer); timer = setTimeout(flush, DELAY); };
@@ -81,6 +82,6 @@
     if (!write(RUN, { payload, cards: store.cards })) write(RUN, null);
   };
   const idle = window.requestIdleCallback ?? ((action) => setTimeout(action, 200));
-  on("trace", () => { idle(keepRun); if (values) later(); });
+  on("trace", (trace) => { if (trace?.live) return; example = trace?.example ?? ""; idle(keepRun); if (values) later(); });
   on("reads", () => idle(keepRun));
 })();

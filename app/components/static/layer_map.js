@@ -120,7 +120,7 @@
     const framedDraw = framed(draw);
     on("trace", framedDraw);
     on("runs", framedDraw);
-    on("film", framedDraw);
+    on("film", draw);
     on("view", (changed) => { if (changed.has("run") || changed.has("head")) framedDraw(); });
     on("hover", framed(point));
     on("view", framed(point));

@@ -28,7 +28,7 @@
 
   function write() {
     const { trace, view } = store;
-    if (!trace || !restored) return;
+    if (!trace || trace.live || !restored) return;
     // A lesson's address is the lesson's: what Explore shows meanwhile is not part of it.
     if (new URLSearchParams(window.location.search).has("lesson")) return;
     const address = new URL(window.location.href);
@@ -59,7 +59,7 @@
   // The first record may be the page's own and the wanted one still on its way.
   let first = null;
   on("trace", (trace) => {
-    if (!trace) return;
+    if (!trace || trace.live) return;
     first ??= trace.example;
     const wanted = given.get("ex");
     capacity = trace.runs.find((run) => run.parameters.capacity)?.parameters.capacity ?? null;

@@ -1,5 +1,5 @@
 // The guided tour of Explore: a frame around a real control, and a few words beside it. The page stays usable underneath.
-// It opens when asked, or once by itself from a link with ?tour=1. What is remembered is the step, or "done", and no text.
+// It opens when asked, and by itself from a link with ?tour=1, every time. What is remembered is the step, or "done", and no text.
 (() => {
   "use strict";
   const { DynamicKV } = window;
@@ -24,12 +24,14 @@
     DynamicKV.setPin({ first: at, last: at });
     DynamicKV.pinSentence();
   };
-  const play = () => { if (!DynamicKV.reducedMotion()) document.querySelector('.dkv-figures [data-role="play"][aria-label="Play the updates"]')?.click(); };
+  const play = () => { if (!DynamicKV.reducedMotion()) document.querySelector('.dkv-film [data-role="play"][aria-label="Play the film"]')?.click(); };
+  DynamicKV.acts = { middle, lostWord, passage, play };
+  const other = () => { if (!store.trace?.runs.length) return; const runs = DynamicKV.runOrder().filter((run) => store.trace.runs[run].method !== "FullKV"); if (runs.length) DynamicKV.setRun(runs.find((run) => run !== store.view.run) ?? runs[0]); };
   const putBack = () => { if (store.trace) { DynamicKV.setPin(null); DynamicKV.setWord(null); DynamicKV.setLayer(null); } };
   const STEPS = [
     ["#dkv-example", "A document", "The page opens with a recorded run of a built-in example. Choose another here, or paste or upload your own text below. Looking around needs no model."],
     ["#dkv-question", "A question", "Document and question together are the prompt. The end of the prompt decides what is kept, so another question keeps other tokens. Try two."],
-    ["#dkv-methods", "Methods", "FullKV keeps everything and is the yardstick. The others keep a part. A first comparison worth seeing: SnapKV, which gives every layer equally many tokens, and DynamicKV, which does not."],
+    ["#dkv-methods", "Methods", "FullKV keeps everything and is the yardstick. The others keep a part. A first comparison worth seeing: SnapKV, which gives every layer equally many tokens, and DynamicKV, which does not. The views have just gone from one to the other.", other],
     ["#dkv-capacity", "How much to keep", "Capacity is the number of prompt tokens a layer keeps on average. The line below says what that means in per cent and in MiB. Small values show the differences best."],
     ["#dkv-run-row", "Run", "The model reads the prompt once and then answers from every method's cache in turn. Stop keeps what is there. You can also go on with the recorded run."],
     ["#dkv-answers", "Answers", "One card per method: the answer, how much of FullKV's answer survives, and how much is kept. The word that carries the loss glows; a harmless rewording does not. All figures are in the fold."],
@@ -158,12 +160,9 @@
   function finish() { remember("done"); close(); }
 
   document.addEventListener("click", (event) => { if (event.target.closest?.("[data-tour=start]")) start(); });
-  // Once in a tab: who rehearsed a lecture sees it again in the next.
-  const SHOWN = "dkv-tour-shown";
-  const shown = () => { try { return window.sessionStorage.getItem(SHOWN) !== null; } catch { return false; } };
-  const showing = () => { try { window.sessionStorage.setItem(SHOWN, "1"); } catch { /* it may open again */ } };
-  if (new URLSearchParams(window.location.search).get("tour") === "1" && !shown()) {
-    const ready = () => { if (target(0)) { showing(); remember("0"); start(0); } else requestAnimationFrame(ready); };
+  // Every time: a lecture is rehearsed.
+  if (new URLSearchParams(window.location.search).get("tour") === "1") {
+    const ready = () => { if (target(0)) { remember("0"); start(0); } else requestAnimationFrame(ready); };
     requestAnimationFrame(ready);
   }
 })();

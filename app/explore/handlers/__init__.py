@@ -33,6 +33,7 @@ class ExploreHandlers:
     run: RunHandlers
     what_if: WhatIfHandlers
     evidence: EvidenceHandlers
+    predictions: Predictions
 
     @classmethod
     def of(
@@ -52,6 +53,7 @@ class ExploreHandlers:
             run=run,
             what_if=WhatIfHandlers(host, predictions, run.guarded, shelf, shown),
             evidence=EvidenceHandlers(predictions, host, turns),
+            predictions=predictions,
         )
 
 

@@ -140,9 +140,9 @@ class FormHandlers:
             return gr.skip()
         return gr.update(interactive=all(text and text.strip() for text in (document, question)))
 
-    def price(self, methods: list[str]) -> dict[str, str]:
-        """What the ticked methods cost; output: its readout."""
-        return vm.price(methods, self._mass_ratio())
+    def price(self) -> dict[str, str]:
+        """What reading all attention costs, by the last run that did; output: its readout."""
+        return vm.price(self._mass_ratio())
 
     def upload(self, path: str | None) -> Any:
         """Read an uploaded text; output: document."""

@@ -25,7 +25,7 @@ from app.serving.status import ended, idle, reading, running, sentence_of
 from app.serving.zero_gpu import is_zero_gpu
 from app.wording import seconds
 
-from .run import Shows, follow
+from .run import RESTORE, Shows, follow
 
 Guarded = Callable[[gr.Request, Callable[[threading.Event], Shows]], Shows]
 """`RunHandlers.guarded`."""
@@ -124,7 +124,7 @@ class WhatIfHandlers:
         for status, _, panel, *buttons in self._guarded(
             request, lambda stop: self._read(stop, event._data)
         ):
-            yield status, panel, *buttons
+            yield status, gr.skip() if panel is RESTORE else panel, *buttons
 
     def _read(self, stop: threading.Event, asked: Any) -> Shows:
         held = self._predictions.known(asked)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import os
 
 from dynamickv.integrations.vllm.options import CONNECTOR as CONNECTOR
-from dynamickv.integrations.vllm.options import TESTED_VERSIONS as TESTED_VERSIONS
 
 
 def register() -> None:

@@ -9,12 +9,18 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from vllm.config import get_current_vllm_config
-from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
-from vllm.v1.attention.backend import AttentionMetadata, CommonAttentionMetadata
-from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, replace_as
 
 from dynamickv.integrations.vllm.cache_layout import CompressedSpec
+from dynamickv.integrations.vllm.compat import (
+    AttentionMetadata,
+    AttentionSpec,
+    CommonAttentionMetadata,
+    FullAttentionSpec,
+    get_current_vllm_config,
+    get_kv_transfer_group,
+    has_kv_transfer_group,
+    replace_as,
+)
 from dynamickv.integrations.vllm.options import method_of, require_plain_attention
 
 

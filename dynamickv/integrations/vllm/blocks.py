@@ -8,12 +8,14 @@ vLLM.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dynamickv.methods.base import CompressionMethod
+from dynamickv.methods.base import CompressionMethod, EvictingMethod, ScoredMethod
 from dynamickv.methods.selection import RankedSelection, ScoredSelection, Selection
 from dynamickv.scoring import top_positions
 
@@ -44,6 +46,34 @@ class BlockPlan:
         names the request."""
         before_tail = held - (self.prompt_length - self.tail_start)
         return min(max(-(-before_tail // self.block_size), 1), self.tail_block)
+
+
+def room_for(method: CompressionMethod, plan: BlockPlan, num_layers: int) -> int:
+    """Blocks before the tail that all layers together may come to hold, at most: as many are set
+    aside before the prompt's last part is read, for the compressed copy."""
+    if isinstance(method, ScoredMethod):
+        layers = range(num_layers)
+        if any(method.updates_after(layer, num_layers) for layer in layers):
+            tokens = method.mean_budget * num_layers
+        else:
+            prefix = plan.prompt_length - method.window_size
+            tokens = sum(method.first_budget(layer, num_layers, prefix) for layer in layers)
+    elif isinstance(method, EvictingMethod):
+        tokens = method.capacity * num_layers
+    else:
+        tokens = plan.prompt_length * num_layers
+    return min(tokens // plan.block_size + num_layers, plan.tail_block * num_layers)
+
+
+def dealt(room: Sequence[Any], kept: Sequence[int], tail_block: int) -> list[list[Any]]:
+    """The blocks of the compressed copy, layer after layer; none for a layer that keeps all it
+    has, which stays where it is."""
+    shares, start = [], 0
+    for count in kept:
+        count = count if count < tail_block else 0
+        shares.append(list(room[start : start + count]))
+        start += count
+    return shares
 
 
 def kept_before_tail(selection: Selection, layer: int, plan: BlockPlan) -> Tensor:

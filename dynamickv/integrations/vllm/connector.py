@@ -1,37 +1,43 @@
 """The scheduler's and the workers' halves of the plugin, as a vLLM KV connector.
 
 Nothing leaves the machine: a connector is vLLM's official place to hear of requests in the
-scheduler and of steps in the workers, to give blocks back, to restore a preempted request and to
-add to a response.
+scheduler and of steps in the workers, to give blocks back, to restore a preempted request, to go on
+from a conversation's compressed prompt, and to add to a response.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
-from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+
+from dynamickv.integrations.vllm.cache_layout import CompressedSpec
+from dynamickv.integrations.vllm.compat import (
+    AttentionMetadata,
+    CommonAttentionMetadata,
+    ForwardContext,
+    KVCacheBlocks,
+    KVCacheConfig,
     KVConnectorBase_V1,
+    KVConnectorOutput,
+    KVConnectorPromMetrics,
     KVConnectorRole,
+    KVConnectorStats,
+    Request,
+    SchedulerOutput,
+    SlidingWindowSpec,
     SupportsHMA,
+    VllmConfig,
+    extract_layer_index,
 )
-from vllm.model_executor.models.utils import extract_layer_index
-
-from dynamickv.integrations.vllm.blocks import BlockPlan
-from dynamickv.integrations.vllm.cache_layout import CompressedManager, CompressedSpec, Gap
-from dynamickv.integrations.vllm.options import method_of
-from dynamickv.integrations.vllm.steps import Kept, Restored, Started, Step
+from dynamickv.integrations.vllm.metrics import KeptMetrics, KeptStats
+from dynamickv.integrations.vllm.options import conversations_of, method_of
+from dynamickv.integrations.vllm.plugin import require_announced
+from dynamickv.integrations.vllm.ranks import Ranks
+from dynamickv.integrations.vllm.scheduling import Scheduling
+from dynamickv.integrations.vllm.steps import Kept, Step
 from dynamickv.integrations.vllm.worker import Worker
-
-if TYPE_CHECKING:
-    from vllm.config import VllmConfig
-    from vllm.forward_context import ForwardContext
-    from vllm.v1.attention.backend import AttentionMetadata, CommonAttentionMetadata
-    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
-    from vllm.v1.core.sched.output import SchedulerOutput
-    from vllm.v1.kv_cache_interface import KVCacheConfig
-    from vllm.v1.outputs import KVConnectorOutput
-    from vllm.v1.request import Request
 
 
 class DynamicKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
@@ -42,16 +48,36 @@ class DynamicKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     ) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         self.method = method_of(vllm_config)
-        names = _layer_names(kv_cache_config)
-        self._block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
-        self._prompts: dict[str, int] = {}
-        self._kept: dict[str, list[int]] = {}
-        self._restoring: set[str] = set()
+        groups, sliding = _groups(kv_cache_config)
+        caches = kv_cache_config.kv_cache_groups
+        block_size = caches[groups[0]].kv_cache_spec.block_size
         self._compressed_now: dict[str, list[int]] = {}
+        self._stats = KeptStats()
         if role == KVConnectorRole.WORKER:
-            context = vllm_config.compilation_config.static_forward_context
+            names = [caches[group].layer_names[0] for group in groups]
             self._numbers = {name: number for number, name in enumerate(names)}
-            self.worker = Worker(self.method, [context[name] for name in names], self._block_size)
+            context = vllm_config.compilation_config.static_forward_context
+            parallel = vllm_config.parallel_config.tensor_parallel_size > 1
+            self.worker = Worker(
+                self.method,
+                [context[name] for name in names],
+                block_size,
+                {name: context[name] for name in sliding},
+                Ranks.of_group() if parallel else Ranks(),
+            )
+            return
+        if sliding and vllm_config.cache_config.enable_prefix_caching:
+            raise ValueError(
+                "DynamicKV's plugin does not work with prefix caching in a model with sliding "
+                "windows; use --no-enable-prefix-caching"
+            )
+        # The manager finds it here: vLLM gives it no other configuration.
+        for group in groups:
+            caches[group].kv_cache_spec = replace(
+                caches[group].kv_cache_spec, tail=self.method.tail
+            )
+        conversations = conversations_of(vllm_config) and not sliding
+        self.scheduling = Scheduling(self.method, groups, sliding, block_size, conversations)
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -62,6 +88,16 @@ class DynamicKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
         """Block tables change shape from layer to layer, which a full CUDA graph cannot follow."""
         return True
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats:
+        """What was kept, as it came to the process that logs it."""
+        return KeptStats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(cls, *arguments: Any) -> KVConnectorPromMetrics:
+        """What was kept, for Prometheus."""
+        return KeptMetrics(*arguments)
 
     # In the workers.
 
@@ -77,11 +113,17 @@ class DynamicKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self, layer_name: str, common: CommonAttentionMetadata
     ) -> CommonAttentionMetadata:
         """A batch as one layer sees it."""
-        return self.worker.shortened(self._numbers[layer_name], common)
+        number = self._numbers.get(layer_name)
+        if number is not None:
+            return self.worker.shortened(number, common)
+        self.worker.beside(layer_name, common)
+        return common
 
     def see(self, layer_name: str, queries: Tensor) -> None:
         """A layer's queries of this step."""
-        self.worker.see(self._numbers[layer_name], queries)
+        number = self._numbers.get(layer_name)
+        if number is not None:
+            self.worker.see(number, queries)
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         """Restoring was done when the step began."""
@@ -105,101 +147,90 @@ class DynamicKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     # In the scheduler.
 
+    def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
+        """The managers exist."""
+        super().bind_kv_cache_manager(kv_cache_manager)
+        managers = kv_cache_manager.coordinator.single_type_managers
+        self.scheduling.managers = [managers[group] for group in self.scheduling.groups]
+        self.scheduling.require_room(
+            kv_cache_manager.block_pool.num_gpu_blocks - 1, kv_cache_manager.max_model_len
+        )
+
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
-        """A preempted request that was compressed is restored, all but the token to be run next."""
-        if request.request_id in self._kept and request.num_tokens > request.num_prompt_tokens:
-            return request.num_tokens - 1, False
-        return 0, False
+        """How far a request goes on from a compressed prompt."""
+        return self.scheduling.matched(request, num_computed_tokens), False
 
     def update_state_after_alloc(
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
     ) -> None:
-        """Blocks are there to restore a request into."""
-        if num_external_tokens > 0:
-            self._restoring.add(request.request_id)
+        """A request has its blocks."""
+        self.scheduling.allocated(request.request_id, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> Step:
         """What changed since the step before."""
-        started, restored = [], []
-        for new in scheduler_output.scheduled_new_reqs:
-            if new.prompt_token_ids is not None:
-                self._prompts[new.req_id] = len(new.prompt_token_ids)
-                started.append((new.req_id, new.block_ids))
-        again = scheduler_output.scheduled_cached_reqs
-        for name, blocks in zip(again.req_ids, again.new_block_ids, strict=True):
-            if name in self._restoring:
-                restored.append(Restored(name, blocks))
-            elif name in again.resumed_req_ids and name in self._prompts:
-                started.append((name, blocks))
-        self._restoring.clear()
-        return Step(
-            preempted=frozenset(scheduler_output.preempted_req_ids or ()),
-            finished=frozenset(scheduler_output.finished_req_ids),
-            started=tuple(
-                Started(name, self._prompts[name], blocks[0][0]) for name, blocks in started
-            ),
-            restored=tuple(restored),
-        )
+        return self.scheduling.step(scheduler_output)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         """Give back the blocks that compressed prompts no longer need."""
         told = connector_output.kv_connector_worker_meta
-        if not isinstance(told, Kept):
-            return
-        for name, kept in told.blocks.items():
-            if name not in self._prompts:
-                continue
-            self._kept[name] = kept
-            plan = BlockPlan.of(self.method, self._prompts[name], self._block_size)
-            for manager, blocks in zip(self._managers(), kept, strict=True):
-                manager.release(name, Gap(blocks, plan.tail_block))
+        if isinstance(told, Kept):
+            self.scheduling.compressed(told)
 
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         """Forget a request; its response tells how much of the prompt each layer kept."""
-        name = request.request_id
-        length = self._prompts.pop(name, None)
-        kept = self._kept.pop(name, None)
-        for manager in self._managers():
-            manager.forget(name)
-        if length is None:
-            return False, None
-        plan = BlockPlan.of(self.method, length, self._block_size)
-        tail = length - plan.tail_start
-        return False, {
-            "dynamickv": {
-                "method": self.method.name,
-                "prompt_tokens": length,
-                "kept_tokens": [tail + blocks * self._block_size for blocks in kept]
-                if kept
-                else [length] * len(block_ids),
-            }
-        }
+        told = self.scheduling.finished(request)
+        self._stats.record(told)
+        return False, {"dynamickv": told}
 
-    def _managers(self) -> list[CompressedManager]:
-        managers: list[CompressedManager] = list(
-            self._kv_cache_manager.coordinator.single_type_managers
-        )
-        return managers
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        """What was kept of the requests that finished since the last call."""
+        stats, self._stats = self._stats, KeptStats()
+        return None if stats.is_empty() else stats
+
+    def reset_cache(self) -> bool:
+        """Forget all conversations."""
+        self.scheduling.chains.clear()
+        return True
 
 
-def _layer_names(config: KVCacheConfig) -> list[str]:
-    """Layers in the order of their cache groups, which is that of the model.
+# vLLM comes here by kv_connector_module_path, be the plugin loaded or not: without it nothing would
+# be compressed.
+require_announced()
+DynamicKV = DynamicKVConnector
+"""By the name in --kv-transfer-config."""
+
+
+def _groups(config: KVCacheConfig) -> tuple[list[int], dict[str, int]]:
+    """Numbers of the cache groups of compressed layers, in the order of the layers, and of sliding
+    layers by their names.
 
     Raises:
-        ValueError: a model with other than plain full attention in every layer.
+        ValueError: a model with layers of another kind, or without one to compress.
     """
-    for group in config.kv_cache_groups:
-        if not isinstance(group.kv_cache_spec, CompressedSpec):
+    groups: list[int] = []
+    sliding: dict[str, int] = {}
+    for number, group in enumerate(config.kv_cache_groups):
+        kind = type(group.kv_cache_spec)
+        if kind is CompressedSpec:
+            groups.append(number)
+        elif kind is SlidingWindowSpec:
+            sliding |= dict.fromkeys(group.layer_names, number)
+        else:
             raise ValueError(
-                f"layer {group.layer_names[0]} has {type(group.kv_cache_spec).__name__}, and "
-                "DynamicKV's plugin compresses models with full attention in every layer only; "
-                "serve another model or take dynamickv out of VLLM_PLUGINS"
+                f"layer {group.layer_names[0]} has {kind.__name__}, and DynamicKV's plugin works "
+                "with full attention and sliding windows only; serve another model or take "
+                "dynamickv out of VLLM_PLUGINS"
             )
-    names = [group.layer_names[0] for group in config.kv_cache_groups]
+    if not groups:
+        raise ValueError(
+            "every layer of this model has a sliding window, and DynamicKV's plugin compresses "
+            "layers with full attention; serve another model or take dynamickv out of VLLM_PLUGINS"
+        )
+    names = [config.kv_cache_groups[group].layer_names[0] for group in groups]
     if names != sorted(names, key=extract_layer_index):
         raise ValueError(f"cache groups are not in the order of the layers: {', '.join(names)}")
-    return names
+    return groups, sliding

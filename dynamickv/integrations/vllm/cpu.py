@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from vllm.v1.attention.backends.cpu_attn import (
+from dynamickv.integrations.vllm.backend import CompressedBackend, CompressedBuilder, CompressedImpl
+from dynamickv.integrations.vllm.compat import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
     CPUAttentionMetadataBuilder,
 )
-
-from dynamickv.integrations.vllm.backend import CompressedBackend, CompressedBuilder, CompressedImpl
 
 
 class CompressedCPUImpl(CompressedImpl, CPUAttentionBackendImpl):  # type: ignore[misc]

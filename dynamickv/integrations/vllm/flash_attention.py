@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from vllm.v1.attention.backends import flash_attn
-
 from dynamickv.integrations.vllm.backend import CompressedBackend, CompressedBuilder, CompressedImpl
+from dynamickv.integrations.vllm.compat import (
+    FlashAttentionBackend,
+    FlashAttentionImpl,
+    FlashAttentionMetadataBuilder,
+)
 
 
-class CompressedFlashAttentionImpl(CompressedImpl, flash_attn.FlashAttentionImpl):  # type: ignore[misc]
+class CompressedFlashAttentionImpl(CompressedImpl, FlashAttentionImpl):  # type: ignore[misc]
     """FlashAttention; the worker sees the queries."""
 
 
-class CompressedFlashAttentionBuilder(CompressedBuilder, flash_attn.FlashAttentionMetadataBuilder):  # type: ignore[misc]
+class CompressedFlashAttentionBuilder(CompressedBuilder, FlashAttentionMetadataBuilder):  # type: ignore[misc]
     """FlashAttention's metadata, of shorter rows."""
 
     supports_update_block_table = False
     """Layers differ in length, so that none may take over another's metadata."""
 
 
-class CompressedFlashAttentionBackend(CompressedBackend, flash_attn.FlashAttentionBackend):  # type: ignore[misc]
+class CompressedFlashAttentionBackend(CompressedBackend, FlashAttentionBackend):  # type: ignore[misc]
     """Known to vLLM as FLASH_ATTN."""
 
     @staticmethod

@@ -9,10 +9,8 @@ from dynamickv.methods import METHODS, CompressionMethod, build_method
 from dynamickv.methods.registry import require_known
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from dynamickv.integrations.vllm.compat import VllmConfig
 
-TESTED_VERSIONS = ("0.32.0",)
-"""vLLM versions that `make vllm` was run with."""
 CONNECTOR = "DynamicKV"
 """Name of the connector in --kv-transfer-config."""
 DEFAULT_METHOD = "DynamicKV"
@@ -32,7 +30,28 @@ def method_of(config: VllmConfig) -> CompressionMethod:
             '"kv_connector_extra_config": {"capacity": 256}}\''
         )
     _require_supported(config)
-    return _method(dict(transfer.kv_connector_extra_config))
+    conversations_of(config)
+    settings = dict(transfer.kv_connector_extra_config)
+    settings.pop("conversations", None)
+    if "decoding" in settings:
+        raise ValueError(
+            "DynamicKV's plugin compresses prompts and keeps answers whole: choosing again while "
+            "answering would move tokens between blocks that the scheduler has already dealt with; "
+            "leave decoding out"
+        )
+    return _method(settings)
+
+
+def conversations_of(config: VllmConfig) -> bool:
+    """Whether a later turn goes on from a compressed prompt: the option `conversations`.
+
+    Raises:
+        ValueError: it is neither true nor false.
+    """
+    value = config.kv_transfer_config.kv_connector_extra_config.get("conversations", True)
+    if not isinstance(value, bool):
+        raise ValueError(f"conversations must be true or false, got {value!r}")
+    return value
 
 
 def _method(settings: dict[str, Any]) -> CompressionMethod:
@@ -66,22 +85,20 @@ def _require_supported(config: VllmConfig) -> None:
     """Refuse what would give wrong answers, or was never tried."""
     parallel = config.parallel_config
     refused = {
-        "prefix caching": (config.cache_config.enable_prefix_caching, "--no-enable-prefix-caching"),
         "speculative decoding": (
             config.speculative_config is not None,
             "start without --speculative-config",
         ),
-        "tensor parallelism": (parallel.tensor_parallel_size > 1, "--tensor-parallel-size 1"),
+        "more ranks than KV heads": (
+            parallel.tensor_parallel_size > config.model_config.get_total_num_kv_heads(),
+            "a smaller --tensor-parallel-size",
+        ),
         "pipeline parallelism": (parallel.pipeline_parallel_size > 1, "--pipeline-parallel-size 1"),
         "context parallelism": (
             max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size) > 1,
             "start without context parallelism",
         ),
         "micro-batch overlap": (parallel.enable_dbo, "start without --enable-dbo"),
-        "asynchronous scheduling": (
-            config.scheduler_config.async_scheduling,
-            "--no-async-scheduling",
-        ),
         "vLLM's second model runner": (
             config.use_v2_model_runner,
             "the environment variable VLLM_USE_V2_MODEL_RUNNER=0",

@@ -72,12 +72,13 @@ class Pages:
         heads = parts.transpose(0, 1).reshape(parts.shape[1], -1, self.key_places.shape[1])
         return heads[:, :length]
 
-    def pack(self, blocks: Tensor, positions: Tensor) -> None:
-        """Move the tokens at `positions` to the front of `blocks`.
+    def pack(self, blocks: Tensor, positions: Tensor, target: Tensor) -> None:
+        """Copy the tokens at `positions` of `blocks` into `target`.
 
         Args:
             blocks: block ids, in order.
             positions: (num_kv_heads, count), ascending per head; they may differ from head to head.
+            target: ids of as many blocks as are filled.
         """
         heads = torch.arange(positions.shape[0], device=positions.device)[:, None, None]
         owners = (positions // self.block_size)[:, :, None]
@@ -87,7 +88,7 @@ class Pages:
             parts[owners, heads, places[offsets]] for places in (self.key_places, self.value_places)
         )
         numbers = torch.arange(positions.shape[1], device=positions.device)
-        slots = blocks[numbers // self.block_size] * self.block_size + numbers % self.block_size
+        slots = target[numbers // self.block_size] * self.block_size + numbers % self.block_size
         _store(self.layer, self.cache, keys.transpose(0, 1), values.transpose(0, 1), slots)
 
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-import vllm
-from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
-from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+import os
 
-from dynamickv.integrations.vllm.options import CONNECTOR, TESTED_VERSIONS
+from dynamickv.integrations.vllm import compat
+from dynamickv.integrations.vllm.compat import (
+    AttentionBackendEnum,
+    KVCacheSpecRegistry,
+    KVConnectorFactory,
+    init_logger,
+    register_backend,
+)
+from dynamickv.integrations.vllm.options import CONNECTOR
 
+logger = init_logger("vllm.dynamickv")
 PACKAGE = "dynamickv.integrations.vllm"
 BACKENDS = {
     AttentionBackendEnum.CPU_ATTN: f"{PACKAGE}.cpu.CompressedCPUBackend",
@@ -25,12 +31,7 @@ def announce() -> None:
     Raises:
         ValueError: vLLM is of a version that was not tested.
     """
-    version = vllm.__version__.partition("+")[0]
-    if version not in TESTED_VERSIONS:
-        raise ValueError(
-            f"the DynamicKV plugin was tested with vLLM {', '.join(TESTED_VERSIONS)} and this is "
-            f"{version}; install a tested version or take dynamickv out of VLLM_PLUGINS"
-        )
+    require_version(compat.__getattr__("__version__"))
     # vLLM registers its own only while there are none yet; any question makes it do so.
     KVCacheSpecRegistry.check_kv_cache_spec_registry({})
     from dynamickv.integrations.vllm.cache_layout import CompressedManager, CompressedSpec
@@ -44,3 +45,33 @@ def announce() -> None:
         KVConnectorFactory.register_connector(
             CONNECTOR, f"{PACKAGE}.connector", "DynamicKVConnector"
         )
+
+
+def require_announced() -> None:
+    """Raise ValueError where vLLM did not load the plugin."""
+    if not all(path == backend.get_path() for backend, path in BACKENDS.items()):
+        named = os.environ.get("VLLM_PLUGINS")
+        raise ValueError(
+            f"--kv-transfer-config asks for {CONNECTOR}, and VLLM_PLUGINS={named or ''} did not "
+            "load the plugin; set VLLM_PLUGINS=dynamickv"
+        )
+
+
+def require_version(version: str) -> None:
+    """Raise ValueError for a version of vLLM that the plugin is not known to fit; warn for one that
+    it was read against and not run with."""
+    version = version.partition("+")[0]
+    if version in compat.TESTED_VERSIONS:
+        return
+    tested = ", ".join(compat.TESTED_VERSIONS)
+    if version not in compat.READ_VERSIONS:
+        raise ValueError(
+            f"the DynamicKV plugin was tested with vLLM {tested} and this is {version}; install a "
+            "tested version or take dynamickv out of VLLM_PLUGINS"
+        )
+    logger.warning(
+        "the DynamicKV plugin was tested with vLLM %s, not with %s: it was held against its "
+        "sources only",
+        tested,
+        version,
+    )

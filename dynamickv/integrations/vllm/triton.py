@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from vllm.v1.attention.backends import triton_attn
-
 from dynamickv.integrations.vllm.backend import CompressedBackend, CompressedBuilder, CompressedImpl
+from dynamickv.integrations.vllm.compat import (
+    TritonAttentionBackend,
+    TritonAttentionImpl,
+    TritonAttentionMetadataBuilder,
+)
 
 
-class CompressedTritonImpl(CompressedImpl, triton_attn.TritonAttentionImpl):  # type: ignore[misc]
+class CompressedTritonImpl(CompressedImpl, TritonAttentionImpl):  # type: ignore[misc]
     """Triton's kernels; the worker sees the queries."""
 
 
-class CompressedTritonBuilder(CompressedBuilder, triton_attn.TritonAttentionMetadataBuilder):  # type: ignore[misc]
+class CompressedTritonBuilder(CompressedBuilder, TritonAttentionMetadataBuilder):  # type: ignore[misc]
     """Triton's metadata, of shorter rows."""
 
     supports_update_block_table = False
     """Layers differ in length, so that none may take over another's metadata."""
 
 
-class CompressedTritonBackend(CompressedBackend, triton_attn.TritonAttentionBackend):  # type: ignore[misc]
+class CompressedTritonBackend(CompressedBackend, TritonAttentionBackend):  # type: ignore[misc]
     """Known to vLLM as TRITON_ATTN."""
 
     @staticmethod

@@ -1,26 +1,27 @@
 """What happens to requests in the process that runs the model: prompts are watched while they are
-read, compressed after their last chunk, and from then on found in fewer blocks.
+read, copied in compressed form after their last chunk, and from then on found in fewer blocks.
 
-A row of a batch is known by its first block in the first layer: no two live requests share it, and
-it is freed no earlier than the request.
+A row of a batch is known by the block of its last token in the first compressed layer: that block
+is never shared, and it is freed no earlier than the request.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.logger import init_logger
-from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from dynamickv.integrations.vllm.blocks import BlockPlan, kept_before_tail
+from dynamickv.integrations.vllm.blocks import BlockPlan, dealt, kept_before_tail
+from dynamickv.integrations.vllm.compat import CommonAttentionMetadata, init_logger
 from dynamickv.integrations.vllm.pages import Pages
-from dynamickv.integrations.vllm.steps import Step
+from dynamickv.integrations.vllm.ranks import Ranks
+from dynamickv.integrations.vllm.shapes import Shape
+from dynamickv.integrations.vllm.sliding import Sliding
+from dynamickv.integrations.vllm.steps import Resumed, Step
 from dynamickv.methods import CompressionMethod
-from dynamickv.records import LayerObservation
 
 logger = init_logger("vllm.dynamickv")
 
@@ -31,8 +32,10 @@ class Watched:
 
     name: str
     plan: BlockPlan
-    first_block: int
-    """In the first layer; -1 while it is preempted."""
+    own: set[int] = field(default_factory=set)
+    """Its blocks in the first compressed layer."""
+    room: list[int] = field(default_factory=list)
+    """Blocks for the compressed copy, set aside by the scheduler."""
     queries: dict[int, Tensor] = field(default_factory=dict)
     """By layer, the last queries read so far, (tail, num_query_heads, head_dim)."""
     blocks: dict[int, Tensor] = field(default_factory=dict)
@@ -41,8 +44,14 @@ class Watched:
     """Tokens read and written up to the last step, those dropped since included."""
     kept: list[int] = field(default_factory=list)
     """Per layer, blocks before the tail; empty until the prompt is compressed."""
+    copies: list[Tensor | None] = field(default_factory=list)
+    """Per layer, those blocks, where they are others than the scheduler's first ones."""
     saved: list[Tensor] = field(default_factory=list)
     """Per layer, the contents of its blocks while it is preempted."""
+    windows: dict[str, Tensor] = field(default_factory=dict)
+    """By sliding layer, its block table's row in the last step."""
+    saved_windows: dict[str, Tensor] = field(default_factory=dict)
+    """By sliding layer, the contents of its window's blocks while it is preempted."""
 
     def held_blocks(self, layer: int) -> int:
         """Blocks that hold its tokens in a layer."""
@@ -60,55 +69,30 @@ class Reading:
     """Its tokens in the batch."""
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """How one layer's block table differs from the scheduler's; the same from step to step while
-    the batch is."""
-
-    kept: list[int]
-    """Per row, blocks before the gap."""
-    gaps: list[int]
-    """Per row, blocks in the gap."""
-    places: Tensor
-    """(rows, columns), which column of the scheduler's table each column is."""
-    dropped: Tensor
-    """(rows,), tokens in the gap; on the CPU, and on the table's device."""
-    dropped_there: Tensor
-
-    @classmethod
-    def of(cls, kept: list[int], gaps: list[int], table: Tensor, block_size: int) -> Shape:
-        """The shape of (rows, columns) `table` without its gaps."""
-        first, gap = torch.tensor([kept, gaps])
-        columns = torch.arange(table.shape[1])
-        places = columns + torch.where(columns >= first[:, None], gap[:, None], 0)
-        dropped = (gap * block_size).int()
-        return cls(
-            kept,
-            gaps,
-            places.clamp_(max=table.shape[1] - 1).to(table.device),
-            dropped,
-            dropped.to(table.device),
-        )
-
-    def apply(self, common: CommonAttentionMetadata) -> CommonAttentionMetadata:
-        """The batch without the gaps."""
-        upper = common.seq_lens_cpu_upper_bound - self.dropped
-        return common.replace(
-            block_table_tensor=common.block_table_tensor.gather(1, self.places),
-            seq_lens=common.seq_lens - self.dropped_there,
-            seq_lens_cpu_upper_bound=upper,
-            max_seq_len=int(upper.max()),
-            _num_computed_tokens_cache=None,
-        )
-
-
 class Worker:
     """Watched requests, and the layers they run through."""
 
-    def __init__(self, method: CompressionMethod, layers: Sequence[Any], block_size: int) -> None:
+    def __init__(
+        self,
+        method: CompressionMethod,
+        layers: Sequence[Any],
+        block_size: int,
+        sliding: Mapping[str, Any] | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
+        """
+        Args:
+            method: what compresses.
+            layers: vLLM's attention modules that are compressed, in order.
+            block_size: tokens in a block.
+            sliding: the other layers' modules by name; they keep their window.
+            ranks: this rank among those that share a layer's heads.
+        """
         self.method = method
         self._layers = layers
         self._block_size = block_size
+        self._sliding = Sliding(sliding or {}, block_size)
+        self._ranks = ranks or Ranks()
         self._pages: list[Pages] = []
         self._requests: dict[str, Watched] = {}
         self._by_block: dict[int, Watched] = {}
@@ -127,42 +111,46 @@ class Worker:
             self._preempt(name)
         for name in step.finished:
             self._forget(name)
-        for request in step.started:
-            self._forget(request.name)
-            if self.method.fits(request.prompt_length):
-                continue
-            plan = BlockPlan.of(self.method, request.prompt_length, self._block_size)
-            if plan.tail_block > 0:
-                watched = Watched(request.name, plan, request.first_block)
-                self._requests[request.name] = self._by_block[request.first_block] = watched
-        for resumed in step.restored:
-            self._restore(self._requests[resumed.name], resumed.blocks)
+        for started in step.started:
+            self._forget(started.name)
+            plan = BlockPlan.of(self.method, started.prompt_length, self._block_size)
+            self._requests[started.name] = Watched(started.name, plan)
+            self._grow(started.name, started.blocks)
+        for resumed in step.resumed:
+            self._resume(resumed)
+        for name, blocks in step.grown.items():
+            self._grow(name, blocks)
+        for name, room in step.rooms.items():
+            self._requests[name].room = room
 
     def shortened(self, layer: int, common: CommonAttentionMetadata) -> CommonAttentionMetadata:
         """A batch as one layer sees it: compressed rows without their gap, shorter by it. The first
         layer is asked first: it knows the rows."""
         table = common.block_table_tensor
         if layer == 0:
-            self._rows = [self._by_block.get(block) for block in table[:, 0].tolist()]
+            last = (common.seq_lens_cpu_upper_bound.long() - 1).clamp_(min=0) // self._block_size
+            blocks = table.gather(1, last.to(table.device)[:, None])[:, 0]
+            self._rows = [self._by_block.get(block) for block in blocks.tolist()]
             self._note(self._rows, common)
         rows = self._rows
         if not any(rows):
             return common
-        kept = [row.kept[layer] if row and row.kept else 0 for row in rows]
-        if any(kept):
-            gaps = [
-                row.plan.tail_block - kept[number] if row and row.kept else 0
-                for number, row in enumerate(rows)
-            ]
+        copies = [row.copies[layer] if row and row.kept else None for row in rows]
+        gaps = [row.plan.tail_block - row.kept[layer] if row and row.kept else 0 for row in rows]
+        if any(gaps):
             found = self._shapes[layer]
-            if found is None or found.kept != kept or found.gaps != gaps:
-                found = self._shapes[layer] = Shape.of(kept, gaps, table, self._block_size)
+            if found is None or not found.fits(copies, gaps, table):
+                found = self._shapes[layer] = Shape.of(copies, gaps, table, self._block_size)
             common = found.apply(common)
             table = common.block_table_tensor
         for number, row in enumerate(rows):
             if row is not None:
                 row.blocks[layer] = table[number]
         return common
+
+    def beside(self, layer: str, common: CommonAttentionMetadata) -> None:
+        """A batch as a sliding layer sees it, which is as the scheduler says."""
+        self._sliding.tables[layer] = common.block_table_tensor
 
     def see(self, layer: int, queries: Tensor) -> None:
         """Keep the last queries of the prompts that a step reads; (tokens, heads, head_dim)."""
@@ -177,6 +165,9 @@ class Worker:
     @torch.no_grad()
     def finish(self) -> dict[str, list[int]]:
         """Compress the prompts that the step has read to their end; blocks kept, by request."""
+        for number, row in enumerate(self._rows):
+            if row is not None:
+                row.windows = self._sliding.rows(number)
         done = [
             reading.request
             for reading in self._reading
@@ -195,29 +186,32 @@ class Worker:
         ]
         for layer, pages in enumerate(self._pages):
             selection.observe(
-                LayerObservation(
+                self._ranks.observation(
+                    self.method,
                     queries=request.queries[layer].transpose(0, 1),
                     keys=pages.keys(blocks[layer], plan.prompt_length),
                     scaling=self._layers[layer].impl.scale,
                 )
             )
-        kept = []
-        for layer, pages in enumerate(self._pages):
-            positions = kept_before_tail(selection, layer, plan)
-            kept.append(positions.shape[1] // plan.block_size)
-            if kept[-1] < plan.tail_block:
-                pages.pack(blocks[layer], positions)
-            request.blocks[layer] = torch.cat(
-                [blocks[layer][: kept[-1]], blocks[layer][plan.tail_block :]]
-            )
-        request.kept = kept
-        request.queries = {}
-        tokens = plan.prompt_length - plan.tail_start + sum(kept) * plan.block_size / len(kept)
+        positions = [
+            self._ranks.own(self.method, kept_before_tail(selection, layer, plan))
+            for layer in range(len(self._layers))
+        ]
+        request.kept = [chosen.shape[1] // plan.block_size for chosen in positions]
+        request.copies = []
+        for layer, share in enumerate(dealt(request.room, request.kept, plan.tail_block)):
+            copy = torch.tensor(share, device=blocks[layer].device) if share else None
+            if copy is not None:
+                self._pages[layer].pack(blocks[layer], positions[layer], copy)
+                request.blocks[layer] = torch.cat([copy, blocks[layer][plan.tail_block :]])
+            request.copies.append(copy)
+        request.queries, request.room = {}, []
+        kept = sum(request.kept) * plan.block_size / len(request.kept)
         logger.info(
             "%s: request %s keeps %.0f of %d prompt tokens per layer and head",
             self.method.name,
             request.name,
-            tokens,
+            plan.prompt_length - plan.tail_start + kept,
             plan.prompt_length,
         )
 
@@ -231,10 +225,24 @@ class Worker:
                 if not request.kept:
                     self._reading.append(Reading(request, starts[number], starts[number + 1]))
 
+    def _grow(self, name: str, blocks: Sequence[int]) -> None:
+        """A request has new blocks in the first layer."""
+        request = self._requests.get(name)
+        if request is not None:
+            request.own.update(blocks)
+            self._by_block.update(dict.fromkeys(blocks, request))
+
+    def _lose(self, request: Watched) -> None:
+        """A request's blocks are no longer its own."""
+        for block in request.own:
+            if self._by_block.get(block) is request:
+                del self._by_block[block]
+        request.own.clear()
+
     def _forget(self, name: str) -> None:
         request = self._requests.pop(name, None)
         if request is not None:
-            self._by_block.pop(request.first_block, None)
+            self._lose(request)
 
     def _preempt(self, name: str) -> None:
         """Save what a compressed request holds; one that is still reading will read again."""
@@ -248,15 +256,26 @@ class Worker:
             pages.cache[request.blocks[layer][: request.held_blocks(layer)].long()]
             for layer, pages in enumerate(self._pages)
         ]
-        self._by_block.pop(request.first_block)
-        request.first_block = -1
+        request.saved_windows = self._sliding.save(request.windows, request.length)
+        self._lose(request)
 
-    def _restore(self, request: Watched, table: Sequence[list[int]]) -> None:
-        for layer, pages in enumerate(self._pages):
-            row = table[layer]
-            held = row[: request.kept[layer]] + row[request.plan.tail_block :]
-            blocks = torch.tensor(held[: request.held_blocks(layer)], device=pages.cache.device)
-            pages.cache[blocks] = request.saved[layer]
-        request.saved = []
-        request.first_block = table[0][0]
-        self._by_block[request.first_block] = request
+    def _resume(self, resumed: Resumed) -> None:
+        """Go on from a compressed prompt: put back what was saved, or find it where it lies."""
+        request = self._requests.get(resumed.name)
+        plan = BlockPlan.of(self.method, resumed.prompt_length, self._block_size)
+        if request is None:
+            request = self._requests[resumed.name] = Watched(resumed.name, plan)
+            request.kept = resumed.kept
+        for layer, contents in enumerate(request.saved):
+            row = resumed.blocks[layer]
+            held = row[: request.kept[layer]] + row[plan.tail_block :]
+            blocks = torch.tensor(held[: request.held_blocks(layer)], device=contents.device)
+            self._pages[layer].cache[blocks] = contents
+        self._sliding.restore(request.saved_windows, resumed.windows, request.length)
+        request.saved, request.saved_windows = [], {}
+        request.copies = [
+            torch.tensor(row[:kept], device=pages.cache.device)
+            for row, kept, pages in zip(resumed.blocks, resumed.kept, self._pages, strict=True)
+        ]
+        row = resumed.blocks[0]
+        self._grow(resumed.name, row[: resumed.kept[0]] + row[plan.tail_block :])

@@ -80,7 +80,8 @@ def test_a_grid_is_measured_with_progress_estimate_and_the_papers_row(
     assert [s[0]["message"] for s in steps[1:-1]] == [f"Measured {n} of 4 cells" for n in range(5)]
     assert all("left" in step[0]["detail"] for step in steps[2:-1])
     # FullKV stands in both columns, the others have one heatmap a capacity.
-    assert len(panel["figure"]["data"]) == 6
+    # Each has a second trace, grey, for what FullKV itself does not find.
+    assert len(panel["figure"]["data"]) == 12
     assert panel["tables"][0]["lines"][1][0].startswith("paper: Mistral-7B")
     assert [line[0] for line in panel["tables"][0]["lines"][2:]] == [
         "here, capacity 24",
@@ -244,7 +245,7 @@ def test_stopping_while_the_prompt_is_read_leaves_the_page_usable(
         def is_set(self) -> bool:
             return True
 
-    monkeypatch.setattr("app.lab.handlers.threading.Event", AtOnce)
+    monkeypatch.setattr("app.lab.handlers.measure.threading.Event", AtOnce)
     steps = list(handlers.sweep(None, DOCUMENT, QUESTION, "tiny", ["SnapKV"], 4))
     assert steps[-1][0]["message"] == "Stopped."
     assert steps[-1][2]["interactive"] is True
@@ -277,13 +278,10 @@ def test_longbench_has_the_papers_rows_and_a_file() -> None:
     full = {**line, "method": "FullKV", "capacity": None, "over_snapkv": None}
     panel = lab_model.longbench_panel([full, line], "now")
     check_panel(panel)
-    assert panel["said"] == [
-        "Capacity 64: DynamicKV has 20.0, -10.0 points to SnapKV "
-        "(95 % interval -20.0 to -5.0): behind it."
-    ]
+    assert panel["said"] == ["DynamicKV beside SnapKV: behind at 64 (-10.0 points)."]
     alone = {**line, "over_snapkv": {"mean": -0.1, "interval": [-0.1, -0.1], "pairs": 1}}
     assert lab_model.longbench_panel([full, alone], "now")["said"] == [
-        "Capacity 64: 1 of at least 20 trials, too few to tell DynamicKV from SnapKV."
+        "DynamicKV beside SnapKV: compared by too few trials at 64."
     ]
     assert [line[0] for line in panel["tables"][0]["lines"][-2:]] == [
         "paper: InternLM-2.5-7B-Chat-1M, 512",

@@ -20,6 +20,14 @@ import gradio as gr
 import dynamickv as dkv
 from app.examples import ASSETS, Example
 from app.inputs import MAX_NEW_TOKENS, build_request, whole_number
+from app.lab.view_model import (
+    Payload,
+    longbench_panel,
+    needle_panel,
+    source_words,
+    sweep_panel,
+    tasks_panel,
+)
 from app.serving.comparisons import CHARACTERS_PER_TOKEN
 from app.serving.events import WAIT, address, busy_buttons, handlers, idle_buttons, session
 from app.serving.speed import Speed
@@ -29,15 +37,6 @@ from app.serving.turns import Turns
 from app.serving.zero_gpu import is_zero_gpu
 from app.uploads import MAX_EXAMPLES, read_examples_upload
 from app.wording import seconds
-
-from .view_model import (
-    Payload,
-    longbench_panel,
-    needle_panel,
-    source_words,
-    sweep_panel,
-    tasks_panel,
-)
 
 log = logging.getLogger(__name__)
 lab = dkv.evaluate
@@ -112,7 +111,9 @@ class LabHandlers:
             experiment = lab.needle.NeedleExperiment(llm, grid)
             yield from self._measure(
                 llm, experiment, chosen, stop, guess, "cells",
-                lambda rows, source: needle_panel(lab.summary.needle_summary(rows), source),
+                lambda rows, source: needle_panel(
+                    lab.summary.needle_summary(rows), source, experiment.settings
+                ),
                 self._kept("needle", experiment.settings),
             )  # fmt: skip
 
@@ -142,7 +143,9 @@ class LabHandlers:
             with tempfile.TemporaryDirectory(prefix="dynamickv-") as folder:
                 yield from self._measure(
                     llm, experiment, chosen, stop, "", "capacities",
-                    lambda rows, source: sweep_panel(lab.sweep.sweep_summary(rows), source),
+                    lambda rows, source: sweep_panel(
+                        lab.sweep.sweep_summary(rows), source, experiment.settings, question
+                    ),
                     lab.Journal(Path(folder) / "sweep.jsonl"),
                 )  # fmt: skip
 
@@ -166,7 +169,9 @@ class LabHandlers:
             yield from self._measure(
                 llm, experiment, chosen, stop, guess, "questions",
                 lambda rows, source: tasks_panel(
-                    [lab.tasks.tasks_summary(rows, chosen[0].name)], source
+                    [lab.tasks.tasks_summary(rows, chosen[0].name)],
+                    source,
+                    {**experiment.settings, "capacity": size},
                 ),
                 self._kept("tasks", experiment.settings),
             )  # fmt: skip
@@ -204,13 +209,20 @@ class LabHandlers:
                 for example in examples
             )
             guess = self._guess(round(tokens), len(examples) * len(chosen), max(lengths))
+            settings = {**experiment.settings, "max_new_tokens": max(lengths)}
+
+            def build(rows: list[dict[str, Any]], source: str) -> Payload:
+                summary = lab.summary.longbench_summary(rows)
+                worst = {line["worst"] for line in summary}
+                parts = {str(e.id): protocol.parts(e) for e in examples if str(e.id) in worst}
+                texts = {name: list(pair) for name, pair in parts.items() if pair}
+                return longbench_panel(summary, source, settings, texts)
+
             # The journal would hold answers about somebody's text: it goes when this ends.
             with tempfile.TemporaryDirectory(prefix="dynamickv-") as folder:
                 yield from self._measure(
                     llm, experiment, chosen, stop, guess, "examples",
-                    lambda rows, source: longbench_panel(
-                        lab.summary.longbench_summary(rows), source
-                    ),
+                    build,
                     lab.Journal(Path(folder) / "longbench.jsonl"),
                 )  # fmt: skip
 
