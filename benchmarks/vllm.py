@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import vllm
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -261,12 +262,13 @@ def on_ranks(
     _, keys = recorded(folder, prompt)
     found = []
     with tempfile.TemporaryDirectory() as keep:
-        torch.save([key[0] for key in keys], f"{keep}/keys.pt")
+        file = f"{keep}/keys.safetensors"
+        save_file({str(layer): key[0].contiguous() for layer, key in enumerate(keys)}, file)
         for count in (1, 2):
             arguments = {
                 "folder": folder,
                 "prompt": prompt,
-                "keys": f"{keep}/keys.pt",
+                "keys": file,
                 "options": {"method": method.name, **method.parameters},
                 "settings": {"tensor_parallel_size": count},
             }

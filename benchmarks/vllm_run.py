@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from vllm import LLM, SamplingParams
@@ -310,8 +311,10 @@ def kept(arguments: dict[str, Any]) -> None:
 def rank_positions(worker: Any, file: str) -> list[list[list[int]]]:
     """In a worker: `held_positions` of its heads; the file holds all heads' keys per layer."""
     group = get_tp_group()
-    keys = torch.load(file, weights_only=True)
-    own = [layer.chunk(group.world_size)[group.rank_in_group] for layer in keys]
+    keys = load_file(file)
+    own = [
+        keys[str(layer)].chunk(group.world_size)[group.rank_in_group] for layer in range(len(keys))
+    ]
     return [held.tolist() for held in held_positions(own)]
 
 
