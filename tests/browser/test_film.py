@@ -64,7 +64,7 @@ def test_text_budgets_and_map_show_the_same_moment(
     limits = set()
     for step in (1, 4, 5, 17, 29):
         page.get_by_label("Layers read", exact=True).fill(str(step))
-        expect(page.locator(".dkv-film [data-role=where]")).to_have_text(
+        expect(page.locator("#dkv-film [data-role=where]")).to_have_text(
             f"{step} of 30 layers read"
         )
         page.wait_for_function(
@@ -163,6 +163,7 @@ def test_the_film_is_painted_soon(page: Page, page_url: str) -> None:
     assert page.evaluate("window.firstFilm") / 1000 <= SLACK * FIRST_PAINT
 
 
+@pytest.mark.timed
 def test_rows_come_while_the_prompt_is_read(
     page: Page, model_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -53,7 +53,7 @@ class Failing:
 
 
 STAGES = {
-    "prefill": (compare, "run_prefill", 1, "reading the prompt: shorten the document"),
+    "prefill": (compare, "prefill_prompt", 1, "reading the prompt: shorten the document"),
     "pruning": (answer, "prune", 2, "choosing what to keep: choose fewer methods or lower"),
     "decode": (answer.Answer, "step", 3, "answering: choose fewer methods, or lower the capacity"),
 }
@@ -105,8 +105,8 @@ def test_the_command_line_says_it_without_a_traceback(
 ) -> None:
     (tmp_path / "d.txt").write_text(DOCUMENT)
     monkeypatch.setattr(cli, "load_model", lambda *_, **__: llm)
-    failing = Failing(compare.run_prefill, MemoryError(), 1)
-    monkeypatch.setattr(compare, "run_prefill", failing)
+    failing = Failing(compare.prefill_prompt, MemoryError(), 1)
+    monkeypatch.setattr(compare, "prefill_prompt", failing)
     arguments = ["--document", str(tmp_path / "d.txt"), "--question", QUESTION]
     code = cli.main(["compare", *arguments, "--output", str(tmp_path / "run.json")])
     assert code == 2

@@ -76,7 +76,7 @@ def test_nothing_is_read_again_and_the_size_is_what_a_run_holds(
     llm: dkv.LoadedModel, prefill: dkv.Prefill, full: dkv.Run, monkeypatch: Any
 ) -> None:
     answering_from(monkeypatch, 40)
-    monkeypatch.setattr(import_module("dynamickv.compare"), "run_prefill", None)
+    monkeypatch.setattr(import_module("dynamickv.compare"), "prefill_prompt", None)
     found = dkv.smallest_capacity(
         llm, prefill, METHOD, expected=["gate"], full=full, max_new_tokens=2
     )

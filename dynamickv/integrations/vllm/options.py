@@ -90,7 +90,8 @@ def _require_supported(config: VllmConfig) -> None:
             "start without --speculative-config",
         ),
         "more ranks than KV heads": (
-            parallel.tensor_parallel_size > config.model_config.get_total_num_kv_heads(),
+            parallel.tensor_parallel_size > 1
+            and parallel.tensor_parallel_size > config.model_config.get_total_num_kv_heads(),
             "a smaller --tensor-parallel-size",
         ),
         "pipeline parallelism": (parallel.pipeline_parallel_size > 1, "--pipeline-parallel-size 1"),
