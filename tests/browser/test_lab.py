@@ -108,11 +108,9 @@ def choose(page: Page, part: str) -> None:
     expect(panel.locator("table").first).to_be_visible()
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_every_part_draws_and_axe_finds_nothing_serious(
-    page: Page, lab_url: str, theme: str
-) -> None:
-    show(page, lab_url, PARTS[0], f"?__theme={theme}")
+def test_every_part_draws_and_axe_finds_nothing_serious(page: Page, lab_url: str) -> None:
+    """In the dark theme, where contrast is harder; the whole page is looked at in both."""
+    show(page, lab_url, PARTS[0], "?__theme=dark")
     for part in PARTS:
         choose(page, part)
         page.wait_for_timeout(400)  # colours stop changing

