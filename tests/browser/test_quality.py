@@ -119,7 +119,7 @@ def test_axe_finds_nothing_on_any_tab(page: Page, page_url: str, theme: str) -> 
     page.set_viewport_size({"width": 1366, "height": 768})
     open_page(page, page_url, f"?__theme={theme}")
     found = {}
-    for tab in ("Lab", "Gallery", "Learn", "Runs & API", "Explore"):
+    for tab in ("Lab", "Learn", "Runs & API", "Explore"):
         page.get_by_role("tab", name=tab, exact=True).click()
         if tab == "Explore":
             page.evaluate(EVERYTHING_OPEN)
