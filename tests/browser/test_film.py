@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import re
-import time
 from typing import Any
 
 import pytest
 from playwright.sync_api import Page, expect
 
-import dynamickv as dkv
 from app.examples import Example
-from app.explore.film import Film
 from app.record.film import film_of
 from tests.browser.conftest import open_page
 
 pytestmark = pytest.mark.browser
 
 FIRST_PAINT = 2.5
-FIRST_ROW = 0.2
-ROUNDS = 4
-"""Tries that a time has where other work on the machine may outlast one."""
 SLACK = 2
 STATE = """() => {
   const { store } = window.DynamicKV;
@@ -166,40 +159,22 @@ def test_the_film_is_painted_soon(page: Page, page_url: str) -> None:
     assert page.evaluate("window.firstFilm") / 1000 <= SLACK * FIRST_PAINT
 
 
-@pytest.mark.timed
-def test_rows_come_while_the_prompt_is_read(
-    page: Page, model_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    told: list[float] = []
-    add = Film.add
-
-    def timed(self: Film, event: dkv.Event) -> bool:
-        if isinstance(event, dkv.LayerKept):
-            told.append(time.time())
-        return add(self, event)
-
-    monkeypatch.setattr(Film, "add", timed)
+def test_rows_come_while_the_prompt_is_read(page: Page, model_url: str) -> None:
     page.add_init_script(
         "window.steps = []; addEventListener('dkv:film', () => { const { film } = "
-        "window.DynamicKV.store; if (film?.live) requestAnimationFrame(() => "
-        "window.steps.push([film.step, Date.now() / 1000])); });"
+        "window.DynamicKV.store; if (film?.live) window.steps.push(film.step); });"
     )
     open_page(page, model_url)
     run = page.locator("#dkv-run")
-    waits: list[float] = []
-    while len(waits) < ROUNDS and (not waits or min(waits) > SLACK * FIRST_ROW):
-        told.clear()
-        page.evaluate("window.steps = []")
-        expect(run).to_be_enabled(timeout=60_000)
-        run.click()
-        page.wait_for_function("window.DynamicKV.store.film?.live", timeout=60_000)
-        expect(page.locator(".dkv-card-map").first).to_be_visible()
-        page.wait_for_function(
-            "window.DynamicKV.store.trace && !window.DynamicKV.store.trace.live", timeout=120_000
-        )
-        steps = json.loads(page.evaluate("JSON.stringify(window.steps)"))
-        waits.append(next(at for step, at in steps if step >= 1) - told[0])
-        assert [step for step, _ in steps] == sorted(step for step, _ in steps)
-        assert steps[-1][0] == 30
-    assert min(waits) <= SLACK * FIRST_ROW
+    expect(run).to_be_enabled()
+    run.click()
+    page.wait_for_function("window.DynamicKV.store.film?.live", timeout=60_000)
+    expect(page.locator(".dkv-card-map").first).to_be_visible()
+    page.wait_for_function(
+        "window.DynamicKV.store.trace && !window.DynamicKV.store.trace.live", timeout=120_000
+    )
+    steps = page.evaluate("window.steps")
+    assert steps == sorted(steps)
+    assert any(0 < step < 30 for step in steps)
+    assert steps[-1] == 30
     expect(page.locator(".dkv-answer").first).to_be_visible()
