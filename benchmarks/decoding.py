@@ -169,7 +169,7 @@ def asking(llm: dkv.LoadedModel, method: dkv.CompressionMethod, runs: int) -> li
         ],
         runs,
     )
-    at = f"{method.name}({BUDGET}), 4K"
+    at = f"{method.name}({BUDGET}), {stored.length:,} tokens"
     return [
         measured(f"second question, document read again, {at}", scaled(again, 1000), "ms"),
         measured(f"second question from the stored prefill, {at}", scaled(anew, 1000), "ms"),

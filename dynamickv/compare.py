@@ -19,7 +19,7 @@ from dynamickv.methods import METHODS, CompressionMethod
 from dynamickv.methods.decoding import Decoding, require_decodable
 from dynamickv.models import LoadedModel
 from dynamickv.models.geometry import require_choosable
-from dynamickv.reading.prefill import prefill_prompt, prompt_to_read, with_question
+from dynamickv.reading.prefill import prefill_prompt, prompt_to_read, whole_prompt
 from dynamickv.reading.prefill_stream import prefill_stream
 from dynamickv.reading.prompt import require_text
 from dynamickv.record.agreement import with_agreement
@@ -137,7 +137,7 @@ def compare_stream(
                 truncate=truncate,
                 answer_tokens=max_new_tokens,
             )
-            prompt = with_question(llm, to_read, question)
+            prompt = whole_prompt(llm, to_read, question)
             if watch:
                 yield PromptEncoded(_model(llm), _prompt(prompt, question_aware))
                 walks = Walks(
@@ -159,7 +159,7 @@ def compare_stream(
         if watch:
             chosen = [*walks.chosen()]
     else:
-        prompt = with_question(llm, prefill.prompt, question)
+        prompt = whole_prompt(llm, prefill.prompt, question)
     if on_prefill is not None:
         on_prefill(prefill)
     # With two compressed runs there is little to share, and alone each is timed by itself.

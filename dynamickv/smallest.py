@@ -167,7 +167,7 @@ def search_capacity(
         tried.append(Probe(sizes[place], holds, run.answer if facts else "", left))
         yield tried[-1]
     found = with_capacity(method, sizes[works])
-    kept = preview(found, prefill, whole_prompt(llm, prefill, question).length)
+    kept = preview(found, prefill, whole_prompt(llm, prefill.prompt, question).length)
     return Smallest(
         method=method.name,
         capacity=sizes[works],

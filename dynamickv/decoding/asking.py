@@ -44,7 +44,7 @@ def with_question(
             "this prefill was read with a question; prefill the document alone to ask several"
         )
     start = time.perf_counter()
-    prompt = whole_prompt(llm, prefill, question)
+    prompt = whole_prompt(llm, prefill.prompt, question)
     later = prompt.token_ids[prefill.length :]
     cache = prune(prefill, Retention.everything(prefill.layers), len(later))
     before = dict(zip(prefill.places, prefill.layers, strict=True))

@@ -105,7 +105,7 @@ def reads(
         ValueError: an answer of no tokens, or one that does not fit behind the prompt.
     """
     started = time.perf_counter()
-    prompt = whole_prompt(llm, prefill, question)
+    prompt = whole_prompt(llm, prefill.prompt, question)
     later = prompt.token_ids[prefill.length :]
     if not token_ids:
         raise ValueError("an answer of no tokens reads nothing; give at least one token")

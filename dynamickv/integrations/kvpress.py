@@ -10,6 +10,7 @@ question, one KV head at a time, and speaks of a ratio; capacity = prompt tokens
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +29,7 @@ from dynamickv.records import LayerObservation
 
 
 @dataclass
-class LayersPress(BasePress):  # type: ignore[misc]
+class LayersPress(BasePress, ABC):  # type: ignore[misc]
     """Layers compete for one budget: what the presses of this file share."""
 
     compression_ratio: float = 0.0
@@ -48,9 +49,9 @@ class LayersPress(BasePress):  # type: ignore[misc]
                 f"compression_ratio must be at least 0 and below 1, got {self.compression_ratio}"
             )
 
+    @abstractmethod
     def method(self, capacity: int) -> CompressionMethod:
         """The engine's method for a prompt of which `capacity` tokens are kept in the mean."""
-        raise NotImplementedError
 
     def post_init_from_model(self, model: PreTrainedModel) -> None:
         """Learn how many layers there are."""

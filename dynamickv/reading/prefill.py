@@ -99,20 +99,15 @@ def prompt_to_read(
     return prompt
 
 
-def whole_prompt(llm: LoadedModel, prefill: Prefill, question: str | None = None) -> EncodedPrompt:
-    """The prompt of a prefill, its question included, which a prefill of a document alone takes
-    here or when it was made.
+def whole_prompt(
+    llm: LoadedModel, read: EncodedPrompt, question: str | None = None
+) -> EncodedPrompt:
+    """The prompt that is answered, its question included: what was read, or where that is a
+    document alone, with the question it was read for or the one given here.
 
     Raises:
         ValueError: the question changes how the document is tokenized.
     """
-    return with_question(llm, prefill.prompt, question)
-
-
-def with_question(
-    llm: LoadedModel, read: EncodedPrompt, question: str | None = None
-) -> EncodedPrompt:
-    """`whole_prompt` of the tokens that are read."""
     if read.question_span[1] > 0:
         return read
     start, end = read.document_characters
