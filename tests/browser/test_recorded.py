@@ -232,25 +232,19 @@ def test_run_waits_for_a_text_and_a_question(page: Page, page_url: str) -> None:
         expect(run).to_be_enabled()
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "sentence"),
-    [
-        ("#dkv-document", "Short text.", "The question is longer than the document"),
-        ("#dkv-document", "a" * 5_000_000, "5,000,000 characters"),
-    ],
-    ids=["question-longer", "5-MB"],
-)
-def test_bad_texts_get_one_sentence_and_are_kept(
-    page: Page, page_url: str, field: str, value: str, sentence: str
-) -> None:
+def test_bad_texts_get_one_sentence_and_are_kept(page: Page, page_url: str) -> None:
     open_page(page, page_url)
-    box = page.locator(f"{field} textarea")
-    box.fill(value)
-    page.locator("#dkv-run").click()
-    expect(page.locator(".dkv-status[data-state=error]")).to_contain_text(sentence)
-    expect(page.locator("#dkv-run")).to_be_enabled()
-    assert page.evaluate(f"document.querySelector('{field} textarea').value.length") == len(value)
-    expect(page.locator("[data-role=source]")).to_have_text("recorded on 23 November 2026")
+    box = page.locator("#dkv-document textarea")
+    for value, sentence in (
+        ("Short text.", "The question is longer than the document"),
+        ("a" * 5_000_000, "5,000,000 characters"),
+    ):
+        box.fill(value)
+        page.locator("#dkv-run").click()
+        expect(page.locator(".dkv-status[data-state=error]")).to_contain_text(sentence)
+        expect(page.locator("#dkv-run")).to_be_enabled()
+        assert box.evaluate("(box) => box.value.length") == len(value)
+        expect(page.locator("[data-role=source]")).to_have_text("recorded on 23 November 2026")
 
 
 def test_fullkv_cannot_be_left_out(page: Page, page_url: str) -> None:
