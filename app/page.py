@@ -85,7 +85,7 @@ def build_app(
                 build_lab(LabHandlers(host, examples.values(), turns), opening, shared)
             if any(example.lost for example in examples.values()):
                 with gr.Tab("Gallery", id="gallery"):
-                    build_gallery(examples.values())
+                    build_gallery(examples.values(), [host.label(name) for name in host.names])
             with gr.Tab("Learn", id="learn"):
                 build_learn()
             with gr.Tab("Runs & API", id="runs") as runs:
