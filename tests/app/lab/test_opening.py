@@ -214,8 +214,8 @@ def test_a_recorded_panel_names_every_cell_and_says_one_sentence(kind: str) -> N
     assert panel["cells"]
     assert panel["settings"]["model"] == "smollm2-135m"
     assert panel["csv"]["text"].count("\n") > 2
-    if kind in ("needle", "longbench"):
-        assert len(panel["said"]) == 1
+    assert len(panel["said"]) == (kind != "sweep")
+    assert all(sentence.count(". ") == 0 for sentence in panel["said"])
 
 
 def test_the_recorded_sweep_opens_its_example() -> None:
