@@ -162,7 +162,10 @@ def test_the_film_is_painted_soon(page: Page, page_url: str) -> None:
 def test_rows_come_while_the_prompt_is_read(page: Page, model_url: str) -> None:
     page.add_init_script(
         "window.steps = []; addEventListener('dkv:film', () => { const { film } = "
-        "window.DynamicKV.store; if (film?.live) window.steps.push(film.step); });"
+        "window.DynamicKV.store; if (film?.live) { window.steps.push(film.step);"
+        " for (const { now } of window.DynamicKV.store.trace.runs)"
+        " window.holes = (window.holes ?? 0)"
+        " + Array.from(now.read.slice(0, film.step)).filter((told) => !told).length; } });"
     )
     open_page(page, model_url)
     run = page.locator("#dkv-run")
@@ -175,6 +178,7 @@ def test_rows_come_while_the_prompt_is_read(page: Page, model_url: str) -> None:
     )
     steps = page.evaluate("window.steps")
     assert steps == sorted(steps)
+    assert page.evaluate("window.holes") == 0
     assert any(0 < step < 30 for step in steps)
     assert steps[-1] == 30
     expect(page.locator(".dkv-answer").first).to_be_visible()

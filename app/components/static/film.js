@@ -71,14 +71,14 @@
 
   // ---- live ------------------------------------------------------------------------------------------------------
   let before = null; // the payload that was on screen before the run
-  let live = null; // {compressed: layers that methods compress}
+  let live = null; // {places: the layers that methods compress}
 
   function begin(opening) {
     before = store.trace?.live ? before : store.payload;
     DynamicKV.setTrace({ ...opening, live: true });
     const { layers, runs } = store.trace;
     const { model } = store.trace.record;
-    live = { compressed: Array.from({ length: layers }, (_, layer) => layer).filter((layer) => !DynamicKV.otherKind(model, layer)).length };
+    live = { places: Array.from({ length: layers }, (_, layer) => layer).filter((layer) => !DynamicKV.otherKind(model, layer)) };
     for (const run of runs) run.now = { kept: run.kept, budgets: [], read: new Uint8Array(layers), count: 0, bytes: 0, full: 0, held: new Float64Array(layers) };
     store.film = { step: 0, total: layers, live: true };
     document.body.classList.add("dkv-live");
@@ -97,13 +97,13 @@
       const counts = DynamicKV.keptHeads(packed, run.heads, 1, length);
       now.kept.set(counts, row);
     } else now.kept.fill(run.heads, row, row + length);
-    if (!now.read[layer]) now.count += 1;
+    if (now.read[layer] !== 1) now.count += 1;
     now.read[layer] = 1;
     now.budgets[layer] = budget;
     now.held[layer] = bytes;
     now.layersKeeping = null;
-    now.full = full * live.compressed;
-    now.bytes = now.held.reduce((all, held) => all + held, 0) + full * (live.compressed - now.count);
+    now.full = full * live.places.length;
+    now.bytes = now.held.reduce((all, held) => all + held, 0) + full * (live.places.length - now.count);
   }
 
   /** One picture of a run that is going on; null ends it without a record. */
@@ -115,6 +115,8 @@
     if (picture.opening && (!store.trace?.live || picture.number === 0)) begin(picture.opening);
     if (!store.trace?.live) return;
     for (const row of picture.rows) take(row);
+    // A layer that is read, and of which it is told later what is kept, is no gap in the map.
+    for (const { now } of store.trace.runs) for (const layer of live.places.slice(0, picture.layers)) now.read[layer] ||= 2;
     store.film.step = Math.max(...store.trace.runs.map((run) => run.now.count));
     if (picture.read) filming(false);
     tell();
@@ -199,7 +201,9 @@
       if (!film || film.live) return [where, ""];
       const shared = trace.runs.findIndex((run) => run.budget_history?.some((update) => update.length === film.step));
       const run = trace.runs[shared];
-      return [where, run && run.budget_history.length > 1 ? `${run.label} shares its budget again` : ""];
+      const late = trace.runs.filter((item) => item.endsAlone).map((item) => item.label).join(", ");
+      if (run && run.budget_history.length > 1) return [where, `${run.label} shares its budget again`];
+      return [where, late && `${late}: the record has the last budgets alone`];
     }
 
     function say() {

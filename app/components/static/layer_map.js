@@ -28,7 +28,8 @@
   };
 
   // Draw kept heads, (layers x length), into a canvas of so many columns, one pixel row per layer.
-  // Rows of layers that are not `read` yet stay clear.
+  // Rows of layers that are not `read` yet stay clear; those of which it is not told yet what is kept (2) are pale.
+  const PALE = new Uint32Array(Uint8Array.from([128, 128, 128, 70]).buffer)[0];
   DynamicKV.drawMap = (canvas, kept, layers, length, columns, heads, read = null) => {
     const bins = DynamicKV.binned(kept, layers, length, columns);
     // A pixel at a time: red, green, blue and opaque.
@@ -38,7 +39,10 @@
     const context = canvas.getContext("2d");
     const image = context.createImageData(columns, layers);
     const pixels = new Uint32Array(image.data.buffer);
-    for (let i = 0; i < bins.length; i += 1) if (!read || read[Math.floor(i / columns)]) pixels[i] = palette[bins[i]];
+    for (let i = 0; i < bins.length; i += 1) {
+      const told = read ? read[Math.floor(i / columns)] : 1;
+      if (told) pixels[i] = told === 1 ? palette[bins[i]] : PALE;
+    }
     context.putImageData(image, 0, 0);
   };
 
