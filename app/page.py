@@ -67,7 +67,7 @@ def build_app(
             )
         with gr.Tabs() as tabs:
             with gr.Tab("Explore", id="explore"), gr.Row(elem_id="dkv-workbench"):
-                widgets = build_explore(explore, host, examples, shown, model)
+                widgets = build_explore(explore, host, examples, shown, model, chip)
                 wire_onward(
                     OnwardHandlers(host, explore.predictions, explore.run.guarded, examples),
                     HistoryHandlers(explore.predictions, shown, host.names),

@@ -83,6 +83,8 @@ def test_what_an_example_expects_goes_with_its_text_and_what_is_typed_stays(
     expect(sought).to_have_value("walrus")
     pick(page, "Expecting")
     expect(sought).to_have_value("bank")
+    page.locator("#dkv-run").click()  # what is on screen is then no example's any more
+    page.wait_for_function("window.DynamicKV.store.trace?.source.startsWith('run here')")
     document.fill(TEXT)
     expect(sought).to_have_value("")
 

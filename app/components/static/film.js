@@ -11,11 +11,12 @@
   const given = new URLSearchParams(window.location.search);
 
   // ---- what a run holds ------------------------------------------------------------------------------------------
-  // Bytes so far: layers that were not read still hold the whole prompt.
-  const recordedBytes = (run, budgets, layers) => {
-    const sum = run.budgets.reduce((all, kept) => all + kept, 0);
-    const held = budgets.reduce((all, kept) => all + kept, 0);
-    return (sum ? (run.kv_bytes * held) / sum : 0) + (run.kv_bytes_full * (layers - budgets.length)) / layers;
+  // Bytes so far: layers that were not read still hold the whole prompt, and those that no method compresses what they hold always.
+  const recordedBytes = (run, budgets, { layers, prompt: { length }, record: { model } }) => {
+    const places = Array.from({ length: layers }, (_, layer) => layer).filter((layer) => !DynamicKV.otherKind(model, layer));
+    const tokens = (held) => places.reduce((all, layer) => all + (held[layer] ?? length), 0);
+    const [most, least] = [tokens([]), tokens(run.budgets)];
+    return most > least ? run.kv_bytes + ((run.kv_bytes_full - run.kv_bytes) * (tokens(budgets) - least)) / (most - least) : run.kv_bytes;
   };
 
   // The best of the dropped ones, by recorded score, until `count` are held. Levels 0..255; ties by position.
@@ -44,7 +45,7 @@
       const more = Math.round(budgets[layer] - run.budgets[layer]);
       if (more > 0 && scores) best(kept, row, length, scores, run.heads, more);
     }
-    return { kept, budgets, read: Uint8Array.from({ length: layers }, (_, layer) => (layer < read ? 1 : 0)), count: read, bytes: recordedBytes(run, budgets, layers), full: run.kv_bytes_full };
+    return { kept, budgets, read: DynamicKV.rowsOf(run, trace).map((told, layer) => (layer < read ? told : 0)), count: read, bytes: recordedBytes(run, budgets, trace), full: run.kv_bytes_full };
   };
 
   // ---- cards: a map and a counter each ---------------------------------------------------------------------------
@@ -115,8 +116,9 @@
     if (picture.opening && (!store.trace?.live || picture.number === 0)) begin(picture.opening);
     if (!store.trace?.live) return;
     for (const row of picture.rows) take(row);
-    // A layer that is read, and of which it is told later what is kept, is no gap in the map.
-    for (const { now } of store.trace.runs) for (const layer of live.places.slice(0, picture.layers)) now.read[layer] ||= 2;
+    // A layer that is read, and of which it is told later or never what is kept, is no gap in the map.
+    const reached = picture.read ? store.trace.layers : (live.places[picture.layers - 1] ?? -1) + 1;
+    for (const { now } of store.trace.runs) for (let layer = 0; layer < reached; layer += 1) now.read[layer] ||= 2;
     store.film.step = Math.max(...store.trace.runs.map((run) => run.now.count));
     if (picture.read) filming(false);
     tell();

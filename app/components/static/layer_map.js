@@ -46,6 +46,9 @@
     context.putImageData(image, 0, 0);
   };
 
+  /** Per layer 1, or 2 for one that holds no positions, such as a state: it is drawn pale. */
+  DynamicKV.rowsOf = (run, trace) => Uint8Array.from({ length: trace.layers }, (_, layer) => (run.budgets[layer] || !DynamicKV.otherKind(trace.record.model, layer) ? 1 : 2));
+
   DynamicKV.register("map", (element) => {
     const find = (role) => element.querySelector(`[data-role="${role}"]`);
     const canvas = find("canvas");
@@ -59,7 +62,7 @@
       const run = store.trace.runs[store.view.run];
       const { kept, heads } = DynamicKV.seen(run, store.view.head, layers, length);
       const columns = Math.max(1, Math.min(length, Math.round(canvas.clientWidth)));
-      DynamicKV.drawMap(canvas, kept, layers, length, columns, heads, run.now?.read);
+      DynamicKV.drawMap(canvas, kept, layers, length, columns, heads, run.now?.read ?? DynamicKV.rowsOf(run, store.trace));
       canvas.style.height = `${layers * ROW}px`;
       find("last").textContent = String(layers - 1);
       find("note").textContent = `${run.label} · bright: kept${store.view.head === null ? " by more heads" : ` by head ${store.view.head}`} · one column holds ${length > columns ? `up to ${Math.ceil(length / columns)} tokens` : "one token"}`;
