@@ -89,7 +89,7 @@ def form_of(trace: dkv.Trace, models: list[str]) -> dict[str, Any]:
     capacity = settings["capacity"]
     if not isinstance(capacity, int) or not CAPACITIES[0] <= capacity <= CAPACITIES[1]:
         del settings["capacity"]
-    decoding = next((run.decoding for run in trace.runs if run.decoding), {})
+    decoding = decoding_of(trace)
     names = {run.method for run in trace.runs} | {"FullKV"}
     model = {"model": trace.model.name} if trace.model.name in models else {}
     texts = {"document": document_of(trace.prompt), "question": trace.prompt.question}
@@ -99,13 +99,35 @@ def form_of(trace: dkv.Trace, models: list[str]) -> dict[str, Any]:
         **texts,
         "methods": [name for name in offered_methods() if name in names],
         **settings,
-        "decode_budget": decoding.get("budget", 0),
-        "decode_buffer": decoding.get("buffer", DEFAULT_BUFFER),
+        "decode_budget": decoding.budget if decoding else 0,
+        "decode_buffer": decoding.buffer if decoding else DEFAULT_BUFFER,
         "truncate": trace.prompt.truncated,
         "question_aware": trace.prompt.question_aware,
         "expected": trace.expected.text if trace.expected else "",
         **model,
     }
+
+
+def decoding_of(trace: dkv.Trace) -> dkv.Decoding | None:
+    """How compression went on in a record's answers, where it did; records come from strangers."""
+    for run in trace.runs:
+        try:
+            if run.decoding:
+                return dkv.Decoding(**run.decoding)
+        except (TypeError, ValueError):
+            continue
+    return None
+
+
+def decoding_for(method: dkv.CompressionMethod, trace: dkv.Trace) -> dkv.Decoding | None:
+    """The decoding of the runs beside which a method answers, where it can choose again too."""
+    decoding = decoding_of(trace)
+    try:
+        if decoding is not None:
+            decoding.of_answer(method)
+    except ValueError:
+        return None
+    return decoding
 
 
 def without_text(trace: dkv.Trace) -> bool:

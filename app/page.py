@@ -67,7 +67,7 @@ def build_app(
             )
         with gr.Tabs() as tabs:
             with gr.Tab("Explore", id="explore"), gr.Row(elem_id="dkv-workbench"):
-                widgets = build_explore(explore, host, examples, shown, model)
+                widgets = build_explore(explore, host, examples, shown, model, chip)
                 wire_onward(
                     OnwardHandlers(host, explore.predictions, explore.run.guarded, examples),
                     HistoryHandlers(explore.predictions, shown, host.names),
@@ -85,7 +85,7 @@ def build_app(
                 build_lab(LabHandlers(host, examples.values(), turns), opening, shared)
             if any(example.lost for example in examples.values()):
                 with gr.Tab("Gallery", id="gallery"):
-                    build_gallery(examples.values())
+                    build_gallery(examples.values(), [host.label(name) for name in host.names])
             with gr.Tab("Learn", id="learn"):
                 build_learn()
             with gr.Tab("Runs & API", id="runs") as runs:

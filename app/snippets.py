@@ -24,7 +24,7 @@ trace = dkv.compare(
     question={question},
     methods=[
 {methods}    ],
-    max_new_tokens={max_new_tokens},{aware}
+    max_new_tokens={max_new_tokens},{more}
 )
 for run in trace.runs:
     print(f"{{run.method:12}} {{run.kv_bytes / 2**20:6.1f}} MiB  {{run.answer}}")
@@ -32,7 +32,7 @@ trace.save("run.json.gz")  # open it on this page
 """
 
 CLIENT = """\
-from gradio_client import Client
+{lacks}from gradio_client import Client
 
 client = Client({url})
 record = client.predict(
@@ -49,7 +49,7 @@ for run in record["runs"]:
 """
 
 CURL = """\
-python3 - > request.json <<'END'
+{lacks}python3 - > request.json <<'END'
 import json
 document = open({file}, encoding="utf-8").read()
 print(json.dumps({{"data": [document, {question},
@@ -70,11 +70,23 @@ def snippets(
     capacity: int,
     max_new_tokens: int,
     question_aware: bool = True,
+    *,
+    truncate: bool = False,
+    decoding: dkv.Decoding | None = None,
 ) -> dict[str, str]:
     """Python, gradio_client, curl and MCP, for this address and these values. Texts become
-    literals of the language they stand in.
+    literals of the language they stand in; what the endpoint takes no argument for is named in a
+    comment.
     """
     url = url.rstrip("/")
+    more = {
+        "question_aware": "" if question_aware else "False",
+        "truncate": "True" if truncate else "",
+        "decoding": "" if decoding is None else constructor(decoding),
+    }
+    said = {name: code for name, code in more.items() if code}
+    set_by_hand = {name for method in methods for name in given(method)} - {"capacity"}
+    lacks = [*sorted(set_by_hand), *said]
     values: dict[str, Any] = {
         "plain_url": url,
         "url": json.dumps(url),
@@ -85,7 +97,8 @@ def snippets(
         "methods": "".join(f"        {constructor(method)},\n" for method in methods),
         "capacity": int(capacity),
         "max_new_tokens": int(max_new_tokens),
-        "aware": "" if question_aware else "\n    question_aware=False,",
+        "more": "".join(f"\n    {name}={code}," for name, code in said.items()),
+        "lacks": f"# Without {', '.join(lacks)}: the Python code has them.\n" if lacks else "",
     }
     code = {
         name: text.format(**values)
@@ -95,11 +108,16 @@ def snippets(
     return code | {"mcp": json.dumps(server, indent=2)}
 
 
-def constructor(method: dkv.CompressionMethod) -> str:
-    """A method as code: `dkv.DynamicKV(capacity=128)`, defaults left out."""
-    given = [
-        f"{field.name}={getattr(method, field.name)!r}"
-        for field in fields(method)
-        if field.default is MISSING or getattr(method, field.name) != field.default
-    ]
-    return f"dkv.{type(method).__name__}({', '.join(given)})"
+def constructor(value: dkv.CompressionMethod | dkv.Decoding) -> str:
+    """As code: `dkv.DynamicKV(capacity=128)`, defaults left out."""
+    arguments = ", ".join(f"{name}={setting!r}" for name, setting in given(value).items())
+    return f"dkv.{type(value).__name__}({arguments})"
+
+
+def given(value: dkv.CompressionMethod | dkv.Decoding) -> dict[str, Any]:
+    """The fields that are not at their defaults."""
+    return {
+        field.name: getattr(value, field.name)
+        for field in fields(value)
+        if field.default is MISSING or getattr(value, field.name) != field.default
+    }

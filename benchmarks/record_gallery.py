@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import dynamickv as dkv
@@ -64,9 +66,11 @@ def keep(llm: dkv.LoadedModel, entry: dict[str, Any]) -> None:
 
 
 def record(llm: dkv.LoadedModel, entry: dict[str, Any]) -> dkv.Trace:
-    """Answer an entry's question with its methods at its capacity."""
+    """Answer an entry's question with its methods at its capacity; a file is named without its
+    path.
+    """
     facts = entry["expected"]
-    return dkv.compare(
+    trace = dkv.compare(
         llm,
         (GALLERY / entry["document"]).read_text(encoding="utf-8"),
         entry["question"],
@@ -74,6 +78,7 @@ def record(llm: dkv.LoadedModel, entry: dict[str, Any]) -> dkv.Trace:
         max_new_tokens=entry["max_new_tokens"],
         expected=facts[0] if len(facts) == 1 else "",
     )
+    return replace(trace, model=replace(trace.model, name=Path(trace.model.name).name))
 
 
 if __name__ == "__main__":

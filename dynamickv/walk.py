@@ -23,8 +23,11 @@ if TYPE_CHECKING:
     from dynamickv.models import LoadedModel
 
 SHARE = 0.015
-"""Part of the reading time that telling may take, and half of it before earlier layers are told
-again. What there is no time for is told later, as it is then."""
+"""Part of the reading time that telling may take. What there is no time for is told later, as it is
+then."""
+AGAIN = 0.8
+"""Part of that for telling earlier layers again, shared evenly by the methods that change them: one
+that changes all of them at every layer leaves the others their time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,8 @@ class Walks:
         self._layers: list[_Layer] = []
         self._changed: list[set[int]] = [set() for _ in methods]
         """Layers of which each walk has something to tell."""
+        self._again: dict[int, float] = {}
+        """Seconds that telling earlier layers again took, by the walks that ever changed some."""
         self._start = time.perf_counter()
         self._told = 0.0
         """Seconds that telling took."""
@@ -109,8 +114,14 @@ class Walks:
                 self._tell_layers(index, [newest], tell)
                 changed.discard(newest)
         for index, changed in enumerate(self._changed):
-            if changed and (ends or self._told < SHARE / 2 * self._elapsed()):
+            if changed:
+                self._again.setdefault(index, 0.0)
+        for index, changed in enumerate(self._changed):
+            share = AGAIN * SHARE * self._elapsed() / max(1, len(self._again))
+            if changed and (ends or self._again[index] < share):
+                start = time.perf_counter()
                 self._tell_layers(index, sorted(changed), tell)
+                self._again[index] += time.perf_counter() - start
                 changed.clear()
 
     def _elapsed(self) -> float:

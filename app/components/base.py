@@ -31,6 +31,7 @@ SCRIPTS = (
     "word_view",
     "evidence",
     "what_if",
+    "live_bars",
     "figure_view",
     "layer_map",
     "film",

@@ -35,6 +35,8 @@ class Film:
         """The last picture that has anything to say."""
         self._shown_at = float("-inf")
         self._read = False
+        self._layers = 0
+        """Layers that are read, of those that are compressed; what is kept may be told later."""
 
     def add(self, event: dkv.Event) -> bool:
         """Take one event in; True where it ought to be seen at once."""
@@ -50,11 +52,15 @@ class Film:
             self._rows[event.run, event.layer] = (self._picture, row)
             self._last = self._picture + AGAIN
             return False
+        if isinstance(event, dkv.Progress) and event.stage == "prefill":
+            self._layers = event.completed
+            self._last = self._picture + AGAIN
+            return event.completed == 1
         if isinstance(event, dkv.Compressed) and not self._read:
             self._read = True
             self._last = self._picture + AGAIN
             return True
-        return isinstance(event, dkv.Progress) and event.completed == 1
+        return False
 
     def picture(self, now: float, at_once: bool = False) -> dict[str, Any] | None:
         """What to send at a time, in seconds; None where there is nothing or it is too early."""
@@ -68,6 +74,7 @@ class Film:
         film: dict[str, Any] = {
             "number": number,
             "read": self._read,
+            "layers": self._layers,
             "rows": [row for new, row in self._rows.values() if new > number - AGAIN],
         }
         if number < AGAIN:

@@ -16,6 +16,7 @@ from app.components import (
     Film,
     Forgetting,
     LayerMap,
+    ModelChip,
     Onward,
     Readout,
     StatusLine,
@@ -68,8 +69,9 @@ def build_explore(
     examples: Mapping[str, Example],
     shown: Shown,
     model: gr.Dropdown,
+    chip: ModelChip,
 ) -> Widgets:
-    """The tab's content, its events included; `model` stands in the page's head."""
+    """The tab's content, its events included; `model` and `chip` stand in the page's head."""
     first = next(iter(examples.values()), None)
     opening_line = handlers.form.capacity_line(
         first.capacity if first else DEFAULT_CAPACITY,
@@ -77,7 +79,7 @@ def build_explore(
         "kv_head",
         host.default,
     )
-    widgets = {"model": model, **build_form(examples, first, opening_line)}
+    widgets = {"model": model, "chip": chip, **build_form(examples, first, opening_line)}
     widgets |= build_results(handlers, shown, first)
     wire_run(handlers, widgets)
     wire_form(handlers.form, widgets)
@@ -311,7 +313,8 @@ def run_after(handlers: ExploreHandlers, widgets: Widgets, event: Any) -> None:
     form, told = named(widgets, FIELDS), named(widgets, ("status", "run", "stop"))
     ran = named(widgets, ("status", "cards", "store", "run", "stop"))
     begun = event(handlers.run.begin, form, told, **LIGHT)
-    begun.success(handlers.run.run, form, ran, **IN_TURNS, **PRIVATE)
+    done = begun.success(handlers.run.run, form, ran, **IN_TURNS, **PRIVATE)
+    done.then(handlers.form.model_state, widgets["model"], widgets["chip"], **LIGHT)
 
 
 def wire_form(handlers: FormHandlers, widgets: Widgets) -> None:
@@ -328,6 +331,8 @@ def wire_form(handlers: FormHandlers, widgets: Widgets) -> None:
     # What the example expected goes with it, unless somebody has typed there in the meantime.
     owned.then(None, [example, expected], expected, js=EXPECTING, **PRIVATE)
     widgets["upload"].upload(handlers.upload, widgets["upload"], document, **LIGHT)
+    model = widgets["model"]
+    model.change(handlers.model_state, model, widgets["chip"], **latest)
     methods = widgets["methods"]
     methods.input(handlers.lock_reference, methods, methods, **LIGHT)
     methods.change(handlers.price, None, widgets["price"], **latest)

@@ -15,6 +15,7 @@ from typing import Any
 import dynamickv as dkv
 from app import inputs
 from app.examples import EXAMPLE_KEY, Example
+from app.form import decoding_for
 from app.record.payload import predicted_payload
 from app.serving.shelf import Held, Shelf
 
@@ -41,6 +42,9 @@ class Predictions:
         """
         held, prefill = self.held(asked)
         method = inputs.build_what_if(asked)
+        decoding = decoding_for(method, held.trace)
+        if decoding is not None:
+            method = decoding.of_prompt(method)
         require_mass(method, prefill)
         start = time.perf_counter()
         length = held.trace.prompt.length

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import dynamickv as dkv
@@ -11,17 +11,24 @@ from app.record.words import run_names
 from app.theme import method_style
 
 
-def gallery_payload(examples: Iterable[Example]) -> list[dict[str, Any]]:
-    """One card for every loss with a readable record."""
+def gallery_payload(
+    examples: Iterable[Example], offered: Collection[str] = ()
+) -> list[dict[str, Any]]:
+    """One card for every loss with a readable record; `offered` are the models of this page."""
     return [
-        card(example, example.trace)
+        card(example, example.trace, offered)
         for example in examples
         if example.lost and example.trace is not None
     ]
 
 
-def card(example: Example, trace: dkv.Trace) -> dict[str, Any]:
-    """Model, question, what is lost and why, and every method's answer."""
+def card(example: Example, trace: dkv.Trace, offered: Collection[str] = ()) -> dict[str, Any]:
+    """Model, question, what is lost and why, every method's answer, and whether it can be run."""
+    name = trace.model.name
+    elsewhere = (
+        f"Recorded with {name}, which this page does not offer: it opens, and Run would answer with"
+        " another model."
+    )
     return {
         "id": example.id,
         "title": example.title,
@@ -30,6 +37,7 @@ def card(example: Example, trace: dkv.Trace) -> dict[str, Any]:
         "lost": example.lost,
         "about": f"{trace.prompt.length:,} tokens, capacity {example.capacity:,}",
         "address": f"?ex={example.id}",
+        "elsewhere": "" if name in offered else elsewhere,
         "rows": [
             {
                 "label": label,

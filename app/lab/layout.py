@@ -98,9 +98,8 @@ def build_parts(handlers: LabHandlers, shared: Shared) -> list[LabPanel]:
         with gr.Tab("Sweep", id="lab-sweep"), gr.Row(elem_classes=["dkv-split"]):
             with gr.Column(scale=3, min_width=300, elem_classes=["dkv-lab-form"]):
                 gr.Markdown(
-                    "Explore's document and question, read once, at 16 tokens per layer, at its "
-                    "doubles and at the whole prompt. KL is taken while FullKV's answer is fed. "
-                    "Recorded is the harbour report with its question."
+                    "Explore's document and question (recorded: the harbour report's), read once "
+                    "and answered at 16 tokens per layer, its doubles and the whole prompt."
                 )
                 methods = _methods(SIX[1:])
                 longest = gr.Slider(8, 128, value=48, step=8, label="Longest answer, in tokens")
@@ -113,8 +112,7 @@ def build_parts(handlers: LabHandlers, shared: Shared) -> list[LabPanel]:
             with gr.Column(scale=3, min_width=300, elem_classes=["dkv-lab-form"]):
                 gr.Markdown(
                     "Fifteen short documents of our own (prose, code, labelled examples), each "
-                    "with the questions that suit it. If budgets follow the task, those of one "
-                    "task lie closer together than those of different tasks."
+                    "with the questions that suit it: which layers does each task fill?"
                 )
                 names = [name for name in offered_methods() if name != "FullKV"]
                 method = gr.Dropdown(names, value="DynamicKV", label="Method")
@@ -129,8 +127,8 @@ def build_parts(handlers: LabHandlers, shared: Shared) -> list[LabPanel]:
             with gr.Row(elem_classes=["dkv-split"]):
                 with gr.Column(scale=3, min_width=300, elem_classes=["dkv-lab-form"]):
                     gr.Markdown(
-                        f"The first examples of a file in LongBench's or RULER's format, at most "
-                        f"{MAX_EXAMPLE_BYTES // 2**20} MiB (.jsonl). It is deleted once it is read."
+                        f"The first examples of a file in LongBench's or RULER's format (.jsonl, "
+                        f"at most {MAX_EXAMPLE_BYTES // 2**20} MiB), deleted once it is read."
                     )
                     methods = _methods(SIX)
                     sizes = gr.Textbox(

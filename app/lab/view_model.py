@@ -17,6 +17,7 @@ from app.examples import ASSETS
 from app.record.words import version_words
 from app.theme import METHOD_STYLES, method_style
 from app.views import lab_longbench, lab_needle, lab_sweep, lab_tasks
+from app.wording import percent
 
 log = logging.getLogger(__name__)
 tables = dkv.evaluate.tables
@@ -192,13 +193,14 @@ def tasks_panel(
     return panel(
         "Budgets follow the task?",
         source,
-        said=tables.tasks_sentences(first),
+        said=[line for line in [how_far(first)] if line],
         figure=lab_tasks.render(first).to_json(),
         tables=[
+            _table("Budget that lies in other layers, with its 95 % interval", distances(first)),
             _table(
                 "Of the document tokens kept for one task, those that another task does not keep",
                 tables.tasks_lines(first),
-            )
+            ),
         ],
         csv={"name": "dynamickv_tasks.csv", "text": csv_of(tasks_rows(first))},
         kind="tasks",
@@ -206,6 +208,42 @@ def tasks_panel(
         cells=lab_tasks.cells(first),
         caption=caption("Budgets follow the task?", asked, settings, ", ".join(first["kinds"])),
     )
+
+
+MOVED = (
+    ("same_document", "same_document_interval", "other task, same document"),
+    ("within", "", "same task, other document"),
+    ("across", "", "other task, other document"),
+    ("separation", "interval", "the last two apart, over tasks that both documents meet"),
+)
+"""Distance of a summary, its interval, and what is compared."""
+
+
+def how_far(summary: Mapping[str, Any]) -> str:
+    """Whether budgets follow the task, in one sentence; empty where no document meets two tasks."""
+    distance, method = summary["distance"], summary["method"]
+    if distance["same_document"] is None:
+        return ""
+    other = distance["within"]
+    beside = (
+        "" if other is None else f"; another document with the same task moves {percent(other)}"
+    )
+    return (
+        f"Another task on the same document moves {percent(distance['same_document'])} of "
+        f"{method}'s budget to other layers{beside}."
+    )
+
+
+def distances(summary: Mapping[str, Any]) -> list[list[str]]:
+    """The distances as a table, under a row of names."""
+    distance = summary["distance"]
+    rows = [[f"{summary['method']}, {distance['documents']} documents", "moved", "95 % interval"]]
+    for name, interval, compared in MOVED:
+        if distance[name] is not None:
+            ends = distance.get(interval)
+            said = "" if ends is None else " to ".join(map(percent, ends))
+            rows.append([compared, percent(distance[name]), said])
+    return rows
 
 
 def tasks_rows(summary: Mapping[str, Any]) -> list[list[Any]]:

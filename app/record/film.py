@@ -49,6 +49,16 @@ def held_by_step(run: Run, trace: Trace) -> list[list[int]] | None:
     return steps
 
 
+def ends_alone(run: Run, trace: Trace) -> bool:
+    """Whether a record has a run's last budgets and not the larger ones that its layers held before
+    (CAKE's): then the film shows the last ones from the start, and must say so.
+    """
+    layers = trace.model.num_layers - len(trace.model.uncompressed)
+    if [len(update) for update in run.budget_history] != [layers]:
+        return False
+    return not first_budget(run, trace.prompt, window_tokens(run, trace.prompt))
+
+
 def first_budget(run: Run, prompt: Prompt, window: int) -> int:
     """What a layer may hold before the first update, where the method's parameters say so; records
     come from strangers.

@@ -13,7 +13,7 @@ from app.theme import method_style
 from app.wording import mebibytes, percent
 from dynamickv.record.trace import Prompt, Run, Trace
 
-from .film import film_of
+from .film import ends_alone, film_of
 from .words import run_names, window_tokens
 
 
@@ -51,7 +51,7 @@ def trace_payload(
         "starts": starts,
         "ends": ends,
         "looks": [
-            look(run, trace.prompt, *names)
+            look(run, trace.prompt, *names) | {"endsAlone": ends_alone(run, trace)}
             for run, names in zip(trace.runs, run_names(trace.runs), strict=True)
         ],
         "figures": dict(figures or {}),

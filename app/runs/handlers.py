@@ -99,5 +99,7 @@ class RunsHandlers:
             capacity,
             job.max_new_tokens,
             bool(form.question_aware),
+            truncate=job.truncate,
+            decoding=job.decoding,
         )
         return [*(note + code[name] for name in ("python", "client", "curl")), code["mcp"]]

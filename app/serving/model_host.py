@@ -7,8 +7,8 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from pathlib import PurePath
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePath
 from typing import Any
 
 import dynamickv as dkv
@@ -113,7 +113,7 @@ class ModelHost:
                     # Two models at once might not fit.
                     self._models.clear()
                     dkv.release_memory()
-                    self._models[name] = self._loader(name)
+                    self._models[name] = without_path(self._loader(name))
                 except (ValueError, OSError, MemoryError) as error:
                     self._failures[name] = str(error)
                     raise
@@ -251,3 +251,10 @@ class ModelHost:
             ]
             shown.append((f"{known.name} ({', '.join(notes)})", known.name))
         return shown
+
+
+def without_path(llm: dkv.LoadedModel) -> dkv.LoadedModel:
+    """The model under a name that its records can carry to others: where it lies on this machine is
+    nobody's business.
+    """
+    return replace(llm, name=Path(llm.name).name) if Path(llm.name).exists() else llm

@@ -93,4 +93,6 @@ def render(lines: Sequence[Mapping[str, Any]]) -> Figure:
                 marker={"color": style.light, "symbol": style.symbol, "size": 7},
                 hovertemplate=f"{method} at %{{x:,}}<br>%{{y:.4g}}{suffix}<extra></extra>",
             )
-    return Figure(plot=figure, height=HEIGHT)
+    return Figure(
+        plot=figure, height=HEIGHT, note="KL is taken while FullKV's answer is fed to each cache."
+    )

@@ -180,7 +180,8 @@ def tasks(options: argparse.Namespace) -> None:
     rows = _measured(experiment, methods, output.with_suffix(".jsonl"), share)
     if rows is not None:
         summary = [tasks_summary(rows, method.name) for method in methods]
-        _write(output, llm, share, summary, experiment.settings)
+        asked = {"capacity": methods[0].parameters.get("capacity")}
+        _write(output, llm, share, summary, experiment.settings | asked)
         print("\n\n".join(map(tables.tasks_table, summary)))
 
 

@@ -36,6 +36,20 @@ def test_snippets_hold_the_form_s_values_whatever_the_text() -> None:
     assert server["url"] == "http://127.0.0.1:7860/gradio_api/mcp/"
 
 
+def test_code_holds_the_whole_run_or_says_what_it_lacks() -> None:
+    decoding = dkv.Decoding(budget=64, buffer=8)
+    methods = [dkv.FullKV(), dkv.SnapKV(capacity=96, window_size=16)]
+    code = snippets("http://x", "tiny", "?", methods, 96, 12, truncate=True, decoding=decoding)
+    assert (
+        "    truncate=True,\n    decoding=dkv.Decoding(budget=64, buffer=8),\n)" in code["python"]
+    )
+    for name in ("client", "curl"):
+        first = code[name].splitlines()[0]
+        assert first == "# Without window_size, truncate, decoding: the Python code has them."
+    plain = snippets("http://x", "tiny", "?", [dkv.SnapKV(capacity=96)], 96, 12)
+    assert not any("Without" in text for text in plain.values())
+
+
 def test_the_curl_snippet_sends_the_form_s_values(tmp_path: Path) -> None:
     (tmp_path / "document.txt").write_text("Grüße ${HOME}\n", encoding="utf-8")
     code = snippets("http://127.0.0.1:1/", "tiny", HARD, [dkv.FullKV()], 96, 12)["curl"]
@@ -53,6 +67,9 @@ def test_the_python_snippet_runs(
     llm = tiny_llm()
     monkeypatch.setattr(dkv, "load_model", lambda name: llm)
     methods = [dkv.FullKV(), dkv.SnapKV(capacity=40)]
-    exec(snippets("http://x", "tiny", QUESTION, methods, 40, 4)["python"], {})
-    assert [run.method for run in Trace.load("run.json.gz").runs] == ["FullKV", "SnapKV"]
+    decoding = dkv.Decoding(budget=40, buffer=2)
+    exec(snippets("http://x", "tiny", QUESTION, methods, 40, 4, decoding=decoding)["python"], {})
+    runs = Trace.load("run.json.gz").runs
+    assert [run.method for run in runs] == ["FullKV", "SnapKV"]
+    assert runs[1].decoding == {"budget": 40, "buffer": 2}
     assert "MiB" in capsys.readouterr().out

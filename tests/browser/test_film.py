@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import time
 from typing import Any
 
 import pytest
 from playwright.sync_api import Page, expect
 
+import dynamickv as dkv
+import dynamickv.walk
 from app.examples import Example
 from app.record.film import film_of
 from tests.browser.conftest import open_page
@@ -15,6 +18,7 @@ from tests.browser.conftest import open_page
 pytestmark = pytest.mark.browser
 
 FIRST_PAINT = 2.5
+FIRST_ROW = 0.2
 SLACK = 2
 STATE = """() => {
   const { store } = window.DynamicKV;
@@ -159,10 +163,27 @@ def test_the_film_is_painted_soon(page: Page, page_url: str) -> None:
     assert page.evaluate("window.firstFilm") / 1000 <= SLACK * FIRST_PAINT
 
 
-def test_rows_come_while_the_prompt_is_read(page: Page, model_url: str) -> None:
+@pytest.mark.timed
+def test_rows_come_while_the_prompt_is_read(
+    page: Page, model_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[float] = []
+
+    def kept(**fields: Any) -> dkv.LayerKept:
+        read.append(time.time())
+        return dkv.LayerKept(**fields)
+
+    monkeypatch.setattr(dynamickv.walk, "LayerKept", kept)
     page.add_init_script(
-        "window.steps = []; addEventListener('dkv:film', () => { const { film } = "
-        "window.DynamicKV.store; if (film?.live) window.steps.push(film.step); });"
+        "window.steps = []; addEventListener('dkv:film', () => "
+        "{ if (window.DynamicKV.store.film?.step > 0) requestAnimationFrame(() => "
+        "requestAnimationFrame(() => { window.firstRow ??= performance.timeOrigin"
+        " + performance.now(); })); });"
+        " addEventListener('dkv:film', () => { const { film } = "
+        "window.DynamicKV.store; if (film?.live) { window.steps.push(film.step);"
+        " for (const { now } of window.DynamicKV.store.trace.runs)"
+        " window.holes = (window.holes ?? 0)"
+        " + Array.from(now.read.slice(0, film.step)).filter((told) => !told).length; } });"
     )
     open_page(page, model_url)
     run = page.locator("#dkv-run")
@@ -175,6 +196,8 @@ def test_rows_come_while_the_prompt_is_read(page: Page, model_url: str) -> None:
     )
     steps = page.evaluate("window.steps")
     assert steps == sorted(steps)
+    assert page.evaluate("window.holes") == 0
+    assert page.evaluate("window.firstRow") / 1000 - read[0] <= SLACK * FIRST_ROW
     assert any(0 < step < 30 for step in steps)
     assert steps[-1] == 30
     expect(page.locator(".dkv-answer").first).to_be_visible()

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from playwright.sync_api import Page, expect
 
+from app.examples import Example
 from app.serving.model_host import ModelHost
-from tests.browser.conftest import open_page, pick, serve
+from dynamickv.record.trace import Expected
+from tests.app.synthetic import synthetic_trace
+from tests.browser.conftest import example, open_page, pick, serve
 from tests.browser.test_what_if import run
 from tests.engine.tiny import DOCUMENT, QUESTION, tiny_llm
 
@@ -19,10 +23,16 @@ FIELDS = {"#dkv-document": TEXT, "#dkv-question": "Who sleeps?", "#dkv-expected"
 
 
 @pytest.fixture(scope="module")
-def tiny_url(recorded: dict) -> Iterator[str]:  # type: ignore[type-arg]
-    """A page whose model is tiny and answers nonsense at once."""
+def tiny_url(
+    recorded: dict[str, Example], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    """A page whose model is tiny and answers nonsense at once; one of its examples expects an
+    answer.
+    """
     llm = tiny_llm()
     examples = {name: recorded[name] for name in ("ordinary", "three")}
+    trace = replace(synthetic_trace(), expected=Expected(text="bank", document_utf16_span=None))
+    examples["expecting"] = example("expecting", trace, tmp_path_factory.mktemp("expecting"))
     yield from serve(ModelHost("tiny", loader=lambda name: llm), examples)
 
 
@@ -57,6 +67,26 @@ def test_an_example_in_between_loses_nothing(page: Page, page_url: str) -> None:
     expect(page.locator("#dkv-expected :is(textarea, input)")).to_have_value("")
     pick(page, "Your own text")
     expect_kept(page)
+
+
+def test_what_an_example_expects_goes_with_its_text_and_what_is_typed_stays(
+    page: Page, tiny_url: str
+) -> None:
+    open_page(page, tiny_url, "?ex=expecting")
+    document = page.locator("#dkv-document textarea")
+    sought = page.locator("#dkv-expected :is(textarea, input)")
+    expect(sought).to_have_value("bank")
+    document.fill(TEXT)
+    sought.fill("walrus")  # before the page has heard that the text is another
+    expect(page.locator("#dkv-example input")).to_have_value("Your own text")
+    page.wait_for_timeout(500)
+    expect(sought).to_have_value("walrus")
+    pick(page, "Expecting")
+    expect(sought).to_have_value("bank")
+    page.locator("#dkv-run").click()  # what is on screen is then no example's any more
+    page.wait_for_function("window.DynamicKV.store.trace?.source.startsWith('run here')")
+    document.fill(TEXT)
+    expect(sought).to_have_value("")
 
 
 def test_a_second_tab_starts_anew_and_leaves_the_first_alone(page: Page, page_url: str) -> None:

@@ -131,7 +131,7 @@
       slider.setAttribute("aria-valuetext", all ? "all layers" : `layer ${layer}`);
       find("where").textContent = all
         ? store.film ? `${store.film.step} of ${layers} layers read` : `all ${layers} layers`
-        : current.now && !current.now.read[layer] ? `layer ${layer}: not read yet`
+        : current.now && current.now.read[layer] !== 1 ? `layer ${layer}: not read yet`
         : otherKind(layer) ? `layer ${layer}, ${otherKind(layer)}: last ${plain(budgets[layer])} held, not compressed`
           : `layer ${layer}: ${plain(budgets[layer])} of ${plain(prompt.length)} kept`;
       const looked = lookedAt();

@@ -6,6 +6,7 @@
   const { store, on, make, framed } = DynamicKV;
   const SPAN = 0.84; // of a layer's height, shared by the lanes, as in views/budgets.py
   const MANY = 4; // runs, and lanes at most that are shown unasked
+  const idle = window.requestIdleCallback || ((action) => setTimeout(action, 200));
   let loading = null;
 
   function loadPlotly() {
@@ -131,7 +132,8 @@
       if (!Plotly || ticket !== drawn) return;
       const spec = figure();
       let data = laned(themed(spec.data, store.trace.runs));
-      if (isFilm()) data = moved(data);
+      if (isLive()) data = [];
+      else if (isFilm()) data = moved(data);
       const layout = { ...themedLayout(spec.layout), height: height() };
       if (outlined() && limit() && !dragging) roof = Math.max(limit(), 1.08 * Math.max(...draft.budgets));
       if (outlined() && limit()) layout.xaxis = { ...layout.xaxis, range: [0, Math.max(roof, limit())] };
@@ -139,7 +141,9 @@
       plot.style.height = `${height()}px`;
       await react(Plotly, plot, data, layout, config());
       settled = ticket;
+      plot.classList.remove("dkv-stale");
       bind();
+      drawBars();
       drawMarks();
       drawOutlines();
     };
@@ -337,7 +341,8 @@
       showKeys();
       showNote();
       plot.style.height = `${height()}px`;
-      draw();
+      plot.classList.toggle("dkv-stale", isLive()); // its bars are those of the run before
+      if (isLive()) idle(draw, { timeout: 500 }); else draw();
     }
 
     find("wide").addEventListener("click", (event) => {
@@ -345,7 +350,10 @@
       event.currentTarget.setAttribute("aria-pressed", String(wide));
       draw();
     });
-    const framedDraw = framed(draw);
+    // While a run goes on Plotly draws the axes alone: with the bars it takes the browser longer than all other views together.
+    const isLive = () => Boolean(store.trace?.live && figure()?.layerAxis === "y");
+    const drawBars = () => DynamicKV.liveBars(find("bars"), plot, isLive() && drawn === settled ? lanes() : null, SPAN);
+    const framedFilm = framed(() => { if (isLive()) drawBars(); else draw(); });
     // The chart itself is drawn anew only where its axis has no room for the outline.
     const framedDraft = framed(() => {
       const room = plot.layout?.xaxis?.range?.[1];
@@ -353,13 +361,12 @@
     });
     on("trace", (trace) => { if (!trace) return; hidden = crowded(trace.runs); show(); });
     on("theme", draw);
-    on("film", framedDraw);
+    on("film", framedFilm);
     const framedMarks = framed(drawMarks);
     for (const name of ["view", "hover"]) on(name, framedMarks);
     on("runs", () => { if (store.trace) showKeys(); });
     on("draft", (next) => { draft = next; for (const box of [plot, outlines]) box.classList.toggle("dkv-editable", Boolean(next?.editable)); framedDraft(); });
     // The chart library is large: it waits until the rest of the page is painted and quiet.
-    const idle = window.requestIdleCallback || ((action) => setTimeout(action, 200));
     idle(() => { painted = true; draw(); }, { timeout: 1000 });
     new ResizeObserver(framed(() => { drawMarks(); drawOutlines(); })).observe(plot);
     if (store.trace) show();

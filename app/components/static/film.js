@@ -11,11 +11,12 @@
   const given = new URLSearchParams(window.location.search);
 
   // ---- what a run holds ------------------------------------------------------------------------------------------
-  // Bytes so far: layers that were not read still hold the whole prompt.
-  const recordedBytes = (run, budgets, layers) => {
-    const sum = run.budgets.reduce((all, kept) => all + kept, 0);
-    const held = budgets.reduce((all, kept) => all + kept, 0);
-    return (sum ? (run.kv_bytes * held) / sum : 0) + (run.kv_bytes_full * (layers - budgets.length)) / layers;
+  // Bytes so far: layers that were not read still hold the whole prompt, and those that no method compresses what they hold always.
+  const recordedBytes = (run, budgets, { layers, prompt: { length }, record: { model } }) => {
+    const places = Array.from({ length: layers }, (_, layer) => layer).filter((layer) => !DynamicKV.otherKind(model, layer));
+    const tokens = (held) => places.reduce((all, layer) => all + (held[layer] ?? length), 0);
+    const [most, least] = [tokens([]), tokens(run.budgets)];
+    return most > least ? run.kv_bytes + ((run.kv_bytes_full - run.kv_bytes) * (tokens(budgets) - least)) / (most - least) : run.kv_bytes;
   };
 
   // The best of the dropped ones, by recorded score, until `count` are held. Levels 0..255; ties by position.
@@ -44,7 +45,7 @@
       const more = Math.round(budgets[layer] - run.budgets[layer]);
       if (more > 0 && scores) best(kept, row, length, scores, run.heads, more);
     }
-    return { kept, budgets, read: Uint8Array.from({ length: layers }, (_, layer) => (layer < read ? 1 : 0)), count: read, bytes: recordedBytes(run, budgets, layers), full: run.kv_bytes_full };
+    return { kept, budgets, read: DynamicKV.rowsOf(run, trace).map((told, layer) => (layer < read ? told : 0)), count: read, bytes: recordedBytes(run, budgets, trace), full: run.kv_bytes_full };
   };
 
   // ---- cards: a map and a counter each ---------------------------------------------------------------------------
@@ -71,14 +72,14 @@
 
   // ---- live ------------------------------------------------------------------------------------------------------
   let before = null; // the payload that was on screen before the run
-  let live = null; // {compressed: layers that methods compress}
+  let live = null; // {places: the layers that methods compress}
 
   function begin(opening) {
     before = store.trace?.live ? before : store.payload;
     DynamicKV.setTrace({ ...opening, live: true });
     const { layers, runs } = store.trace;
     const { model } = store.trace.record;
-    live = { compressed: Array.from({ length: layers }, (_, layer) => layer).filter((layer) => !DynamicKV.otherKind(model, layer)).length };
+    live = { places: Array.from({ length: layers }, (_, layer) => layer).filter((layer) => !DynamicKV.otherKind(model, layer)) };
     for (const run of runs) run.now = { kept: run.kept, budgets: [], read: new Uint8Array(layers), count: 0, bytes: 0, full: 0, held: new Float64Array(layers) };
     store.film = { step: 0, total: layers, live: true };
     document.body.classList.add("dkv-live");
@@ -97,13 +98,13 @@
       const counts = DynamicKV.keptHeads(packed, run.heads, 1, length);
       now.kept.set(counts, row);
     } else now.kept.fill(run.heads, row, row + length);
-    if (!now.read[layer]) now.count += 1;
+    if (now.read[layer] !== 1) now.count += 1;
     now.read[layer] = 1;
     now.budgets[layer] = budget;
     now.held[layer] = bytes;
     now.layersKeeping = null;
-    now.full = full * live.compressed;
-    now.bytes = now.held.reduce((all, held) => all + held, 0) + full * (live.compressed - now.count);
+    now.full = full * live.places.length;
+    now.bytes = now.held.reduce((all, held) => all + held, 0) + full * (live.places.length - now.count);
   }
 
   /** One picture of a run that is going on; null ends it without a record. */
@@ -115,6 +116,9 @@
     if (picture.opening && (!store.trace?.live || picture.number === 0)) begin(picture.opening);
     if (!store.trace?.live) return;
     for (const row of picture.rows) take(row);
+    // A layer that is read, and of which it is told later or never what is kept, is no gap in the map.
+    const reached = picture.read ? store.trace.layers : (live.places[picture.layers - 1] ?? -1) + 1;
+    for (const { now } of store.trace.runs) for (let layer = 0; layer < reached; layer += 1) now.read[layer] ||= 2;
     store.film.step = Math.max(...store.trace.runs.map((run) => run.now.count));
     if (picture.read) filming(false);
     tell();
@@ -199,7 +203,9 @@
       if (!film || film.live) return [where, ""];
       const shared = trace.runs.findIndex((run) => run.budget_history?.some((update) => update.length === film.step));
       const run = trace.runs[shared];
-      return [where, run && run.budget_history.length > 1 ? `${run.label} shares its budget again` : ""];
+      const late = trace.runs.filter((item) => item.endsAlone).map((item) => item.label).join(", ");
+      if (run && run.budget_history.length > 1) return [where, `${run.label} shares its budget again`];
+      return [where, late && `${late}: the record has the last budgets alone`];
     }
 
     function say() {

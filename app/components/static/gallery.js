@@ -5,7 +5,7 @@
   const { make } = DynamicKV;
   const hidden = (node) => { node.setAttribute("aria-hidden", "true"); return node; };
 
-  function card({ title, model, question, lost, about, address, rows }) {
+  function card({ title, model, question, lost, about, address, elsewhere, rows }) {
     const link = make("a", { className: "dkv-gallery-open", href: address }, "Open in Explore");
     link.setAttribute("aria-label", `Open in Explore: ${title}, ${model}`);
     return make("article", { className: "dkv-panel dkv-gallery-card" },
@@ -13,7 +13,7 @@
       make("h3", {}, title), make("p", { className: "dkv-gallery-lost" }, lost), make("p", { className: "dkv-note" }, make("q", {}, question)),
       make("ul", {}, ...rows.map((row) => make("li", { data: { method: row.method, holds: row.holds } },
         make("b", {}, hidden(make("span", { className: "dkv-glyph" }, row.glyph)), ` ${row.label}`), make("span", { className: "dkv-gallery-verdict" }, row.holds ? "holds it" : "lost"), make("span", { className: "dkv-gallery-answer" }, row.answer)))),
-      link);
+      ...(elsewhere ? [make("p", { className: "dkv-note" }, elsewhere)] : []), link);
   }
   DynamicKV.register("gallery", (element) => (payload) => {
     element.querySelector('[data-role="cards"]').replaceChildren(...(payload ?? []).map(card));

@@ -19,6 +19,7 @@
   let restored = false; // nothing is written before what was kept is back
   let example = ""; // whose run is on screen; a run that is going on is not yet
   let timer = null;
+  let sought = null; // what the example chosen last expects
 
   const hasText = (form) => Boolean(form && (form[DOCUMENT]?.trim() || form[QUESTION]?.trim() || form[EXPECTED]?.trim()));
   function flush() {
@@ -37,8 +38,7 @@
 
   // The text became the reader's own: what the example expected goes, and nothing that was typed since.
   DynamicKV.expecting = (example, expected) => {
-    const { trace } = store;
-    return example === OWN_TEXT && trace?.example && expected === trace.record.expected?.text ? "" : expected;
+    return example === OWN_TEXT && expected === sought ? "" : expected;
   };
 
   // An example is being chosen: what stands in the form is the reader's own and comes back with "Your own text".
@@ -69,7 +69,7 @@
   // ---- the run on screen ------------------------------------------------------------------------------------------
   function showRun() {
     const kept = read(RUN);
-    if (!kept?.payload || !kept.cards) return;
+    if (!kept?.payload || !kept.cards || store.trace?.live) return;
     try {
       DynamicKV.showCards(kept.cards);
       DynamicKV.setTrace(kept.payload);
@@ -82,6 +82,6 @@
     if (!write(RUN, { payload, cards: store.cards })) write(RUN, null);
   };
   const idle = window.requestIdleCallback ?? ((action) => setTimeout(action, 200));
-  on("trace", (trace) => { if (trace?.live) return; example = trace?.example ?? ""; idle(keepRun); if (values) later(); });
+  on("trace", (trace) => { if (trace?.live) return; if (trace?.example) sought = trace.record.expected?.text ?? null; example = trace?.example ?? ""; idle(keepRun); if (values) later(); });
   on("reads", () => idle(keepRun));
 })();

@@ -28,7 +28,8 @@
   };
 
   // Draw kept heads, (layers x length), into a canvas of so many columns, one pixel row per layer.
-  // Rows of layers that are not `read` yet stay clear.
+  // Rows of layers that are not `read` yet stay clear; those of which it is not told yet what is kept (2) are pale.
+  const PALE = new Uint32Array(Uint8Array.from([128, 128, 128, 70]).buffer)[0];
   DynamicKV.drawMap = (canvas, kept, layers, length, columns, heads, read = null) => {
     const bins = DynamicKV.binned(kept, layers, length, columns);
     // A pixel at a time: red, green, blue and opaque.
@@ -38,9 +39,15 @@
     const context = canvas.getContext("2d");
     const image = context.createImageData(columns, layers);
     const pixels = new Uint32Array(image.data.buffer);
-    for (let i = 0; i < bins.length; i += 1) if (!read || read[Math.floor(i / columns)]) pixels[i] = palette[bins[i]];
+    for (let i = 0; i < bins.length; i += 1) {
+      const told = read ? read[Math.floor(i / columns)] : 1;
+      if (told) pixels[i] = told === 1 ? palette[bins[i]] : PALE;
+    }
     context.putImageData(image, 0, 0);
   };
+
+  /** Per layer 1, or 2 for one that holds no positions, such as a state: it is drawn pale. */
+  DynamicKV.rowsOf = (run, trace) => Uint8Array.from({ length: trace.layers }, (_, layer) => (run.budgets[layer] || !DynamicKV.otherKind(trace.record.model, layer) ? 1 : 2));
 
   DynamicKV.register("map", (element) => {
     const find = (role) => element.querySelector(`[data-role="${role}"]`);
@@ -55,7 +62,7 @@
       const run = store.trace.runs[store.view.run];
       const { kept, heads } = DynamicKV.seen(run, store.view.head, layers, length);
       const columns = Math.max(1, Math.min(length, Math.round(canvas.clientWidth)));
-      DynamicKV.drawMap(canvas, kept, layers, length, columns, heads, run.now?.read);
+      DynamicKV.drawMap(canvas, kept, layers, length, columns, heads, run.now?.read ?? DynamicKV.rowsOf(run, store.trace));
       canvas.style.height = `${layers * ROW}px`;
       find("last").textContent = String(layers - 1);
       find("note").textContent = `${run.label} · bright: kept${store.view.head === null ? " by more heads" : ` by head ${store.view.head}`} · one column holds ${length > columns ? `up to ${Math.ceil(length / columns)} tokens` : "one token"}`;

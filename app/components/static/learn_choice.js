@@ -121,14 +121,14 @@
         return make("tr", { data: { method: run.look } },
           make("th", { scope: "row" }, make("span", { className: "dkv-glyph", ariaHidden: "true" }, run.glyph), run.label),
           make("td", { className: "dkv-share" }, bar, make("s", { style: `left:${(100 * chance) / most}%` })), make("td", { data: { overlap: run.method } }, percent(share)),
-          make("td", {}, `${kept.filter((part) => part > 0).length} of ${layers}`));
+          make("td", {}, `${kept.filter((part) => part > 0).length} of ${layers} layers`));
       });
       const had = holds(chosen);
       find("verdict").replaceChildren(
         make("p", {}, make("b", {}, had === lesson.spans.length ? "You kept the evidence." : had ? `You kept ${had} of ${lesson.spans.length} passages of the evidence.` : "You did not keep the evidence."),
           ` It is framed in the text now. Your sentences hold ${percent(chance)} of the document.`),
-        make("table", { className: "dkv-bars dkv-verdict-table" }, make("caption", {}, `How much of each method's choice lies in your sentences; the mark is chance, ${percent(chance)}`),
-          make("thead", {}, make("tr", {}, make("td"), make("td"), make("th", { scope: "col" }, "overlap"), make("th", { scope: "col" }, "evidence: layers"))),
+        make("table", { className: "dkv-bars dkv-verdict-table" }, make("caption", {}, `How much of each method's choice lies in your sentences; the upright line is chance, ${percent(chance)}`),
+          make("thead", {}, make("tr", {}, make("td"), make("td"), make("th", { scope: "col" }, "overlap"), make("th", { scope: "col" }, "evidence in"))),
           make("tbody", {}, ...rows)),
         make("p", { className: "dkv-note" }, "You chose once, for all layers. A method chooses for every layer and head, so it can keep a little of much: a token that is gone in one layer may live on in another."));
       const [first] = proof;

@@ -22,6 +22,8 @@
       if (there === !gone) return;
       gone = !there;
       show();
+      const status = document.querySelector("#dkv-status");
+      if (status) DynamicKV.sayStatus(status, gone ? { state: "error", message: "The server is not reachable: nothing can be run." } : {});
     }
     setInterval(look, LOOK_EVERY);
     window.addEventListener("offline", look);

@@ -83,7 +83,7 @@
     const { kept } = DynamicKV.seen(run, head, layers, length);
     const counts = new Uint16Array(length);
     for (let layer = 0; layer < layers; layer += 1) {
-      if (run.now && !run.now.read[layer]) continue;
+      if (run.now && run.now.read[layer] !== 1) continue;
       const row = layer * length;
       for (let position = 0; position < length; position += 1) counts[position] += kept[row + position] > 0 ? 1 : 0;
     }

@@ -173,7 +173,7 @@
       }
       find("words").textContent = error || (run ? `${run.words}, chosen in ${Math.max(1, Math.round(1000 * run.seconds))} ms without the model. ${windowWords()}`
         : on_ ? `Move anything: the views show at once what would be kept. ${windowWords()}`
-          : `This run was not made here just now: its prompt must be read once before ${marked() ? "the change can be shown" : "other settings can be tried"}.`);
+          : store.trace?.live ? "The prompt is being read." : `This run was not made here just now: its prompt must be read once before ${marked() ? "the change can be shown" : "other settings can be tried"}.`);
       find("words").classList.toggle("dkv-wrong", Boolean(error));
       DynamicKV.emit("standing", { ready: on_, predicted: Boolean(run), spans, error, seconds: Math.max(1, Math.round(store.trace?.record.prefill_seconds ?? 1)) });
       if (drawn && !error) find("words").textContent = `Drag the outlined bars in the chart: the total stays. ${find("words").textContent}`;

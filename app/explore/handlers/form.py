@@ -13,7 +13,7 @@ from app.examples import OWN_TEXT, Example
 from app.explore import view_model as vm
 from app.form import FIELDS, form_of
 from app.serving.events import handlers, page_error, placed
-from app.serving.model_host import PromptSize
+from app.serving.model_host import ModelState, PromptSize
 from app.serving.shown import Shown
 from app.serving.speed import MASS_RATIO
 from app.serving.status import idle
@@ -34,6 +34,9 @@ class Models(Protocol):
 
     def ready(self, name: str) -> dkv.LoadedModel | None:
         """The model if it is loaded already."""
+
+    def state(self, name: str | None = None) -> ModelState:
+        """How a model stands."""
 
 
 @handlers
@@ -80,9 +83,14 @@ class FormHandlers:
             return None
         return asdict(trace.model) | {"bytes_per_value": vm.bytes_per_value(trace.model.dtype, 4)}
 
-    def pick(self, example_id: str) -> list[Any]:
-        """Show an example; outputs: `PICKED`."""
-        return placed(PICKED, self._picked(example_id))
+    def pick(self, example_id: str, request: gr.Request = None) -> list[Any]:  # type: ignore[assignment]
+        """Show an example; outputs: `PICKED`. While a run is on it comes into the form alone, and
+        what is watched stays.
+        """
+        changes = self._picked(example_id)
+        if self._busy(request):
+            changes = {name: value for name, value in changes.items() if name in FIELDS}
+        return placed(PICKED, changes)
 
     def _picked(self, example_id: str) -> dict[str, Any]:
         if example_id == OWN_TEXT:
@@ -139,6 +147,10 @@ class FormHandlers:
         if self._busy(request):
             return gr.skip()
         return gr.update(interactive=all(text and text.strip() for text in (document, question)))
+
+    def model_state(self, model: str) -> dict[str, Any]:
+        """How the chosen model stands; output: the page's head."""
+        return asdict(self._models.state(model))
 
     def price(self) -> dict[str, str]:
         """What reading all attention costs, by the last run that did; output: its readout."""

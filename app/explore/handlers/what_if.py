@@ -14,7 +14,7 @@ import gradio as gr
 import dynamickv as dkv
 from app.explore.live import LiveRun
 from app.explore.predictions import Predictions, require_mass
-from app.form import method_of
+from app.form import decoding_for, method_of
 from app.inputs import DEFAULT_NEW_TOKENS, build_what_if
 from app.record import cards
 from app.record.words import document_of, run_names
@@ -105,6 +105,7 @@ class WhatIfHandlers:
             scores=True,
             earlier=earlier,
             expected=trace.expected.text if trace.expected else "",
+            decoding=decoding_for(method, trace),
             should_stop=stop.is_set,
         )
         start = time.perf_counter()

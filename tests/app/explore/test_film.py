@@ -35,6 +35,9 @@ def test_pictures_add_up_to_the_record() -> None:
         assert budgets == run.budgets
     assert all(rows[0, layer][5] == "" for layer in range(trace.model.num_layers))
     assert shown[-1]["read"]
+    assert shown[-1]["layers"] == trace.model.num_layers
+    for picture in shown:  # a layer is told to be read no later than what it keeps
+        assert all(row[1] <= picture["layers"] for row in picture["rows"])
 
 
 def test_any_picture_may_be_missed() -> None:

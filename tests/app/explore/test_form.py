@@ -42,6 +42,15 @@ def test_counts_are_honest_before_the_model_is_there(host: ModelHost) -> None:
     assert counted["tokens"] == 500
 
 
+def test_the_head_says_how_the_chosen_model_stands(host: ModelHost) -> None:
+    form = Page(host).explore.form
+    host.start()
+    assert host.wait(5)
+    assert form.model_state(host.default)["state"] == "failed"
+    chosen = form.model_state("smollm2-360m")
+    assert chosen["message"] == "smollm2-360m loads when it is used"
+
+
 def test_picking_an_example_shows_its_record(host: ModelHost, example: Example) -> None:
     picked = Page(host, {"one": example}).explore.form.pick("one")
     shown = dict(zip(PICKED, picked, strict=True))
@@ -55,6 +64,19 @@ def test_picking_an_example_shows_its_record(host: ModelHost, example: Example) 
     assert shown["cards"]["final"]
     assert shown["store"]["example"] == "one"
     assert shown["store"]["record"]["runs"][1]["method"] == "DynamicKV"
+
+
+def test_an_example_picked_during_a_run_leaves_what_is_watched(
+    host: ModelHost, example: Example
+) -> None:
+    page = Page(host, {"one": example})
+    next(page.explore.run.begin(asking("a"), *filled(model=host.default)))
+    during = dict(zip(PICKED, page.explore.form.pick("one", asking("a")), strict=True))
+    other = dict(zip(PICKED, page.explore.form.pick("one", asking("b")), strict=True))
+    assert during["question"] == other["question"] == example.question
+    assert other["cards"]["final"]
+    skipped = gr.skip()
+    assert [during[name] for name in ("cards", "store", "status")] == [skipped] * 3
 
 
 def test_a_changed_text_lets_go_of_the_example(host: ModelHost, example: Example) -> None:

@@ -223,6 +223,19 @@ def test_a_document_read_before_the_question_predicts_the_same(page: Page) -> No
     assert store["record"]["runs"][-1]["retained"] == predicted["retained"]
 
 
+def test_beside_runs_that_go_on_compressing_the_answer_does_too(page: Page) -> None:
+    key = run(page, decode_budget=24, decode_buffer=2)["key"]
+    asked = ASKED | {"key": key, "settings": {"capacity": 60}}
+    predicted = page.explore.what_if.predict(asked)["run"]
+    _, _, store, *_ = answer(page, asked)
+    made = store["record"]["runs"][-1]
+    assert made["decoding"] == {"budget": 24, "buffer": 2}
+    assert made["retained"] == predicted["retained"]
+    drawn = ASKED | {"key": key, "budgets": [20] * 6}
+    _, _, store, *_ = answer(page, drawn)
+    assert store["record"]["runs"][-1]["decoding"] is None  # drawn budgets are not chosen again
+
+
 def test_stop_ends_an_answer_and_keeps_what_there_is(page: Page) -> None:
     key = run(page)["key"]
     begun = page.explore.run.begin(asking("b"), *filled())

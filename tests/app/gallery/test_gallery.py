@@ -8,6 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+import dynamickv as dkv
 from app.examples import ASSETS, load_examples, load_gallery
 from app.gallery.view_model import gallery_payload
 
@@ -36,6 +37,21 @@ def test_the_full_cache_holds_the_facts_and_a_compressed_one_does_not(name: str)
     assert example.trace.prompt.question == example.question
     assert {run.parameters.get("capacity") for run in example.trace.runs} >= {example.capacity}
     assert example.reads is not None
+
+
+def test_a_loss_of_a_model_that_is_not_offered_says_so() -> None:
+    cards = {card["id"]: card for card in gallery_payload(GALLERY.values(), dkv.KNOWN_MODELS)}
+    assert cards["loss-key-smollm2"]["elsewhere"] == ""
+    assert cards["loss-glass-gemma"]["elsewhere"].startswith(
+        "Recorded with gemma-3-270m-q4_k_m.gguf, which this page does not offer"
+    )
+
+
+@pytest.mark.parametrize("name", GALLERY)
+def test_records_name_no_folder_of_a_machine(name: str) -> None:
+    trace = GALLERY[name].trace
+    assert trace is not None
+    assert "/" not in trace.model.name
 
 
 @pytest.mark.parametrize("name", GALLERY)

@@ -10,7 +10,7 @@ import gradio as gr
 import pytest
 
 import dynamickv as dkv
-from app.examples import load_examples
+from app.examples import ASSETS, load_examples
 from app.lab.handlers import OPENED, LabHandlers, OpeningHandlers
 from app.lab.view_model import needle_form, needle_panel, recorded
 from app.serving.model_host import ModelHost
@@ -19,6 +19,8 @@ from app.views import lab_needle
 from dynamickv.evaluate.needle import NeedleExperiment, NeedleGrid
 from tests.engine.tiny import DOCUMENT, QUESTION, tiny_llm
 
+LAB = ASSETS.parent / "benchmarks" / "results" / "lab"
+JOURNALS = {"needle": "needle.jsonl", "longbench": "multi_news/results.jsonl"}
 GRID = ("tiny", ["FullKV", "SnapKV"], "24", "400", 2, 2, 1)
 
 
@@ -214,8 +216,20 @@ def test_a_recorded_panel_names_every_cell_and_says_one_sentence(kind: str) -> N
     assert panel["cells"]
     assert panel["settings"]["model"] == "smollm2-135m"
     assert panel["csv"]["text"].count("\n") > 2
-    if kind in ("needle", "longbench"):
-        assert len(panel["said"]) == 1
+    assert len(panel["said"]) == (kind != "sweep")
+    assert all(sentence.count(". ") == 0 for sentence in panel["said"])
+
+
+@pytest.mark.parametrize("kind", ["needle", "sweep", "tasks", "longbench"])
+def test_recorded_settings_are_those_that_were_measured_with(kind: str) -> None:
+    record = json.loads((ASSETS / "evidence" / f"{kind}.json").read_text("utf-8"))
+    settings, at = record["settings"], record["circumstances"]
+    named = ("model", "revision", "dtype")
+    assert [settings[name] for name in named] == [at[name] for name in named]
+    journal = JOURNALS.get(kind)
+    if journal is not None:
+        with (LAB / journal).open(encoding="utf-8") as lines:
+            assert settings == json.loads(next(lines))["settings"]
 
 
 def test_the_recorded_sweep_opens_its_example() -> None:

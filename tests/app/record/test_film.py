@@ -9,6 +9,7 @@ import pytest
 import dynamickv as dkv
 import dynamickv.walk
 from app.record.film import film_of, held_by_step
+from app.record.payload import trace_payload
 from tests.app.synthetic import synthetic_trace
 from tests.engine.tiny import DOCUMENT, QUESTION, tiny_llm
 
@@ -40,6 +41,13 @@ def test_the_film_says_what_was_held_while_the_prompt_was_read(
         elif isinstance(event, dkv.ComparisonFinished):
             trace = event.trace
     assert held_by_step(trace.runs[0], trace) == steps
+
+
+@pytest.mark.parametrize(("method", "alone"), [("CAKE", True), ("LAVa", False)])
+def test_a_record_that_has_the_last_budgets_alone_says_so(method: str, alone: bool) -> None:
+    methods = [dkv.METHODS[method](capacity=40)]
+    trace = dkv.compare(tiny_llm(), DOCUMENT, QUESTION, methods=methods, max_new_tokens=1)
+    assert trace_payload(trace, "now")["looks"][0]["endsAlone"] is alone
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,9 @@ def test_the_form_s_values_reach_the_snippets(host: ModelHost) -> None:
     assert "dkv.SnapKV(capacity=200)" in python
     assert "max_new_tokens=33" in client
     assert "http://page:1/gradio_api" in curl
+    again, *_ = code(capacity=200, decode_budget=64, truncate=True)
+    assert "decoding=dkv.Decoding(budget=64, buffer=16)" in again
+    assert "truncate=True" in again
     # What cannot be run still gives code that can.
     broken = code(question=" ", capacity=4)
     compile(broken[0], "python", "exec")
