@@ -385,14 +385,6 @@ def test_own_text_begins_with_an_empty_form(page: Page, page_url: str) -> None:
     expect(page.locator("#dkv-document textarea")).not_to_have_value("")
 
 
-def test_an_error_is_said_once(page: Page, page_url: str) -> None:
-    open_page(page, page_url)
-    page.locator("#dkv-document textarea").fill("Short text.")
-    page.locator("#dkv-run").click()
-    expect(page.get_by_text("The question is longer than the document")).to_have_count(1)
-    expect(page.locator(".toast-body")).to_have_count(0)
-
-
 def download(page: Page, selector: str, folder: Path) -> Path:
     with page.expect_download() as waiting:
         page.locator(selector).click()

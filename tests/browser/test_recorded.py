@@ -232,7 +232,7 @@ def test_run_waits_for_a_text_and_a_question(page: Page, page_url: str) -> None:
         expect(run).to_be_enabled()
 
 
-def test_bad_texts_get_one_sentence_and_are_kept(page: Page, page_url: str) -> None:
+def test_bad_texts_get_one_sentence_said_once_and_are_kept(page: Page, page_url: str) -> None:
     open_page(page, page_url)
     box = page.locator("#dkv-document textarea")
     for value, sentence in (
@@ -242,6 +242,8 @@ def test_bad_texts_get_one_sentence_and_are_kept(page: Page, page_url: str) -> N
         box.fill(value)
         page.locator("#dkv-run").click()
         expect(page.locator(".dkv-status[data-state=error]")).to_contain_text(sentence)
+        expect(page.get_by_text(sentence)).to_have_count(1)
+        expect(page.locator(".toast-body")).to_have_count(0)
         expect(page.locator("#dkv-run")).to_be_enabled()
         assert box.evaluate("(box) => box.value.length") == len(value)
         expect(page.locator("[data-role=source]")).to_have_text("recorded on 23 November 2026")
