@@ -21,6 +21,7 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 import dynamickv as dkv
 from benchmarks.gpu.backends import backends
 from benchmarks.gpu.bandwidth import bandwidth
+from benchmarks.gpu.batch import batch
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.correctness import correctness
 from benchmarks.gpu.decoding import decoding
@@ -74,6 +75,7 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     "reselect": with_llama(reselect),
     "decode128k": with_models(decode_longest, "Llama-3-8B"),
     "serve": with_llama(serve_memory),
+    "batch": with_llama(batch),
     "largest": with_llama(largest),
     "others": with_models(overhead_and_decode, "Mistral-7B-v0.2", "Qwen2-7B"),
 }
