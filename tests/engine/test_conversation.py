@@ -123,6 +123,21 @@ def test_a_conversation_with_room_for_everything_says_what_a_full_one_says(
     assert roomy.choices == []
 
 
+def test_an_answer_taken_as_given_is_forgotten_as_one_that_was_decoded(
+    llm: dkv.LoadedModel, prefill: dkv.Prefill
+) -> None:
+    method = dkv.DynamicKV(capacity=24)
+    run = dkv.compare(
+        llm, prefill=prefill, methods=[method], max_new_tokens=30, decoding=DECODING
+    ).runs[0]
+    decoded, given = (dkv.Conversation(llm, prefill, method, DECODING) for _ in range(2))
+    decoded.answer(max_new_tokens=30)
+    given.said(run.token_ids)
+    assert [choice.seen for choice in given.choices] == [c.seen for c in decoded.choices] != []
+    assert given.kv_bytes == decoded.kv_bytes
+    assert given.ask("and then?", 12) == decoded.ask("and then?", 12)
+
+
 def test_a_method_that_cannot_choose_again_starts_no_such_conversation(
     llm: dkv.LoadedModel, prefill: dkv.Prefill
 ) -> None:

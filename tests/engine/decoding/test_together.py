@@ -10,7 +10,7 @@ import torch
 
 import dynamickv as dkv
 from dynamickv.cache import KVCache, prune
-from dynamickv.decoding.cpu_ops import PackedOps
+from dynamickv.decoding.cpu_ops import ColumnOps, CpuOps, PackedOps
 from dynamickv.decoding.decode import extend, feeder
 from dynamickv.decoding.decode_step import RowSteps
 from tests.engine.tiny import COMPRESSING, DOCUMENT, FAMILIES, QUESTION, tiny_llm
@@ -106,9 +106,14 @@ def caches_of(prefill: dkv.Prefill, methods: list[dkv.CompressionMethod]) -> lis
 
 @pytest.mark.parametrize("family", STEPPED)
 @pytest.mark.parametrize("rows", [1, 2, 3])
-def test_a_step_for_several_caches_computes_what_the_model_does(family: str, rows: int) -> None:
+@pytest.mark.parametrize("ops", [CpuOps, ColumnOps])
+def test_a_step_for_several_caches_computes_what_the_model_does(
+    family: str, rows: int, ops: type[CpuOps], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Past the room that was reserved, at positions of their own, while one leaves midway; the
     model's own pass then continues from what the steps left."""
+    monkeypatch.setattr("dynamickv.decoding.cpu_ops.is_intel", lambda: ops is CpuOps)
+    assert type(CpuOps.fastest()) is ops
     llm = tiny_llm(family)
     assert takes_the_step(llm)
     prefill = dkv.prefill(llm, DOCUMENT, QUESTION)
