@@ -79,9 +79,8 @@ class ColumnOps(CpuOps):
         return out if linear.bias is None else out + linear.bias
 
 
-def is_intel() -> bool:
+def is_intel(told: Path = Path("/proc/cpuinfo")) -> bool:
     """Whether this machine's CPU is Intel's; without an answer, no."""
-    told = Path("/proc/cpuinfo")
     named = told.read_text("utf-8", "replace")[:4096] if told.exists() else platform.processor()
     return "GenuineIntel" in named
 
