@@ -21,8 +21,7 @@ LONG = 1024
 
 
 class CpuOps(Ops[Sequence[KVLayer]]):
-    """Torch operations in float32 on a row for each of several caches. What one row gives is bit
-    for bit what the model's own pass gives."""
+    """Torch operations in float32 on a row for each of several caches."""
 
     least_rows = 1
 
