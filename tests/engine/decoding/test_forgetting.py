@@ -4,7 +4,9 @@ its budget and buffer, and is the same on every path."""
 from __future__ import annotations
 
 import gc
+import time
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ import dynamickv as dkv
 from dynamickv.decoding import alignment, forgetting
 from dynamickv.layers import kv
 from dynamickv.layers.kv import KVLayer
+from dynamickv.records import HeldLayer
 from tests.engine.methods.naive import best, pooled_row, softmax
 from tests.engine.test_generate_modes import answers, left_padded, plain, prompts
 from tests.engine.tiny import (
@@ -259,6 +262,20 @@ def test_a_choice_leaves_the_budget_in_the_mean(method: Any, llm: dkv.LoadedMode
         assert mask.sum() == BUDGET * NUM_LAYERS * HEADS
     places = [choice.position for choice in run.forgotten]
     assert np.diff(places).tolist() == [BUFFER] * (len(places) - 1)
+
+
+def test_the_time_of_a_choice_is_recorded_and_in_the_step_after_it(llm: dkv.LoadedModel) -> None:
+    class Slow(dkv.SnapKV):
+        def choose_again(self, layers: Sequence[HeldLayer]) -> list[Tensor]:
+            time.sleep(0.05)
+            return super().choose_again(layers)
+
+    run = answered(llm, Slow(capacity=24))
+    assert run.decoding == {"budget": BUDGET, "buffer": BUFFER}
+    assert len(run.forgotten) >= 2
+    for choice in run.forgotten:
+        assert choice.seconds >= 0.05
+        assert run.decode_seconds[choice.position + 1] >= 0.05
 
 
 def answered(
