@@ -13,6 +13,7 @@ from typing import Any
 
 import dynamickv as dkv
 from benchmarks.report import RESULTS
+from dynamickv.evaluate.turns_summary import turns_lines
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -25,6 +26,10 @@ SECTIONS = {
     "engine": ("Reading, choosing, decoding", "make bench"),
     "what-if": ("Choosing again from one prefill", "python -m benchmarks.what_if"),
     "decoding": ("Long answers, several questions", "python -m benchmarks.decoding"),
+    "decoding-h200": (
+        "Long answers, several questions, on one GPU",
+        "python -m benchmarks.decoding --device cuda --timed 48 --output decoding-h200",
+    ),
     "film": ("Watching a run", "python -m benchmarks.film"),
     "batch": ("Several prompts in one batch", "python -m benchmarks.batch"),
     "evaluate": ("Six methods and one", "python -m benchmarks.evaluate"),
@@ -83,7 +88,7 @@ def measured_section() -> str:
             cells = columns_by_length(rows) or rows_with_targets(rows, again)
             parts += [f"## {title}", caption(record, command), markdown(cells)]
     return "\n\n".join(
-        [MEASURED[0], *parts, *forgetting(), *allocations(), first_third(), MEASURED[1]]
+        [MEASURED[0], *parts, *turns(), *forgetting(), *allocations(), first_third(), MEASURED[1]]
     )
 
 
@@ -213,6 +218,30 @@ def figure(value: float) -> str:
     return f"{value:.4g}" if 0.9 < abs(value) < 1.1 else f"{value:.3g}"
 
 
+def turns() -> list[str]:
+    """What a cache that was compressed for one question says to the next, a table per model and
+    kind of document."""
+    parts = []
+    for path in sorted(RESULTS.glob("turns-*.json")):
+        record = results(path.stem)
+        where, summary = record["circumstances"], record["summary"]
+        made_up = "--data assets/tasks" if "tasks" in path.stem else "made-up tables"
+        parts.append(
+            f"{where['model']}, {made_up}: {summary[0]['documents']} documents, "
+            f"{summary[0]['questions']} questions after the first ({on_what(where)}). ROUGE-L is "
+            "to FullKV's answers; \"over first\" is the gain over the first question's cache in "
+            "points; in brackets 95 % intervals. Again with `python -m dynamickv turns`."
+        )
+        parts.append(markdown(turns_lines(summary)))
+    return ["## One document, several questions", *parts] if parts else []
+
+
+def on_what(where: dict[str, Any]) -> str:
+    """Device and date of a measuring command's results."""
+    cores = f", {where['cores']} cores" if "cores" in where else ""
+    return f"{where['device']}{cores}, {where['date']}"
+
+
 def forgetting() -> list[str]:
     """What caches of fixed size say along a given text, a table per model."""
     parts = []
@@ -222,10 +251,10 @@ def forgetting() -> list[str]:
         first = rows[0]
         parts.append(
             f"{where['model']}, {first['texts']} texts, {first['answer_tokens']:.0f} tokens fed "
-            f"behind {first['prompt_tokens']:.0f} that were read ({where['device']}, "
-            f"{where['cores']} cores, {where['date']}). Against the full cache; in brackets 95 % "
-            "intervals over the texts' eighths; what survives also in the first, fourth and last "
-            "eighth. Again with `python -m dynamickv forgetting`."
+            f"behind {first['prompt_tokens']:.0f} that were read ({on_what(where)}). "
+            "Against the full cache; in brackets 95 % intervals over the texts' eighths; what "
+            "survives also in the first, fourth and last eighth. Again with "
+            "`python -m dynamickv forgetting`."
         )
         cells = [["method", "budget", "same next token", "survives", "1/8", "4/8", "8/8"]]
         for row in rows:

@@ -78,7 +78,7 @@ class Conversation:
             raise ValueError("an answer of no tokens cannot be gone on from; call answer()")
         *fed, self._last = token_ids
         if fed:
-            extend(self._llm, self._cache, fed, self._position)
+            extend(self._llm, self._cache, fed, self._position, self._forgetting)
         self._position += len(fed)
 
     def ask(self, question: str, max_new_tokens: int = 64) -> str:

@@ -133,6 +133,7 @@ class RowSteps:
     def __init__(self, llm: LoadedModel) -> None:
         self._llm = llm
         self._fed = 0
+        self._plain = CpuOps.fastest()
         self._packed: PackedOps | None = None
         self._packable = PackedOps.available()
         self._fast: FastOps | None = None
@@ -170,7 +171,7 @@ class RowSteps:
             size: int = self._llm.model.get_memory_footprint()  # type: ignore[no-untyped-call]
             self._packable = free_host_memory() > 2 * size
             self._packed = PackedOps() if self._packable else None
-        return self._packed if self._packed is not None and rows >= self.FEW else CpuOps()
+        return self._packed if self._packed is not None and rows >= self.FEW else self._plain
 
 
 class DecodeStep:

@@ -264,9 +264,20 @@ def _continue(
     mask = _continuation_mask(backend, layer, query, key)
     if kwargs.get("position_bias") is not None:
         kwargs = kwargs | {"position_bias": _bias_of_held(kwargs["position_bias"], layer, query)}
+    rows, heads, new, _ = query.shape
+    group = heads // key.shape[1]
+    # transformers' "sdpa" copies keys and values for every query head once there is a mask; the
+    # queries of a group as those of one head need no copy.
+    packed = backend == "sdpa" and mask is not None and kwargs.get("position_bias") is None
+    if packed and mask is not None:
+        query = query.reshape(rows, key.shape[1], group * new, -1)
+        mask = mask.repeat(1, 1, group, 1)
     with _kernels(query):
         module = _stand_in(backend, module, query, key)
-        return attention(module, query, key, value, mask, **kwargs)
+        output, shares = attention(module, query, key, value, mask, **kwargs)
+    if packed:
+        output = output.transpose(1, 2).reshape(rows, heads, new, -1).transpose(1, 2).contiguous()
+    return output, shares
 
 
 def _bias_of_held(bias: Tensor, layer: KVLayer, query: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -81,7 +83,45 @@ def test_an_answer_is_given_once_and_has_tokens(llm: dkv.LoadedModel, prefill: d
         talk.said([3, 4])
 
 
+def test_the_end_of_an_answer_is_not_said_twice(llm: dkv.LoadedModel, prefill: dkv.Prefill) -> None:
+    end, *asked = follow_up_ids(llm.tokenizer, "and then?")
+    per_position = prefill.kv_bytes // prefill.length
+    for last, fed in ((end, 1 + len(asked)), (end - 1, 2 + len(asked))):
+        talk = dkv.Conversation(llm, prefill, dkv.FullKV())
+        talk.said([3, last])
+        before = talk.kv_bytes
+        talk.ask("and then?", max_new_tokens=1)
+        assert talk.kv_bytes - before == fed * per_position
+
+
+def test_a_question_beyond_the_models_last_position_is_refused(
+    llm: dkv.LoadedModel, prefill: dkv.Prefill
+) -> None:
+    asked = len(follow_up_ids(llm.tokenizer, "and then?"))
+    short = replace(llm, geometry=replace(llm.geometry, max_positions=prefill.length + 2 + asked))
+    talk = dkv.Conversation(short, prefill, dkv.FullKV())
+    talk.said([3, 4, 5])
+    with pytest.raises(ValueError, match="start a new one"):
+        talk.ask("and then? and then?")
+    assert talk.kv_bytes == (prefill.length + 2) * (prefill.kv_bytes // prefill.length)
+
+
 DECODING = dkv.Decoding(budget=32, buffer=8)
+
+
+def test_a_capacity_above_budget_and_buffer_is_the_budget_for_the_prompt_too(
+    llm: dkv.LoadedModel, prefill: dkv.Prefill
+) -> None:
+    talks = [
+        dkv.Conversation(llm, prefill, dkv.SnapKV(capacity=capacity), DECODING)
+        for capacity in (60, 32)
+    ]
+    kept = [
+        [heads.tolist() for heads in talk.retention.indices if isinstance(heads, torch.Tensor)]
+        for talk in talks
+    ]
+    assert kept[0] == kept[1] != []
+    assert talks[0].choices == []
 
 
 def test_a_conversation_that_goes_on_compressing_never_holds_more_than_budget_and_buffer(
@@ -123,8 +163,33 @@ def test_a_conversation_with_room_for_everything_says_what_a_full_one_says(
     assert roomy.choices == []
 
 
+def test_an_answer_taken_as_given_is_forgotten_as_one_that_was_decoded(
+    llm: dkv.LoadedModel, prefill: dkv.Prefill
+) -> None:
+    method = dkv.DynamicKV(capacity=24)
+    run = dkv.compare(
+        llm, prefill=prefill, methods=[method], max_new_tokens=30, decoding=DECODING
+    ).runs[0]
+    decoded, given = (dkv.Conversation(llm, prefill, method, DECODING) for _ in range(2))
+    decoded.answer(max_new_tokens=30)
+    given.said(run.token_ids)
+    assert [choice.seen for choice in given.choices] == [c.seen for c in decoded.choices] != []
+    assert given.kv_bytes == decoded.kv_bytes
+    assert given.ask("and then?", 12) == decoded.ask("and then?", 12)
+
+
 def test_a_method_that_cannot_choose_again_starts_no_such_conversation(
     llm: dkv.LoadedModel, prefill: dkv.Prefill
 ) -> None:
     with pytest.raises(ValueError, match="leave decoding out"):
         dkv.Conversation(llm, prefill, dkv.CAKE(capacity=24), DECODING)
+
+
+def test_a_model_that_caches_a_latent_starts_no_such_conversation(
+    llm: dkv.LoadedModel, prefill: dkv.Prefill
+) -> None:
+    latent = replace(llm, geometry=replace(llm.geometry, joint=True))
+    with pytest.raises(ValueError, match="caches a latent"):
+        dkv.Conversation(latent, prefill, dkv.SnapKV(capacity=24), DECODING)
+    with pytest.raises(ValueError, match="caches a latent"):
+        dkv.compare(latent, prefill=prefill, methods=[dkv.SnapKV(capacity=24)], decoding=DECODING)

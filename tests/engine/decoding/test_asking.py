@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import dynamickv as dkv
 from tests.engine.tiny import (
     DOCUMENT,
     FAMILIES,
+    NUM_LAYERS,
     QUESTION,
     SMALL_INSTANCES,
     method_name,
@@ -68,6 +72,23 @@ def test_one_document_serves_one_question_after_another_unchanged() -> None:
     assert torch.equal(first.logits, again.logits)
     assert all(map(torch.equal, before, document.keys))
     assert not document.question_aware
+
+
+def test_a_question_reads_keys_that_are_not_copied_for_every_query_head(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    llm = tiny_llm()
+    document = dkv.prefill(llm, DOCUMENT)
+    heads: list[int] = []
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> Tensor:
+        heads.append(key.shape[1])
+        return attention(query, key, value, **settings)
+
+    attention = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
+    dkv.with_question(llm, document, QUESTION)
+    assert heads == [llm.geometry.num_kv_heads] * NUM_LAYERS
 
 
 def test_a_pass_can_be_stopped_between_layers() -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import os
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -266,6 +267,48 @@ def test_graphs_choose_again_and_answer_like_the_model(method: Any) -> None:
     assert len(kept) >= 3
     assert kept == theirs
     assert max(stored) <= DECODING.most
+
+
+@pytest.mark.parametrize(
+    ("steps", "buffer", "taken"),
+    [
+        (LONG, None, "DecodeGraph"),
+        (15, None, None),
+        (LONG, 16, "ForgettingGraphs"),
+        (15, 16, None),
+        # The choice reads queries that one graph over many choices would not bring.
+        (LONG, 15, None),
+    ],
+)
+def test_an_answer_takes_graphs_where_they_pay_and_bring_what_a_choice_reads(
+    steps: int, buffer: int | None, taken: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+
+    def stand_in(name: str) -> Any:
+        def make(llm: dkv.LoadedModel, cache: KVCache, position: int, *_: Any) -> Any:
+            made.append(name)
+            positions = itertools.count(position)
+            return SimpleNamespace(
+                advance=lambda token: choose(extend(llm, cache, [token], next(positions)))
+            )
+
+        return make
+
+    for name in ("DecodeGraph", "ForgettingGraphs"):
+        monkeypatch.setattr(f"dynamickv.decoding.decode.{name}", stand_in(name))
+    monkeypatch.setattr("dynamickv.decoding.decode.graphable", lambda _: True)
+    decoding = None if buffer is None else dkv.Decoding(budget=32, buffer=buffer)
+    run = dkv.compare(
+        tiny_llm(),
+        DOCUMENT,
+        QUESTION,
+        methods=[dkv.SnapKV(capacity=24)],
+        max_new_tokens=steps + 1,
+        decoding=decoding,
+    ).runs[0]
+    assert len(run.token_ids) == steps + 1
+    assert made == ([] if taken is None else [taken])
 
 
 @families

@@ -4,7 +4,9 @@ its budget and buffer, and is the same on every path."""
 from __future__ import annotations
 
 import gc
+import time
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ import dynamickv as dkv
 from dynamickv.decoding import alignment, forgetting
 from dynamickv.layers import kv
 from dynamickv.layers.kv import KVLayer
+from dynamickv.records import HeldLayer
 from tests.engine.methods.naive import best, pooled_row, softmax
 from tests.engine.test_generate_modes import answers, left_padded, plain, prompts
 from tests.engine.tiny import (
@@ -81,14 +84,42 @@ class Reference:
         output = shares @ value[0].repeat_interleave(GROUP, dim=0)
         return output.transpose(0, 1)[None], None
 
+    @property
+    def mean_held(self) -> float:
+        return sum(held.sum() for held in self.held) / (NUM_LAYERS * HEADS)
+
     def choose(self, method: Any, capacity: int) -> None:
-        """Every head keeps the `capacity` positions that the method likes best of those held."""
+        """Every head keeps the `capacity` positions that the method likes best of those held, in
+        the mean over layers where they share."""
+        capacities = [capacity] * NUM_LAYERS
+        if method.name == "DynamicKV":
+            capacities = self.shared(method, capacity)
         for place in range(NUM_LAYERS):
             for head in range(HEADS):
                 held = np.flatnonzero(self.held[place][head])
-                kept = held[self.liked(method, place, head, held, capacity)]
+                if len(held) <= capacities[place]:
+                    continue
+                kept = held[self.liked(method, place, head, held, capacities[place])]
                 self.held[place][head] = False
                 self.held[place][head, kept] = True
+
+    def shared(self, method: Any, capacity: int) -> list[int]:
+        """To each layer, besides the window, as many as it has of the best scores of all layers;
+        what no layer has a whole one of, to those that lack least."""
+        scored = []
+        for place in range(NUM_LAYERS):
+            for head in range(HEADS):
+                held = np.flatnonzero(self.held[place][head])
+                scored += [(score, place) for score in self.scores(method, place, head, held)]
+        if len(scored) <= (capacity - method.window_size) * NUM_LAYERS * HEADS:
+            return [capacity] * NUM_LAYERS
+        best_scored = sorted(scored, reverse=True)
+        room = (capacity - method.window_size) * NUM_LAYERS
+        counts = np.bincount([place for _, place in best_scored[: room * HEADS]], minlength=3)
+        whole = counts // HEADS
+        for place in sorted(range(NUM_LAYERS), key=lambda n: -(counts[n] % HEADS)):
+            whole[place] += whole.sum() < room
+        return [int(count) + method.window_size for count in whole]
 
     def liked(
         self, method: Any, place: int, head: int, held: np.ndarray, capacity: int
@@ -96,6 +127,19 @@ class Reference:
         if method.name == "StreamingLLM":
             order = list(range(len(held)))
             return order[: method.sinks] + order[len(held) - capacity + method.sinks :]
+        if method.name == "KeyDiff":
+            keys = self.keys[place][head, held].astype(np.float64)
+            keys /= np.linalg.norm(keys, axis=1, keepdims=True)
+            return best((-keys @ keys.mean(axis=0)).tolist(), capacity)
+        window = method.window_size
+        scores = self.scores(method, place, head, held)
+        return [
+            *best(scores, capacity - window),
+            *range(len(held) - window, len(held)),
+        ]
+
+    def scores(self, method: Any, place: int, head: int, held: np.ndarray) -> list[float]:
+        """Of what is held before the window."""
         window = method.window_size
         group = slice(head * GROUP, (head + 1) * GROUP)
         if method.name == "H2O":
@@ -108,13 +152,10 @@ class Reference:
                     seen = len(held) - back
                     shares = softmax(keys[:seen] @ query[held[seen - 1]] / np.sqrt(8))
                     rows[number] += shares[: len(held) - window]
-        scores = rows.mean(axis=0).tolist()
-        if method.name == "SnapKV":
+        scores: list[float] = rows.mean(axis=0).tolist()
+        if method.name != "H2O":
             scores = pooled_row(scores, method.kernel_size, method.pooling)
-        return [
-            *best(scores, capacity - window),
-            *range(len(held) - window, len(held)),
-        ]
+        return scores
 
 
 @torch.no_grad()
@@ -130,7 +171,7 @@ def by_hand(method: Any, ids: Tensor) -> tuple[list[int], Reference]:
     reference.choose(method, method.capacity)
     tokens = [int(logits[0, -1].argmax())]
     while len(tokens) < STEPS:
-        if int(reference.held[0][0].sum()) == BUDGET + BUFFER:
+        if reference.mean_held == BUDGET + BUFFER:
             reference.choose(method, BUDGET)
         logits = model(torch.tensor([tokens[-1:]]), past_key_values=cache).logits
         tokens.append(int(logits[0, -1].argmax()))
@@ -139,11 +180,18 @@ def by_hand(method: Any, ids: Tensor) -> tuple[list[int], Reference]:
 
 @pytest.mark.parametrize(
     "method",
-    [dkv.SnapKV(capacity=24), dkv.H2O(capacity=24), dkv.StreamingLLM(capacity=24)],
+    [
+        dkv.SnapKV(capacity=24),
+        dkv.H2O(capacity=24),
+        dkv.StreamingLLM(capacity=24),
+        dkv.KeyDiff(capacity=24),
+        dkv.DynamicKV(capacity=24),
+    ],
     ids=method_name,
 )
 def test_tokens_and_what_is_held_are_those_chosen_by_hand(method: Any) -> None:
-    (ids,) = prompts(70)
+    # A prompt that fits, where what is kept of a prompt is not what is kept of an answer.
+    (ids,) = prompts(20 if method.name == "DynamicKV" else 70)
     expected, reference = by_hand(method, ids)
     tokens, cache = served(tiny_model(), method, plain(ids))
     assert tokens[0] == expected
@@ -214,6 +262,20 @@ def test_a_choice_leaves_the_budget_in_the_mean(method: Any, llm: dkv.LoadedMode
         assert mask.sum() == BUDGET * NUM_LAYERS * HEADS
     places = [choice.position for choice in run.forgotten]
     assert np.diff(places).tolist() == [BUFFER] * (len(places) - 1)
+
+
+def test_the_time_of_a_choice_is_recorded_and_in_the_step_after_it(llm: dkv.LoadedModel) -> None:
+    class Slow(dkv.SnapKV):
+        def choose_again(self, layers: Sequence[HeldLayer]) -> list[Tensor]:
+            time.sleep(0.05)
+            return super().choose_again(layers)
+
+    run = answered(llm, Slow(capacity=24))
+    assert run.decoding == {"budget": BUDGET, "buffer": BUFFER}
+    assert len(run.forgotten) >= 2
+    for choice in run.forgotten:
+        assert choice.seconds >= 0.05
+        assert run.decode_seconds[choice.position + 1] >= 0.05
 
 
 def answered(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import platform
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 
 import dynamickv as dkv
 from dynamickv.cache import KVCache, prune
-from dynamickv.decoding.cpu_ops import PackedOps
+from dynamickv.decoding.cpu_ops import ColumnOps, CpuOps, PackedOps, is_intel
 from dynamickv.decoding.decode import extend, feeder
 from dynamickv.decoding.decode_step import RowSteps
 from tests.engine.tiny import COMPRESSING, DOCUMENT, FAMILIES, QUESTION, tiny_llm
@@ -106,9 +108,14 @@ def caches_of(prefill: dkv.Prefill, methods: list[dkv.CompressionMethod]) -> lis
 
 @pytest.mark.parametrize("family", STEPPED)
 @pytest.mark.parametrize("rows", [1, 2, 3])
-def test_a_step_for_several_caches_computes_what_the_model_does(family: str, rows: int) -> None:
+@pytest.mark.parametrize("ops", [CpuOps, ColumnOps])
+def test_a_step_for_several_caches_computes_what_the_model_does(
+    family: str, rows: int, ops: type[CpuOps], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Past the room that was reserved, at positions of their own, while one leaves midway; the
     model's own pass then continues from what the steps left."""
+    monkeypatch.setattr("dynamickv.decoding.cpu_ops.is_intel", lambda: ops is CpuOps)
+    assert type(CpuOps.fastest()) is ops
     llm = tiny_llm(family)
     assert takes_the_step(llm)
     prefill = dkv.prefill(llm, DOCUMENT, QUESTION)
@@ -132,6 +139,18 @@ def test_a_step_for_several_caches_computes_what_the_model_does(family: str, row
                 torch.testing.assert_close(held, same, rtol=0, atol=1e-4)
         after = [extend(llm, cache, [11, 12], prefill.length + 20) for cache in (one, other)]
         torch.testing.assert_close(*after, rtol=0, atol=1e-4)
+
+
+def test_whose_cpu_it_is_is_read_where_the_system_tells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platform, "processor", lambda: "Intel64 Family 6 Model 207, GenuineIntel")
+    told = tmp_path / "cpuinfo"
+    assert is_intel(told)
+    told.write_text("processor\t: 0\nvendor_id\t: AuthenticAMD\n", "utf-8")
+    assert not is_intel(told)
+    told.write_text("processor\t: 0\nvendor_id\t: GenuineIntel\n", "utf-8")
+    assert is_intel(told)
 
 
 @pytest.mark.parametrize("family", STEPPED)
