@@ -195,7 +195,7 @@
     find("save").addEventListener("change", (event) => {
       const format = event.target.value;
       event.target.value = "";
-      if (!store.trace || !plot.data) return;
+      if (!store.trace || store.trace.live || !plot.data) return; // while a run goes on the chart has no bars of its own
       if (format === "csv") saveTable(); else if (format) saveImage(format);
     });
 
