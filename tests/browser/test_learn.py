@@ -387,7 +387,7 @@ def test_the_tour_opens_by_itself_every_time(page: Page, page_url: str) -> None:
     # A lecturer who has rehearsed it sees it again.
     expect(page.locator(".dkv-tour")).to_be_in_viewport(ratio=1)
     expect(page.locator(".dkv-tour-place")).to_contain_text("1 of ")
-    page.locator("#dkv-question textarea").focus()
+    page.locator(".dkv-answer").first.focus()
     page.keyboard.press("Escape")
     expect(page.locator(".dkv-tour")).to_have_count(0)
     page.locator("#dkv-model [data-tour=start]").click()
