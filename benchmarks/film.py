@@ -1,4 +1,5 @@
 """What watching a comparison costs: python -m benchmarks.film [--length N] [--rounds N]
+[--answer N]
 
 The same comparison with and without the film's events, in turn: a whole run of six methods, 4K
 tokens, 64 answer tokens. The film may add 2 %.
@@ -22,6 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.film")
     parser.add_argument("--length", type=int, default=4096, help="tokens (default: 4096)")
     parser.add_argument("--rounds", type=int, default=5, help="(default: 5)")
+    parser.add_argument("--answer", type=int, default=ANSWER_TOKENS, help="tokens (default: 64)")
     options = parser.parse_args()
     where = machine()
     llm = endless(dkv.load_model(dkv.DEFAULT_MODEL, device="cpu"))
@@ -34,7 +36,7 @@ def main() -> None:
             document,
             QUESTION,
             methods=methods,
-            max_new_tokens=ANSWER_TOKENS,
+            max_new_tokens=options.answer,
             scores=True,
             watch=watch,
         )

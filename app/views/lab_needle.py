@@ -187,7 +187,7 @@ def _add(figure: Any, one: Map, end: str, relative: bool) -> None:
         return one.of_full(place) if relative else one.cells[place]["exact"]
 
     shared = {
-        "x": [f"{length:,}" for length in lengths],
+        "x": [f"{length // 1024}K" if length % 1024 == 0 else f"{length:,}" for length in lengths],
         "y": [f"{100 * depth:g} %" for depth in depths],
         "xaxis": f"x{end}",
         "yaxis": f"y{end}",

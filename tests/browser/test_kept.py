@@ -31,7 +31,8 @@ def tiny_url(
     """
     llm = tiny_llm()
     examples = {name: recorded[name] for name in ("ordinary", "three")}
-    trace = replace(synthetic_trace(), expected=Expected(text="bank", document_utf16_span=None))
+    trace = synthetic_trace(document=DOCUMENT)
+    trace = replace(trace, expected=Expected(text="bank", document_utf16_span=None))
     examples["expecting"] = example("expecting", trace, tmp_path_factory.mktemp("expecting"))
     yield from serve(ModelHost("tiny", loader=lambda name: llm), examples)
 

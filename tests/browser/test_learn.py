@@ -387,3 +387,10 @@ def test_the_tour_opens_by_itself_every_time(page: Page, page_url: str) -> None:
     # A lecturer who has rehearsed it sees it again.
     expect(page.locator(".dkv-tour")).to_be_in_viewport(ratio=1)
     expect(page.locator(".dkv-tour-place")).to_contain_text("1 of ")
+    page.locator(".dkv-answer").first.focus()
+    page.keyboard.press("Escape")
+    expect(page.locator(".dkv-tour")).to_have_count(0)
+    page.locator("#dkv-model [data-tour=start]").click()
+    expect(page.locator(".dkv-tour")).to_have_count(1)
+    page.get_by_role("tab", name="Lab").click()
+    expect(page.locator(".dkv-tour")).to_have_count(0)

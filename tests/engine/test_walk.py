@@ -90,6 +90,25 @@ def test_earlier_layers_are_told_again_when_a_budget_is_shared_again(
     assert first == sorted(first, reverse=True)
 
 
+def test_a_method_whose_changes_take_long_to_tell_leaves_the_others_their_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dynamickv.walk, "SHARE", 100.0)
+    tell = dynamickv.walk.Walks._tell_layers
+
+    def dear(self: Any, index: int, layers: Any, told: Any) -> None:
+        tell(self, index, layers, told)
+        if index == 0 and index in self._again:
+            self._again[0] += 1e6
+
+    monkeypatch.setattr(dynamickv.walk.Walks, "_tell_layers", dear)
+    methods = [dkv.DynamicKV(capacity=24, update_interval=2)] * 2
+    told = [e for e in watched(tiny_llm(), methods=methods) if isinstance(e, dkv.LayerKept)]
+    first, second = ([event.layer for event in told if event.run == run] for run in (0, 1))
+    assert second == [0, 1, 0, 2, 3, 0, 1, 2, 4, 5, 0, 1, 2, 3, 4]
+    assert first == [0, 1, 0, 2, 3, 4, 5, 0, 1, 2, 3, 4]
+
+
 def test_what_there_is_no_time_for_is_told_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dynamickv.walk, "SHARE", 0.0)
     events = list(watched(tiny_llm(), methods=[dkv.SnapKV(capacity=24)]))

@@ -200,12 +200,15 @@
       find("sought").replaceChildren("Expected: ", make("q", {}, expected.text), ...(span ? [" · found in your document ", show] : [" · not in your document, word for word"]));
     }
 
-    // The lost word is in sight, however low its card.
+    // The lost word is in sight, however low its card, and no line is cut.
     function bringIn() {
       for (const { node } of shown) {
         const glow = node.querySelector(".dkv-glow");
         const box = node.querySelector(".dkv-answer");
-        if (glow) box.scrollTop = Math.max(0, glow.offsetTop - box.offsetTop + glow.offsetHeight - box.clientHeight);
+        if (!glow) continue;
+        const line = parseFloat(getComputedStyle(box).lineHeight) || 1;
+        const below = glow.offsetTop - box.offsetTop + glow.offsetHeight / 2 - box.clientHeight;
+        box.scrollTop = Math.max(0, Math.ceil(below / line) * line);
       }
     }
 

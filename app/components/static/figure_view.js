@@ -195,7 +195,7 @@
     find("save").addEventListener("change", (event) => {
       const format = event.target.value;
       event.target.value = "";
-      if (!store.trace || !plot.data) return;
+      if (!store.trace || store.trace.live || !plot.data) return; // while a run goes on the chart has no bars of its own
       if (format === "csv") saveTable(); else if (format) saveImage(format);
     });
 
@@ -342,7 +342,8 @@
       showNote();
       plot.style.height = `${height()}px`;
       plot.classList.toggle("dkv-stale", isLive()); // its bars are those of the run before
-      if (isLive()) idle(draw, { timeout: 500 }); else draw();
+      axes = !isLive();
+      if (axes) draw();
     }
 
     find("wide").addEventListener("click", (event) => {
@@ -353,7 +354,13 @@
     // While a run goes on Plotly draws the axes alone: with the bars it takes the browser longer than all other views together.
     const isLive = () => Boolean(store.trace?.live && figure()?.layerAxis === "y");
     const drawBars = () => DynamicKV.liveBars(find("bars"), plot, isLive() && drawn === settled ? lanes() : null, SPAN);
-    const framedFilm = framed(() => { if (isLive()) drawBars(); else draw(); });
+    // The axes wait for the first row of the maps.
+    let axes = true;
+    const framedFilm = framed(() => {
+      if (!isLive()) draw();
+      else if (axes) drawBars();
+      else if (store.film?.step) { axes = true; idle(draw, { timeout: 500 }); }
+    });
     // The chart itself is drawn anew only where its axis has no room for the outline.
     const framedDraft = framed(() => {
       const room = plot.layout?.xaxis?.range?.[1];

@@ -117,7 +117,7 @@
     if (!store.trace?.live) return;
     for (const row of picture.rows) take(row);
     // A layer that is read, and of which it is told later or never what is kept, is no gap in the map.
-    const reached = picture.read ? store.trace.layers : (live.places[picture.layers - 1] ?? -1) + 1;
+    const reached = picture.read ? store.trace.layers : 1 + Math.max(live.places[picture.layers - 1] ?? -1, ...picture.rows.map(([, layer]) => layer));
     for (const { now } of store.trace.runs) for (let layer = 0; layer < reached; layer += 1) now.read[layer] ||= 2;
     store.film.step = Math.max(...store.trace.runs.map((run) => run.now.count));
     if (picture.read) filming(false);

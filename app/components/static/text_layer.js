@@ -13,7 +13,9 @@
     let places = new Map(); // the same, by node
 
     function fill(next) {
+      const same = native() && nodes.length && prompt?.text === next.text && String(prompt.document_utf16_span) === String(next.document_utf16_span);
       prompt = next;
+      if (same) return; // laying a long text out again takes long
       nodes = [];
       const { text, document_utf16_span: span } = prompt;
       [[0, span[0]], span, [span[1], text.length]].forEach(([start, end], index) => fillSection(boxes[index], start, end));

@@ -159,7 +159,12 @@
   function leave() { close(); }
   function finish() { remember("done"); close(); }
 
-  document.addEventListener("click", (event) => { if (event.target.closest?.("[data-tour=start]")) start(); });
+  document.addEventListener("click", (event) => {
+    if (event.target.closest?.("[data-tour=start]")) start();
+    else if (panel && event.isTrusted && event.target.closest?.('[role="tab"]')) leave(); // what it shows stays behind
+  });
+  // Wherever the focus went meanwhile.
+  window.addEventListener("keydown", (event) => { if (panel && event.key === "Escape" && !panel.contains(event.target)) { event.stopPropagation(); leave(); } }, true);
   // Every time: a lecture is rehearsed.
   if (new URLSearchParams(window.location.search).get("tour") === "1") {
     const ready = () => { if (target(0)) { remember("0"); start(0); } else requestAnimationFrame(ready); };

@@ -43,6 +43,7 @@
       const fullRun = trace.runs.findIndex((run) => run.method === "FullKV" && !run.predicted);
       const full = own && own.full !== null && fullRun >= 0 ? words[fullRun][own.full] : null;
       find("away").disabled = !store.word;
+      element.classList.toggle("dkv-word-sheet", Boolean(store.word)); // on a phone it comes up over the answers
       find("title").replaceChildren(...(own ? ["Why ", make("q", {}, DynamicKV.shortWord(own.text)), "?"] : ["Why this word?"]));
       find("said").replaceChildren(...(own ? said(trace, word, own, full) : [HINT]));
       for (const row of strips.querySelectorAll("[data-run]")) fill(trace, row, full);
