@@ -1,8 +1,9 @@
 """What happens to requests in the process that runs the model: prompts are watched while they are
 read, copied in compressed form after their last chunk, and from then on found in fewer blocks.
 
-A row of a batch is known by the block of its last token in the first compressed layer: that block
-is never shared, and it is freed no earlier than the request.
+A row of a batch is known by the block of its last token in the first compressed layer: the request
+took that block for itself, and it is freed no earlier than the request. Others that find it in the
+prefix cache are not known by it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Watched:
     name: str
     plan: BlockPlan
     own: set[int] = field(default_factory=set)
-    """Its blocks in the first compressed layer."""
+    """Its blocks in the first compressed layer, but for those it found in the prefix cache."""
     room: list[int] = field(default_factory=list)
     """Blocks for the compressed copy, set aside by the scheduler."""
     queries: dict[int, Tensor] = field(default_factory=dict)
