@@ -320,7 +320,7 @@ def rank_positions(worker: Any, file: str) -> list[list[list[int]]]:
 
 def serve(arguments: dict[str, Any]) -> None:
     """Rounds of prompts, each asked for by a line: requests per second, mean and slowest latency,
-    how many were answered at once, and which share of the prompt tokens was cached."""
+    how many were answered at once, which share of the prompt tokens was cached, and the pool's MiB."""
     with started(arguments["folder"], arguments["options"], **arguments["settings"]) as engine:
         for line in sys.stdin:
             _say(served(engine, **json.loads(line)))
@@ -353,7 +353,14 @@ def served(
         "slowest": max(latencies),
         "most": most,
         "cached": 100 * cached / sum(map(len, prompts)),
+        "mib": pool_bytes(engine) / 2**20,
     }
+
+
+def pool_bytes(engine: LLMEngine) -> int:
+    """Bytes of the KV pool."""
+    config = scheduler_of(engine).kv_cache_manager.kv_cache_config
+    return sum(tensor.size for tensor in config.kv_cache_tensors)
 
 
 def _say(value: Any) -> None:
