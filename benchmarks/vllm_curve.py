@@ -1,11 +1,12 @@
 """Requests per second and latency over the size of the KV pool: vLLM as servers run it, vLLM with
 the plugin's settings, and the plugin. Says where the one overtakes the other.
 
-python -m benchmarks.vllm_curve MODEL_FOLDER [--rounds 2] [--requests 8]   (make vllm)
+python -m benchmarks.vllm_curve MODEL_FOLDER [--rounds 2] [--requests 8] [--pools 12 8 5 3 2]
 
 Every round is its own set of documents, each asked several questions, by as many clients at once
 as `CLIENTS`; a client sends its next question when it has its answer. The engines of one pool size
-run at the same time and take their rounds in turn, after a few requests that do not count.
+run at the same time and take their rounds in turn, after a few requests that do not count. About
+eleven minutes on two quiet cores.
 """
 
 from __future__ import annotations
@@ -47,9 +48,10 @@ def main() -> None:
     parser.add_argument("folder")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--requests", type=int, default=8)
+    parser.add_argument("--pools", type=float, nargs="+", default=POOLS)
     asked = parser.parse_args()
     where, rows, gains = machine(), [], {}
-    for pool in POOLS:
+    for pool in asked.pools:
         found = one_pool(asked.folder, pool, asked.rounds, asked.requests)
         rows += rows_of(pool, found)
         gains[pool] = statistics.median(ratios(found[PLUGIN]["rate"], found[SERVED]["rate"]))

@@ -358,9 +358,10 @@ def served(
 
 
 def pool_bytes(engine: LLMEngine) -> int:
-    """Bytes of the KV pool."""
+    """Bytes of the KV pool: one allocation, in which all layers lie."""
     config = scheduler_of(engine).kv_cache_manager.kv_cache_config
-    return sum(tensor.size for tensor in config.kv_cache_tensors)
+    (size,) = {tensor.size for tensor in config.kv_cache_tensors}
+    return size
 
 
 def _say(value: Any) -> None:

@@ -145,13 +145,13 @@ def test_short_prompts_in_blocks_that_a_compressed_one_gave_back_answer_as_alone
     folder, plain_answers
 ):
     """The pool is so small that it hands them out while the compressed prompt is answered."""
-    shorts = {f"short {seed}": random_prompt(50, seed) for seed in range(20)}
+    shorts = {f"short {seed}": random_prompt(34 + seed % 30, seed) for seed in range(30)}
     blocks = {"max_model_len": 600, "num_gpu_blocks_override": 24 * LAYERS}
-    with started(folder, DYNAMIC, **blocks) as engine:
+    with started(folder, DYNAMIC, enable_prefix_caching=True, **blocks) as engine:
         alone = {}
         for name, prompt in shorts.items():
             alone |= answers(engine, {name: prompt}, 8)
-        read_prompt(engine, random_prompt(400, 1), 190)
+        read_prompt(engine, random_prompt(400, 1), 195)
         among = {}
         for name, prompt in shorts.items():
             add(engine, name, prompt, 8)
