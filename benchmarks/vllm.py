@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -48,11 +49,16 @@ def main() -> None:
 
 def text_ids(folder: str, length: int, start: int = 0) -> list[int]:
     """Token ids of the example texts, from a place on, repeated as needed."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids: list[int] = tokenizer(example_text())["input_ids"]
+    ids = _example_ids(folder)
     while len(ids) < start + length:
-        ids += ids
+        ids = [*ids, *ids]
     return ids[start : start + length]
+
+
+@cache
+def _example_ids(folder: str) -> list[int]:
+    ids: list[int] = AutoTokenizer.from_pretrained(folder)(example_text())["input_ids"]
+    return ids
 
 
 class Child:

@@ -93,9 +93,9 @@ def add(
     engine.add_request(name, {"prompt_token_ids": list(prompt), **salted}, sampling)
 
 
-def read_prompt(engine: LLMEngine, prompt: Sequence[int]) -> None:
+def read_prompt(engine: LLMEngine, prompt: Sequence[int], tokens: int = ANSWER) -> None:
     """Queue a prompt as the only request and step until its first token is there."""
-    add(engine, "only", prompt, ANSWER)
+    add(engine, "only", prompt, tokens)
     while not engine.step():
         pass
 
@@ -211,7 +211,7 @@ def mixed_requests(engine: LLMEngine, count: int) -> dict[str, int]:
     before = least = pool.get_num_free_blocks()
     waiting, running = [str(number) for number in range(count)], set()
     answered: list[list[int]] = []
-    common = random_prompt(250, 0)
+    common = random_prompt(8 * BLOCK, 0)
     aborted = continued = cached = 0
     preempted: set[str] = set()
     while waiting or engine.has_unfinished_requests():
@@ -223,8 +223,8 @@ def mixed_requests(engine: LLMEngine, count: int) -> dict[str, int]:
                 prompt = [*answered.pop(), *prompt[:40]]
             elif rng.random() < 0.3:
                 prompt = [*common, *prompt[:200]]
-            add(engine, name, prompt, 12)
-        if running and rng.random() < 0.2:
+            add(engine, name, prompt, rng.choice((8, 60)))
+        if running and rng.random() < 0.06:
             engine.abort_request([stopped := rng.choice(sorted(running))])
             running.discard(stopped)
             aborted += 1
@@ -320,7 +320,7 @@ def rank_positions(worker: Any, file: str) -> list[list[list[int]]]:
 
 def serve(arguments: dict[str, Any]) -> None:
     """Rounds of prompts, each asked for by a line: requests per second, mean and slowest latency,
-    how many were answered at once, and which share of the prompt tokens was cached."""
+    how many were answered at once, which share of the prompt tokens was cached, and the pool's MiB."""
     with started(arguments["folder"], arguments["options"], **arguments["settings"]) as engine:
         for line in sys.stdin:
             _say(served(engine, **json.loads(line)))
@@ -353,7 +353,15 @@ def served(
         "slowest": max(latencies),
         "most": most,
         "cached": 100 * cached / sum(map(len, prompts)),
+        "mib": pool_bytes(engine) / 2**20,
     }
+
+
+def pool_bytes(engine: LLMEngine) -> int:
+    """Bytes of the KV pool: one allocation, in which all layers lie."""
+    config = scheduler_of(engine).kv_cache_manager.kv_cache_config
+    (size,) = {tensor.size for tensor in config.kv_cache_tensors}
+    return size
 
 
 def _say(value: Any) -> None:

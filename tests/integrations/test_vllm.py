@@ -141,6 +141,27 @@ def test_a_method_without_scores_fills_its_blocks_with_the_latest_tokens(folder,
 DYNAMIC = {"method": "DynamicKV", "capacity": 72, "r_max": 3.0}
 
 
+def test_short_prompts_in_blocks_that_a_compressed_one_gave_back_answer_as_alone(
+    folder, plain_answers
+):
+    """The pool is so small that it hands them out while the compressed prompt is answered."""
+    shorts = {f"short {seed}": random_prompt(34 + seed % 30, seed) for seed in range(30)}
+    blocks = {"max_model_len": 600, "num_gpu_blocks_override": 24 * LAYERS}
+    with started(folder, DYNAMIC, enable_prefix_caching=True, **blocks) as engine:
+        alone = {}
+        for name, prompt in shorts.items():
+            alone |= answers(engine, {name: prompt}, 8)
+        read_prompt(engine, random_prompt(400, 1), 195)
+        among = {}
+        for name, prompt in shorts.items():
+            add(engine, name, prompt, 8)
+            while name not in among:
+                done = [output for output in engine.step() if output.finished]
+                among |= {one.request_id: list(one.outputs[0].token_ids) for one in done}
+        assert "only" not in among
+    assert among == alone
+
+
 def test_preempted_requests_among_others_answer_as_alone(folder, plain_answers):
     """Chunked prefill, four prompts at once, and too few blocks for all four answers."""
     blocks = {"max_model_len": 400, "num_gpu_blocks_override": 18 * LAYERS}
@@ -158,6 +179,29 @@ def test_prefix_caching_changes_no_answer(folder, plain_answers):
     assert cached[1] >= 20
     assert all(len(one["kept_tokens"]) == LAYERS for one in told)
     assert sum(max(one["kept_tokens"]) < one["prompt_tokens"] for one in told) >= 45
+
+
+def test_a_prompt_whose_blocks_are_shared_in_the_step_that_writes_them_is_compressed(
+    folder, plain_answers
+):
+    """The longer one finds the blocks of the shorter in the cache while both are being read."""
+    short = random_prompt(5 * BLOCK, 7)
+    prompts = {"short": short, "long": [*short, *random_prompt(50, 8)]}
+    found = []
+    for caching in (False, True):
+        with started(folder, DYNAMIC, enable_prefix_caching=caching) as engine:
+            for name, prompt in prompts.items():
+                add(engine, name, prompt, ANSWER)
+            outputs = finish(engine)
+        assert outputs["long"].num_cached_tokens == (len(short) if caching else 0)
+        found.append(
+            {
+                name: (list(one.outputs[0].token_ids), one.kv_transfer_params["dynamickv"])
+                for name, one in outputs.items()
+            }
+        )
+    assert found[0] == found[1]
+    assert all(max(told["kept_tokens"]) < told["prompt_tokens"] for _, told in found[0].values())
 
 
 @pytest.mark.parametrize(
@@ -293,7 +337,7 @@ def test_other_layer_kinds_answer_together_and_preempted_as_alone(
 ):
     """Queries after norms, and sliding windows beside; only full attention is compressed."""
     write_model(str(tmp_path), kind)
-    blocks = {"max_model_len": 400, "num_gpu_blocks_override": 64 if kind == "gemma3" else 36}
+    blocks = {"max_model_len": 400, "num_gpu_blocks_override": 56 if kind == "gemma3" else 36}
     with started(str(tmp_path), DYNAMIC, **blocks) as engine:
         _, told = ask(engine, random_prompt(300, 3), 2)
         equal, preempted = alone_and_together(engine, 140)

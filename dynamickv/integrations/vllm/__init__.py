@@ -1,8 +1,9 @@
 """DynamicKV inside vLLM: a plugin, loaded by vLLM where VLLM_PLUGINS names it.
 
-    VLLM_PLUGINS=dynamickv vllm serve MODEL --no-enable-prefix-caching --block-size 32 \\
+    VLLM_PLUGINS=dynamickv vllm serve MODEL --enforce-eager --block-size 32 \\
         --kv-transfer-config '{"kv_connector": "DynamicKV", "kv_role": "kv_both",
-                               "kv_connector_extra_config": {"capacity": 256}}'
+            "kv_connector_module_path": "dynamickv.integrations.vllm.connector",
+            "kv_connector_extra_config": {"capacity": 256}}'
 
 Uses vLLM's official extension points only: the attention backend registry (sees a prompt's last
 queries, gives every layer a block table of its own), the KV cache spec registry (one cache group

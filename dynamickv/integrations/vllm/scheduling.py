@@ -134,7 +134,11 @@ class Scheduling:
             preempted=frozenset(output.preempted_req_ids or ()),
             finished=frozenset(output.finished_req_ids),
             started=tuple(
-                Started(name, self._plans[name].prompt_length, blocks[self.groups[0]])
+                Started(
+                    name,
+                    self._plans[name].prompt_length,
+                    blocks[self.groups[0]][computed[name] // self._block_size :],
+                )
                 for name, blocks in begun
                 if name in self._plans and name not in self._resuming
             ),

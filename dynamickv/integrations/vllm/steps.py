@@ -15,7 +15,8 @@ class Started:
     name: str
     prompt_length: int
     blocks: list[int]
-    """In the first compressed layer."""
+    """In the first compressed layer, behind what the prefix cache has: those may be another
+    request's, which writes them in this very step."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,13 +1,14 @@
 """What happens to requests in the process that runs the model: prompts are watched while they are
 read, copied in compressed form after their last chunk, and from then on found in fewer blocks.
 
-A row of a batch is known by the block of its last token in the first compressed layer: that block
-is never shared, and it is freed no earlier than the request.
+A row of a batch is known by the block of its last token in the first compressed layer: the request
+took that block for itself, and it is freed no earlier than the request. Others that find it in the
+prefix cache are not known by it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,7 +34,7 @@ class Watched:
     name: str
     plan: BlockPlan
     own: set[int] = field(default_factory=set)
-    """Its blocks in the first compressed layer."""
+    """Its blocks in the first compressed layer, but for those it found in the prefix cache."""
     room: list[int] = field(default_factory=list)
     """Blocks for the compressed copy, set aside by the scheduler."""
     queries: dict[int, Tensor] = field(default_factory=dict)
@@ -202,6 +203,8 @@ class Worker:
         for layer, share in enumerate(dealt(request.room, request.kept, plan.tail_block)):
             copy = torch.tensor(share, device=blocks[layer].device) if share else None
             if copy is not None:
+                if layer == 0:
+                    self._lose(request, blocks[0][: plan.tail_block].tolist())
                 self._pages[layer].pack(blocks[layer], positions[layer], copy)
                 request.blocks[layer] = torch.cat([copy, blocks[layer][plan.tail_block :]])
             request.copies.append(copy)
@@ -232,17 +235,17 @@ class Worker:
             request.own.update(blocks)
             self._by_block.update(dict.fromkeys(blocks, request))
 
-    def _lose(self, request: Watched) -> None:
-        """A request's blocks are no longer its own."""
-        for block in request.own:
+    def _lose(self, request: Watched, blocks: Iterable[int]) -> None:
+        """Some of a request's blocks are no longer its own."""
+        for block in request.own.intersection(blocks):
             if self._by_block.get(block) is request:
                 del self._by_block[block]
-        request.own.clear()
+        request.own.difference_update(blocks)
 
     def _forget(self, name: str) -> None:
         request = self._requests.pop(name, None)
         if request is not None:
-            self._lose(request)
+            self._lose(request, request.own)
 
     def _preempt(self, name: str) -> None:
         """Save what a compressed request holds; one that is still reading will read again."""
@@ -257,7 +260,7 @@ class Worker:
             for layer, pages in enumerate(self._pages)
         ]
         request.saved_windows = self._sliding.save(request.windows, request.length)
-        self._lose(request)
+        self._lose(request, request.own)
 
     def _resume(self, resumed: Resumed) -> None:
         """Go on from a compressed prompt: put back what was saved, or find it where it lies."""
