@@ -40,7 +40,6 @@ from dynamickv.answer import recording_for
 from dynamickv.cache import prune
 from dynamickv.decoding.decode import decode
 from dynamickv.evaluate.datasets import read_tasks
-from dynamickv.evaluate.experiment import answers, methods_at
 from dynamickv.evaluate.haystack import Haystack
 from dynamickv.evaluate.longbench import Protocol
 from dynamickv.evaluate.needle import NeedleExperiment, NeedleGrid
@@ -80,6 +79,8 @@ class Plan:
     back: int = 0
     forward: int = 32
     """How far before and after a place its votes count."""
+    decay: float = 0.0
+    """Part of its votes that the farthest place after it does not get."""
     share: float = 0.5
     """Part of the mean budget that goes to the places voted for, in every head."""
     budgets: str = "shift"
@@ -206,7 +207,9 @@ class Read:
         votes = pool(total[None], plan.smooth, "avg")
         # A place counts for those up to `back` before and `forward` after it.
         votes = F.pad(votes, (plan.forward, plan.back))
-        votes = F.max_pool1d(votes[None], plan.back + plan.forward + 1, stride=1)[0, 0]
+        reached = votes[0].unfold(0, plan.back + plan.forward + 1, 1)
+        away = torch.arange(plan.forward, -plan.back - 1, -1, device=votes.device).clamp_min(0)
+        votes = (reached * (1 - plan.decay * away / max(plan.forward, 1))).amax(dim=1)
         return votes[: self.length - WINDOW] / votes.max().clamp_min(1e-30)
 
     def matches(self, context: int) -> Tensor:
@@ -293,6 +296,37 @@ def plans() -> list[Plan]:
         Plan(context=32, forward=64, votes="square"),
     ]
     return list(dict.fromkeys(found))
+
+
+def second_plans() -> list[Plan]:
+    """What is tried after the first results: the best of each kind joined."""
+    best: dict[str, Any] = {"heads": "shift square", "share": 0.75}
+    changes: list[dict[str, Any]] = [
+        {},
+        {"share": 0.5},
+        {"share": 0.9},
+        {"forward": 48},
+        {"forward": 24},
+        {"forward": 48, "share": 0.9},
+        {"heads": "shift cube"},
+        {"heads": "shift cube", "share": 0.9},
+        {"budgets": "even"},
+        {"context": 24},
+        {"context": 48},
+        {"context": 48, "forward": 48},
+        {"smooth": 5},
+        {"smooth": 13},
+        {"votes": "square"},
+        {"decay": 0.5},
+        {"decay": 0.5, "forward": 48},
+        {"decay": 0.5, "forward": 64},
+        {"decay": 0.9, "forward": 48},
+        {"decay": 0.9, "forward": 64},
+        {"decay": 0.9, "forward": 64, "share": 0.9},
+        {"decay": 0.9, "forward": 64, "heads": "shift cube"},
+        {"lexical": 0.5},
+    ]
+    return [Plan(**{**best, **change}) for change in changes]
 
 
 def references(capacity: int) -> dict[str, dkv.CompressionMethod]:
@@ -462,37 +496,36 @@ DEVELOPMENT = {
     "smollm2": (3, "needle 2K,needle 4K,news,multikey_2 2K"),
 }
 """Of each model that is searched on: processes and tasks."""
+SECOND = {
+    "qwen": (5, "multikey_3 4K,multikey_2 4K,needle 4K,news"),
+    "smollm2": (3, "needle 4K,needle 2K,news"),
+}
+"""In the second round; the first one left nothing to tell apart in the others."""
 
 
 def all_at_once(options: argparse.Namespace) -> None:
     """Every process of the search, then the table."""
     began = time.perf_counter()
     out: Path = options.output
-    logs = options.models / "search"
+    logs = options.models / ("search-2" if options.second else "search")
     models = {name: options.models / f"{name}.gguf" for name in DEVELOPMENT}
     convert(list(models.values()), logs)
     left = options.seconds - (time.perf_counter() - began) - 15
     commands = {}
-    for name, (processes, tasks) in DEVELOPMENT.items():
+    for name, (processes, tasks) in (SECOND if options.second else DEVELOPMENT).items():
         for part in range(processes):
             arguments = ["--model", str(models[name]), "--tasks", options.tasks or tasks]
             arguments += ["--part", f"{part}/{processes}", "--seconds", f"{left:.0f}"]
             arguments += ["--output", str(logs / f"{name}-{part}.jsonl"), "--dtype", options.dtype]
             arguments += ["--seed", str(options.seed), "--samples", str(options.samples)]
-            arguments += ["--plans", str(options.plans)]
+            arguments += ["--plans", str(options.plans)] + ["--second"] * options.second
             commands[f"{name}-{part}"] = (
                 [sys.executable, "-m", "benchmarks.search", *arguments],
                 environment(models[name]),
             )
-    for name in DEVELOPMENT:
-        arguments = ["--probe", "--model", str(models[name]), "--tasks", "needle 2K"]
-        commands[f"probe-{name}"] = (
-            [sys.executable, "-m", "benchmarks.search", *arguments],
-            environment(models[name]),
-        )
     if options.processes:
         commands = dict(list(commands.items())[: options.processes])
-    parts = [logs / f"{name}.jsonl" for name in commands if "probe" not in name]
+    parts = [logs / f"{name}.jsonl" for name in commands]
 
     def say() -> str:
         done = [len(part.read_text("utf-8").splitlines()) for part in parts if part.is_file()]
@@ -503,11 +536,6 @@ def all_at_once(options: argparse.Namespace) -> None:
     lines = "".join(part.read_text("utf-8") for part in parts if part.is_file())
     (out / "search.jsonl").write_text(lines, "utf-8")
     table([out / "search.jsonl"], 3)
-    for name in DEVELOPMENT:
-        log = logs / f"probe-{name}.log"
-        if log.is_file():
-            (out / log.name).write_text(log.read_text("utf-8"), "utf-8")
-            print(f"{name}:", *log.read_text("utf-8").splitlines()[:6], sep="\n", flush=True)
 
 
 def main() -> None:
@@ -516,7 +544,6 @@ def main() -> None:
     parser.add_argument("--table", nargs="*", type=Path)
     parser.add_argument("--least", type=int, default=1, help="prompts below which none is shown")
     parser.add_argument("--models", type=Path, help="folder with qwen.gguf and smollm2.gguf")
-    parser.add_argument("--probe", action="store_true")
     parser.add_argument("--processes", type=int, default=0, help="the first so many; 0 is all")
     parser.add_argument("--model", default=dkv.DEFAULT_MODEL)
     parser.add_argument("--dtype", default="auto")
@@ -526,38 +553,15 @@ def main() -> None:
     parser.add_argument("--part", default="0/1")
     parser.add_argument("--seconds", type=float, default=1e9)
     parser.add_argument("--plans", type=int, default=0, help="the first so many; 0 is all")
+    parser.add_argument("--second", action="store_true", help="the second round's candidates")
     parser.add_argument("--output", type=Path, default=Path("search.jsonl"))
     options = parser.parse_args()
     if options.table is not None:
         table(options.table, options.least)
     elif options.models is not None:
         all_at_once(options)
-    elif options.probe:
-        probe(options)
     else:
         measure_part(options)
-
-
-def probe(options: argparse.Namespace) -> None:
-    """Seconds that an evaluation's answers take in one pass and each by itself."""
-    llm = dkv.load_model(options.model, dtype=options.dtype)
-    names = [name for name in dkv.METHODS if name not in ("H2O", "Manual")]
-    methods = methods_at(names, [64, 128, 256])
-    with tempfile.TemporaryDirectory() as folder:
-        essays(Path(folder))
-        for task in options.tasks.split(","):
-            read, expected, longest = read_prompt(llm, task, 0, 1, Path(folder))
-            for _ in range(2):
-                began = time.perf_counter()
-                shared = answers(llm, read, methods, longest)
-                print(f"{task} shared: {time.perf_counter() - began:.1f} s", flush=True)
-            began = time.perf_counter()
-            apart = dkv.compare(llm, prefill=read, methods=methods, max_new_tokens=longest).runs
-            print(f"{task} apart: {time.perf_counter() - began:.1f} s", flush=True)
-            same = sum(a.answer == b.answer for a, b in zip(shared, apart, strict=True))
-            print(f"{task}: {same} of {len(apart)} answers the same; {expected}", flush=True)
-            for a, b in zip(shared, apart, strict=True):
-                print(a.method, a.parameters.get("capacity"), repr(a.answer), repr(b.answer))
 
 
 def measure_part(options: argparse.Namespace) -> None:
@@ -565,7 +569,7 @@ def measure_part(options: argparse.Namespace) -> None:
     start = time.perf_counter()
     mine, of = map(int, options.part.split("/"))
     llm = dkv.load_model(options.model, dtype=options.dtype)
-    wanted = plans()[: options.plans or None]
+    wanted = (second_plans() if options.second else plans())[: options.plans or None]
     name = Path(llm.name).stem
     print(f"{name} {mine}: loaded after {time.perf_counter() - start:.0f} s", flush=True)
     tasks = (options.tasks or "needle 2K").split(",")
