@@ -19,7 +19,7 @@ from torch import Tensor
 from dynamickv.methods.capabilities import Capabilities
 from dynamickv.methods.parameters import require_integer
 from dynamickv.methods.selection import ScoredSelection, Selection
-from dynamickv.methods.shiftkv import SINKS, ShiftKV
+from dynamickv.methods.shiftkv import SINKS, ShiftKV, weight_of_depth
 from dynamickv.records import LayerObservation
 from dynamickv.scoring import pool, top_positions
 
@@ -31,15 +31,15 @@ class VoteKV(ShiftKV):
     does.
 
     A head's vote for a position is the square of the most attention that one of the last
-    `voting_size` tokens pays to it; the first 4 positions and the voting tokens get none. Votes are
-    summed over all heads and layers, averaged over `smoothing` positions, and count for the
-    `reach` positions that follow. What won is known once the last layer is read: until then every
-    layer holds the whole prompt.
+    `voting_size` tokens pays to it, times its layer's claim on the budget; the first 4 positions
+    and the voting tokens get none. Votes are summed over all heads and layers, averaged over
+    `smoothing` positions, and count for the `reach` positions that follow. What won is known once
+    the last layer is read: until then every layer holds the whole prompt.
     """
 
     name: ClassVar[str] = "VoteKV"
     capabilities: ClassVar[Capabilities] = replace(ShiftKV.capabilities, decoding=False)
-    voted_share: float = 0.5
+    voted_share: float = 0.75
     """Part of the mean budget that goes to the places voted for, 0 to 1."""
     voting_size: int = 32
     """Trailing prompt tokens that vote."""
@@ -71,7 +71,7 @@ class VoteKV(ShiftKV):
         return VoteSelection(self, num_layers)
 
     def votes(self, layer: LayerObservation) -> Tensor:
-        """What a layer's heads vote for together, (prompt_length,) float32."""
+        """What a layer's heads vote for together, before its claim, (prompt_length,) float32."""
         voting = min(self.voting_size, layer.prompt_length, layer.queries.shape[1])
         votes = layer.peaks(voting).square().sum(dim=0)
         votes[:SINKS] = 0
@@ -111,7 +111,9 @@ class VoteSelection(ScoredSelection):
         """Score the next layer and count its votes; after the last, all layers change."""
         method = self.method
         scores, claim = method.weigh(observation)
-        votes = method.votes(observation)
+        votes = (
+            claim * weight_of_depth(len(self.claims), self.num_layers) * method.votes(observation)
+        )
         self.votes = votes if self.votes is None else self.votes + votes.to(self.votes.device)
         self.scores.append(scores / scores.amax(dim=1, keepdim=True).clamp_min(_LEAST))
         self.claims.append(claim)

@@ -10,6 +10,7 @@ import torch
 
 import dynamickv as dkv
 from tests.engine.methods import naive
+from tests.engine.methods.test_shiftkv import claim_by_hand
 from tests.engine.tiny import NUM_LAYERS, random_layers, tiny_llm
 
 LENGTH, CAPACITY, WINDOW, VOTING, SINKS = 60, 24, 8, 12, 4
@@ -49,9 +50,12 @@ def test_every_head_keeps_the_places_that_win_by_votes_counted_by_hand(
     seed: int, share: float
 ) -> None:
     queries, keys = random_layers(seed, length=LENGTH)
-    pairs = zip(queries, keys, strict=True)
-    votes = sum(votes_by_hand(query[0].numpy(), key[0].numpy()) for query, key in pairs)
-    winners = winners_by_hand(np.asarray(votes), int(share * (CAPACITY - WINDOW)))
+    votes = np.zeros(LENGTH)
+    for place, pair in enumerate(zip(queries, keys, strict=True)):
+        query, key = (tensor[0].numpy() for tensor in pair)
+        depth = 0.5 + math.sin(math.pi * place / (NUM_LAYERS - 1))
+        votes += votes_by_hand(query, key) * claim_by_hand(query, key) * depth
+    winners = winners_by_hand(votes, int(share * (CAPACITY - WINDOW)))
     retention = dkv.retain(method(voted_share=share), queries, keys)
     held = 0
     for kept, budget in zip(retention.indices, retention.budgets, strict=True):
