@@ -20,6 +20,7 @@ import os
 import sys
 import tarfile
 import time
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -274,11 +275,14 @@ def work(options: argparse.Namespace) -> None:
         if mine == 0 and not about.is_file():
             write_whole(about, json.dumps(circumstances(loaded[model])))
         start = time.perf_counter()
-        experiment, methods = build(setting)
         journal = Journal(folder / f"{name}.jsonl", mine)
-        for step in measured(experiment, methods, journal, stop=late):
-            told = f"{model}/{name} {step.done} of {step.total}"
-            print(f"{time.perf_counter() - began:.0f} s: {told}", flush=True)
+        try:
+            experiment, methods = build(setting)
+            for step in measured(experiment, methods, journal, stop=late):
+                told = f"{model}/{name} {step.done} of {step.total}"
+                print(f"{time.perf_counter() - began:.0f} s: {told}", flush=True)
+        except Exception:  # the machine is lent: the other parts are measured all the same
+            traceback.print_exc()
         print(f"{model}/{name}: {time.perf_counter() - start:.0f} s", flush=True)
 
 
@@ -340,6 +344,9 @@ def main() -> None:
         arguments += ["--only", options.only] + ["--small"] * options.small
         commands[f"{part}"] = (list(map(str, arguments)), dict(os.environ))
     run(commands, options.output / "logs", lambda: rows_measured(options.output))
+    for log in sorted((options.output / "logs").glob("[0-9]*.log")):
+        said = log.read_text("utf-8", "replace").splitlines()
+        print("\n".join(line for line in said if "Error" in line or line.endswith(" s"))[-600:])
     packed.parent.mkdir(parents=True, exist_ok=True)
     pack(options.output, packed)
     print(f"{packed}: {packed.stat().st_size / 2**20:.1f} MiB{rows_measured(options.output)}")
