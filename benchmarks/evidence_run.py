@@ -342,7 +342,7 @@ def main() -> None:
         arguments += ["--data", options.data, "--output", options.output, "--dtype", options.dtype]
         arguments += ["--part", f"{part}/{options.processes}", "--seconds", f"{left:.0f}"]
         arguments += ["--only", options.only] + ["--small"] * options.small
-        commands[f"{part}"] = (list(map(str, arguments)), dict(os.environ))
+        commands[f"{part}"] = (list(map(str, arguments)), environment(options.models / "any.gguf"))
     run(commands, options.output / "logs", lambda: rows_measured(options.output))
     for log in sorted((options.output / "logs").glob("[0-9]*.log")):
         said = log.read_text("utf-8", "replace").splitlines()
