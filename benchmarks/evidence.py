@@ -45,6 +45,7 @@ def section() -> str:
     parts = [
         *_models(),
         *_part("needle", "Needle in a haystack, per cent found", _needle),
+        *_part("needle-smollm2", "The same on the page's own model, in made-up sentences", _needle),
         *_part("longbench", "LongBench, mean scores", _longbench),
         *_part("tasks", "Budgets and tasks", _tasks),
     ]
@@ -126,7 +127,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.collect is not None:
         with tempfile.TemporaryDirectory() as folder:
-            evidence_tables.write(options.collect, Path(folder), EVIDENCE / "models.json")
+            evidence_tables.write(options.collect, Path(folder), EVIDENCE)
     put(PAGE, section(), (START, END))
 
 

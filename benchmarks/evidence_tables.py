@@ -17,6 +17,7 @@ from typing import Any
 from benchmarks.evidence_run import MODELS, OURS, PARTS, RIVALS
 from benchmarks.report import markdown
 from dynamickv.evaluate.statistics import bootstrap
+from dynamickv.evaluate.summary import needle_summary
 
 Row = dict[str, Any]
 Scores = dict[str, list[float | None]]
@@ -79,7 +80,10 @@ def collect(packed: Path, folder: Path) -> Row:
         archive.extractall(folder, filter="data")
     journals = folder / "journals"
     about = {
-        path.parent.name: json.loads(path.read_text("utf-8"))
+        path.parent.name: {
+            **json.loads(path.read_text("utf-8")),
+            "model": SHORT[path.parent.name],
+        }
         for path in sorted(journals.glob("*/about.json"))
     }
     parts = [
@@ -350,7 +354,35 @@ def turns_lines(part: Row) -> list[list[str]]:
     return lines
 
 
+SHORT = {"qwen": "qwen2.5-coder-0.5b", "gemma": "gemma-3-270m", "smollm2": "smollm2-135m"}
+PICTURED = ("FullKV", "StreamingLLM", "SnapKV", "PyramidKV", "DynamicKV", *OURS)
+"""Methods and capacities of the needle picture."""
+SIZES = (None, 64, 128, 256)
+
+
 def write(packed: Path, folder: Path, target: Path) -> None:
-    """assets/evidence/models.json."""
+    """assets/evidence/models.json, and the needle picture of the first model; SmolLM2's, which was
+    there before, gets a name of its own."""
     record = collect(packed, folder)
-    target.write_text(json.dumps(record, ensure_ascii=False) + "\n", "utf-8")
+    (target / "models.json").write_text(json.dumps(record, ensure_ascii=False) + "\n", "utf-8")
+    first = MODELS[0]
+    journals = folder / "journals"
+    rows = read_journals(journals).get((first, "needle"))
+    if not rows:
+        return
+    picture, before = target / "needle.json", target / "needle-smollm2.json"
+    if picture.is_file() and not before.is_file():
+        picture.rename(before)
+    for row in rows:
+        row["runs"] = [
+            run
+            for run in row["runs"]
+            if run["method"] in PICTURED and run["parameters"].get("capacity") in SIZES
+        ]
+    rows.sort(key=lambda row: json.dumps(row["unit"], sort_keys=True))
+    (settings,) = (
+        row["settings"] for row in _lines(journals / first / "needle.jsonl") if "settings" in row
+    )
+    known = {"settings": {**settings, "model": SHORT[first]}, "summary": needle_summary(rows)}
+    shown = {"circumstances": {**record["circumstances"][first], "processes": "8"}, **known}
+    picture.write_text(json.dumps(shown, ensure_ascii=False, indent=1) + "\n", "utf-8")
