@@ -35,6 +35,7 @@ from torch import Tensor
 
 import dynamickv as dkv
 from benchmarks.allocations import digits_places
+from benchmarks.report import RESULTS, markdown
 from benchmarks.side_by_side import convert, environment, run
 from dynamickv.answer import recording_for
 from dynamickv.cache import prune
@@ -491,6 +492,46 @@ def table(paths: list[Path], least: int) -> None:
             )
 
 
+def record(paths: list[Path], where: str) -> None:
+    """benchmarks/results/search.md: what every candidate found of what FullKV finds, per cent, and
+    of news articles the KL divergence, best first."""
+    found: dict[str, dict[str, list[float]]] = {}
+    full: dict[str, list[bool]] = {}
+    for path in paths:
+        for line in path.read_text("utf-8").splitlines():
+            row = json.loads(line)
+            task = f"{row['model']}, {row['task']}"
+            full.setdefault(task, []).append(row["full"])
+            for capacity, runs in row.get("runs", {}).items():
+                for name, (right, _, apart, _) in runs.items():
+                    value = apart if row["task"] == "news" else 100 * right
+                    cell = f"{task}, {capacity}"
+                    found.setdefault(name, {}).setdefault(cell, []).append(value)
+    enough = {task for task, hits in full.items() if statistics.mean(hits) >= 0.5}
+    cells = sorted({c for f in found.values() for c in f if c.rpartition(", ")[0] in enough})
+    means = {
+        name: {cell: statistics.mean(held[cell]) for cell in cells if cell in held}
+        for name, held in found.items()
+    }
+    shares = {
+        name: statistics.mean(value for cell, value in of.items() if "news" not in cell)
+        for name, of in means.items()
+    }
+    lines = [["candidate", "mean", *cells]]
+    for name in sorted(found, key=lambda name: -shares[name]):
+        told = [f"{means[name][c]:.3g}" if c in means[name] else "-" for c in cells]
+        lines.append([name, f"{shares[name]:.1f}", *told])
+    prompts = "; ".join(f"{task}: {sum(hits)} of {len(hits)}" for task, hits in full.items())
+    text = (
+        f"# The search for VoteKV\n\n`python -m benchmarks.search`: {where}. Found of what FullKV "
+        "finds, per cent, teacher-forced, and the mean over those columns; of news the KL "
+        "divergence from FullKV's answer. Each column is a model, a task and a capacity. Prompts "
+        f"that FullKV answers rightly: {prompts}. Columns in which that is less than half are left "
+        f"out. What the names say is in `Plan`.\n\n{markdown(lines)}\n"
+    )
+    (RESULTS / "search.md").write_text(text, "utf-8")
+
+
 DEVELOPMENT = {
     "qwen": (5, "multikey_3 4K,needle 2K,multikey_2 4K,needle 4K,news"),
     "smollm2": (3, "needle 2K,needle 4K,news,multikey_2 2K"),
@@ -542,6 +583,7 @@ def main() -> None:
     """Measure, or print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.search")
     parser.add_argument("--table", nargs="*", type=Path)
+    parser.add_argument("--record", metavar="WHERE", help="write --table's files down")
     parser.add_argument("--least", type=int, default=1, help="prompts below which none is shown")
     parser.add_argument("--models", type=Path, help="folder with qwen.gguf and smollm2.gguf")
     parser.add_argument("--processes", type=int, default=0, help="the first so many; 0 is all")
@@ -556,7 +598,9 @@ def main() -> None:
     parser.add_argument("--second", action="store_true", help="the second round's candidates")
     parser.add_argument("--output", type=Path, default=Path("search.jsonl"))
     options = parser.parse_args()
-    if options.table is not None:
+    if options.table is not None and options.record:
+        record(options.table, options.record)
+    elif options.table is not None:
         table(options.table, options.least)
     elif options.models is not None:
         all_at_once(options)
