@@ -62,7 +62,7 @@ METHOD_STYLES: dict[str, MethodStyle] = {
         light="#47750b", dark="#a3d65c", pattern="|", symbol="hourglass", glyph="⧗", dash="dashdot"
     ),
     "VoteKV": MethodStyle(
-        light="#6b4fa0", dark="#b39ddb", pattern="|", symbol="pentagon", glyph="⬟", dash="dashdot"
+        light="#9a3fa8", dark="#dd93ea", pattern="/", symbol="triangle-left", glyph="◀", dash="dash"
     ),
     "Manual": MethodStyle(
         light="#c14a00", dark="#f08a4b", pattern="+", symbol="star", glyph="★", dash="longdashdot"
