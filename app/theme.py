@@ -61,6 +61,9 @@ METHOD_STYLES: dict[str, MethodStyle] = {
     "KeyDiff": MethodStyle(
         light="#47750b", dark="#a3d65c", pattern="|", symbol="hourglass", glyph="⧗", dash="dashdot"
     ),
+    "VoteKV": MethodStyle(
+        light="#9a3fa8", dark="#dd93ea", pattern="/", symbol="triangle-left", glyph="◀", dash="dash"
+    ),
     "Manual": MethodStyle(
         light="#c14a00", dark="#f08a4b", pattern="+", symbol="star", glyph="★", dash="longdashdot"
     ),

@@ -24,6 +24,7 @@ from dynamickv.methods import (
     ShiftKV,
     SnapKV,
     StreamingLLM,
+    VoteKV,
     build_method,
     build_methods,
 )
@@ -140,6 +141,7 @@ __all__ = [
     "StreamingLLM",
     "Token",
     "Trace",
+    "VoteKV",
     "__version__",
     "build_method",
     "build_methods",

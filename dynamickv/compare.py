@@ -107,7 +107,8 @@ def compare_stream(
         earlier: runs of this `prefill` that are done; the record holds them before the new ones,
             and a FullKV among them is what the new ones are compared with.
         full_apart: decode FullKV apart from the others, so that its answer is `generate`'s to the
-            last bit and its time its own; False lets it share their pass, which is quicker.
+            last bit and its time its own; False lets it share their pass, which is quicker, and
+            on a GPU lets all share one in place of a captured step for each.
         on_prefill: called with the prompt's prefill once it is read, to keep it for later.
         should_stop: asked between tokens and layers; once true, what exists is finished as
             "cancelled".
@@ -163,7 +164,9 @@ def compare_stream(
     if on_prefill is not None:
         on_prefill(prefill)
     # With two compressed runs there is little to share, and alone each is timed by itself.
-    together = Together(llm) if len(methods) > 3 and not graphable(llm) else None
+    # A captured step is an answer's own, and capturing takes longer than a short answer.
+    alone = len(methods) <= 3 or (full_apart and graphable(llm))
+    together = None if alone else Together(llm)
     with memory_watched(CHOOSING):
         answers = [
             Answer(llm, prefill, prompt, method, max_new_tokens, scores, decoding, done)

@@ -28,6 +28,7 @@ from dynamickv.evaluate.forgetting import (
 )
 from dynamickv.evaluate.haystack import Haystack, Hidden
 from dynamickv.evaluate.journal import Journal, write_whole
+from dynamickv.evaluate.kvpress_results import write_results
 from dynamickv.evaluate.longbench import LongBenchExperiment, Protocol
 from dynamickv.evaluate.metrics import require_libraries
 from dynamickv.evaluate.needle import NeedleExperiment, NeedleGrid, even_depths
@@ -105,6 +106,8 @@ def longbench(options: argparse.Namespace) -> None:
         summary = longbench_summary(rows)
         _write(output / "summary.json", llm, share, summary, experiment.settings)
         write_whole(output / "scores.csv", tables.longbench_csv(summary))
+        if options.kvpress is not None:
+            write_results(Path(options.kvpress), examples, rows, llm.name, Path(folder).name)
         print(tables.longbench_table(summary))
 
 

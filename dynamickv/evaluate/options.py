@@ -105,6 +105,9 @@ def _longbench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="for all tasks")
     parser.add_argument("--skip-malformed", action="store_true", help="leave out unusable lines")
     parser.add_argument(
+        "--kvpress", metavar="DIR", help="also RULER's results as kvpress's evaluation writes them"
+    )
+    parser.add_argument(
         "--output", default="longbench", metavar="DIR", help="answers, scores and tables"
     )
 

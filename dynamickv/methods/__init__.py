@@ -14,6 +14,7 @@ from dynamickv.methods.registry import METHODS, build_method, build_methods
 from dynamickv.methods.shiftkv import ShiftKV
 from dynamickv.methods.snapkv import SnapKV
 from dynamickv.methods.streaming_llm import StreamingLLM
+from dynamickv.methods.votekv import VoteKV
 
 __all__ = [
     "CAKE",
@@ -31,6 +32,7 @@ __all__ = [
     "ShiftKV",
     "SnapKV",
     "StreamingLLM",
+    "VoteKV",
     "build_method",
     "build_methods",
 ]

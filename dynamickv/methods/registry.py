@@ -19,6 +19,7 @@ from dynamickv.methods.pyramidkv import PyramidKV
 from dynamickv.methods.shiftkv import ShiftKV
 from dynamickv.methods.snapkv import SnapKV
 from dynamickv.methods.streaming_llm import StreamingLLM
+from dynamickv.methods.votekv import VoteKV
 
 METHODS: dict[str, type[CompressionMethod]] = {
     FullKV.name: FullKV,
@@ -31,6 +32,7 @@ METHODS: dict[str, type[CompressionMethod]] = {
     LAVa.name: LAVa,
     KeyDiff.name: KeyDiff,
     ShiftKV.name: ShiftKV,
+    VoteKV.name: VoteKV,
     Manual.name: Manual,
 }
 

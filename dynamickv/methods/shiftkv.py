@@ -85,8 +85,7 @@ class ShiftKV(ClaimingMethod):
     def _by_depth(self, claims: Sequence[float], most: int | Sequence[int]) -> list[int]:
         """Budgets of all layers; the middle ones' claims count for more."""
         weighed = [
-            claim * (0.5 + math.sin(math.pi * place / max(len(claims) - 1, 1)))
-            for place, claim in enumerate(claims)
+            claim * weight_of_depth(place, len(claims)) for place, claim in enumerate(claims)
         ]
         return proportional_budgets(weighed, self.mean_budget, most)
 
@@ -109,6 +108,11 @@ class ShiftKV(ClaimingMethod):
             for attention in (before, now)
         ]
         return float((shares[0] - shares[1]).abs().sum() / 2)
+
+
+def weight_of_depth(place: int, num_layers: int) -> float:
+    """From 0.5 at the first and the last layer to 1.5 in the middle."""
+    return 0.5 + math.sin(math.pi * place / max(num_layers - 1, 1))
 
 
 def proportional_budgets(

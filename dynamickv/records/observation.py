@@ -173,6 +173,11 @@ class LayerObservation:
         num_query_heads, prompt_length - first) float32; see `scoring.moments`."""
         return moments(self._shares(first, 0))
 
+    def peaks(self, first: int) -> Tensor:
+        """The most attention that one of the last `first` queries pays to each position before
+        them, (num_query_heads, prompt_length - first) float32."""
+        return self._shares(first, 0).amax(dim=1)
+
     def _shares(self, first: int, last: int) -> Tensor:
         end = self.queries.shape[1] - last
         queries = self.queries[:, end - (first - last) : end]
@@ -207,6 +212,10 @@ class RecallingLayer(LayerObservation):
     def moments(self, first: int) -> Tensor:
         """The same tensor as `LayerObservation.moments`, computed once; not to be changed."""
         return self._recall((first, "moments"), lambda: LayerObservation.moments(self, first))
+
+    def peaks(self, first: int) -> Tensor:
+        """The same tensor as `LayerObservation.peaks`, computed once; not to be changed."""
+        return self._recall((first, "peaks"), lambda: LayerObservation.peaks(self, first))
 
     def _recall(self, key: tuple[int, int | str], compute: Callable[[], Tensor]) -> Tensor:
         # Taken out and put back, so that threads which ask at once never find it half done.
