@@ -28,7 +28,7 @@ SECTIONS = {
     "decoding": ("Long answers, several questions", "python -m benchmarks.decoding"),
     "decoding-h200": (
         "Long answers, several questions, on one GPU",
-        "python -m benchmarks.decoding --device cuda --timed 48 --output decoding-h200",
+        "python -m benchmarks.decoding --device cuda --timed 30 --output decoding-h200",
     ),
     "film": ("Watching a run", "python -m benchmarks.film"),
     "batch": ("Several prompts in one batch", "python -m benchmarks.batch"),
