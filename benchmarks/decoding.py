@@ -1,5 +1,5 @@
 """Long answers with compression that goes on, and the second question about a document:
-python -m benchmarks.decoding [--new-tokens 4096] [--timed 128] [--device cuda] [--precision fast]
+python -m benchmarks.decoding [--new-tokens 4096] [--timed 64] [--device cuda] [--precision fast]
 
 A prompt of 2K tokens and an answer of 4,096 on both paths, same weights and number format:
 transformers' own greedy generate with its DynamicCache (on a GPU without cuDNN's attention, which
@@ -236,7 +236,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu in float32, cuda in bfloat16")
     parser.add_argument("--precision", default="exact", help="of the engine; generate is exact")
     parser.add_argument("--new-tokens", type=int, default=4096)
-    parser.add_argument("--timed", type=int, default=128, help="of generate's, in each of 16 parts")
+    parser.add_argument("--timed", type=int, default=64, help="of generate's, in each of 16 parts")
     parser.add_argument("--runs", type=int, default=3, help="second questions")
     parser.add_argument("--output", help="a name in benchmarks/results, or a path without .json")
     options = parser.parse_args()

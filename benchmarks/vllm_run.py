@@ -319,8 +319,7 @@ def rank_positions(worker: Any, file: str) -> list[list[list[int]]]:
 
 
 def serve(arguments: dict[str, Any]) -> None:
-    """Rounds of prompts, each asked for by a line: requests per second, mean and slowest latency,
-    how many were answered at once, which share of the prompt tokens was cached, and the pool's MiB."""
+    """Rounds of prompts, each asked for by a line: what `served` says of them."""
     with started(arguments["folder"], arguments["options"], **arguments["settings"]) as engine:
         for line in sys.stdin:
             _say(served(engine, **json.loads(line)))
@@ -329,7 +328,12 @@ def serve(arguments: dict[str, Any]) -> None:
 def served(
     engine: LLMEngine, prompts: Sequence[Sequence[int]], tokens: int, clients: int
 ) -> dict[str, float]:
-    """Answer prompts that so many clients send, each its next one when it has its answer."""
+    """Answer prompts that so many clients send, each its next one when it has its answer.
+
+    Returns:
+        Requests per second, mean and slowest latency, how many were answered at once, which share
+        of the prompt tokens was cached, and the pool's MiB.
+    """
     waiting = list(enumerate(prompts))[::-1]
     sent: dict[str, float] = {}
     latencies: list[float] = []

@@ -15,7 +15,9 @@ from pathlib import Path
 
 import pytest
 
-vllm = pytest.importorskip("vllm", reason="vLLM pins its own torch; run make vllm")
+pytest.importorskip("vllm", reason="vLLM pins its own torch; run make vllm")
+
+import vllm
 
 from dynamickv.integrations import vllm as plugin
 from dynamickv.integrations.vllm import compat

@@ -269,6 +269,24 @@ def test_graphs_choose_again_and_answer_like_the_model(method: Any) -> None:
     assert max(stored) <= DECODING.most
 
 
+@torch.inference_mode()
+def test_the_last_graph_takes_memory_for_the_tokens_that_still_come(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("dynamickv.decoding.forgetting.BLOCK", 1)
+    llm, method = tiny_llm(), dkv.SnapKV(capacity=24)
+    cache, prefill = pruned(llm, method)
+    forgetting = forgetting_of(method, dkv.Decoding(budget=24, buffer=10), prefill, cache)
+    assert forgetting is not None
+    graphs = ForgettingGraphs(llm, cache, prefill.length, 14, forgetting, PlainOps(), Eager)
+    for _ in range(14):
+        forgetting.make_room(1)
+        graphs.advance(5)
+    assert len(forgetting.choices) == 1
+    for layer in cache.whole_layers():
+        assert (layer.length, layer.reserved_bytes) == (24 + 4, layer.nbytes)
+
+
 @pytest.mark.parametrize(
     ("steps", "buffer", "taken"),
     [
