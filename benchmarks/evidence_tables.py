@@ -210,10 +210,24 @@ def best_rival(cells: Sequence[Row], capacity: int) -> str | None:
     return max(known, key=lambda name: known[name]) if known else None
 
 
-def part_lines(part: Row) -> list[list[str]]:
-    """Per capacity: every method's mean over the counted cells, and how ours stand to the best
-    rival."""
-    cells = counted(part)
+def answered(part: Row) -> list[Row]:
+    """Of the cells that do not count, the prompts that FullKV answers."""
+    kept = counted(part)
+    cells = []
+    for cell in part["cells"]:
+        full = _scores([cell], "FullKV", None)
+        places = [place for place, score in enumerate(full) if score == 1]
+        if cell not in kept and places:
+            runs = [
+                {**run, "scores": [run["scores"][place] for place in places]}
+                for run in cell["runs"]
+            ]
+            cells.append({"cell": cell["cell"], "prompts": len(places), "runs": runs})
+    return cells
+
+
+def part_lines(part: Row, cells: Sequence[Row]) -> list[list[str]]:
+    """Per capacity: every method's mean over these cells, and how ours stand to the best rival."""
     capacities = sorted({r["capacity"] for c in cells for r in c["runs"] if r["capacity"]})
     methods = [
         name
@@ -260,11 +274,16 @@ def section(record: Row) -> list[str]:
     texts = []
     for name, title in TITLES.items():
         parts = [part for part in record["parts"] if part["part"] == name]
-        tables = [part_lines(part) for part in parts if counted(part)]
-        if not tables:
-            continue
+        tables = [part_lines(part, cells) for part in parts if (cells := counted(part))]
         told = "; ".join(filter(None, map(_cells_told, parts)))
-        texts += [f"{title}, per cent. {told}.", markdown(_joined(tables))]
+        if tables:
+            texts += [f"{title}, per cent. {told}.", markdown(_joined(tables))]
+        for part in parts:
+            if cells := answered(part):
+                number = sum(cell["prompts"] for cell in cells)
+                told = f"the {number} of {NAMES[part['model']]}'s prompts that FullKV answers there"
+                texts += [f"Of cells that are not counted, {told}:",
+                          markdown(part_lines(part, cells))]  # fmt: skip
     heads = [part for part in record["parts"] if part["part"] == "heads"]
     if heads:
         texts += [

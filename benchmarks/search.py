@@ -527,7 +527,8 @@ def record(paths: list[Path], where: str) -> None:
         "finds, per cent, teacher-forced, and the mean over those columns; of news the KL "
         "divergence from FullKV's answer. Each column is a model, a task and a capacity. Prompts "
         f"that FullKV answers rightly: {prompts}. Columns in which that is less than half are left "
-        f"out. What the names say is in `Plan`; VoteKV is `vote(heads=shift square)`.\n\n"
+        "out. What the names say is in `Plan`; VoteKV is `vote(heads=shift square, share=0.75)`, "
+        "which joins two of these and was not tried here itself.\n\n"
         f"{markdown(lines)}\n"
     )
     (RESULTS / "search.md").write_text(text, "utf-8")

@@ -39,7 +39,7 @@ class VoteKV(ShiftKV):
 
     name: ClassVar[str] = "VoteKV"
     capabilities: ClassVar[Capabilities] = replace(ShiftKV.capabilities, decoding=False)
-    voted_share: float = 0.5
+    voted_share: float = 0.75
     """Part of the mean budget that goes to the places voted for, 0 to 1."""
     voting_size: int = 32
     """Trailing prompt tokens that vote."""

@@ -266,7 +266,7 @@ def test_what_is_recorded_is_shown_with_its_circumstances(kind: str) -> None:
         pytest.skip(f"{kind} is not recorded")
     check_panel(panel)
     assert panel["source"].startswith("Recorded 20")
-    assert "smollm2-135m" in panel["source"]
+    assert ("qwen2.5-coder-0.5b" if kind == "needle" else "smollm2-135m") in panel["source"]
 
 
 def test_longbench_has_the_papers_rows_and_a_file() -> None:

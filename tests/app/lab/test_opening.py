@@ -200,21 +200,23 @@ def test_a_picture_is_titled_with_model_capacities_and_methods() -> None:
     assert caption.splitlines()[1] == "tiny · capacity 64 · FullKV, SnapKV"
 
 
-def test_the_form_begins_with_the_recorded_pictures_grid() -> None:
+def test_the_form_begins_with_the_grid_recorded_on_the_pages_own_model() -> None:
     form = needle_form()
-    summary = recorded("needle")["cells"]
-    lengths = {str(cell["open"]["length"]) for cell in summary}
-    sizes = {cell["open"]["capacity"] for cell in summary} - {None}
-    assert set(form["lengths"].split(", ")) == lengths
+    record = json.loads((ASSETS / "evidence" / "needle-smollm2.json").read_text("utf-8"))
+    assert record["circumstances"]["model"] == dkv.DEFAULT_MODEL
+    cells = record["summary"][0]["cells"]
+    sizes = {line["capacity"] for line in record["summary"]} - {None}
+    assert set(form["lengths"].split(", ")) == {str(cell["length"]) for cell in cells}
     assert set(form["capacities"].split(", ")) == {str(size) for size in sizes}
-    assert form["depths"] == len({cell["open"]["depth"] for cell in summary})
+    assert form["depths"] == len({cell["depth"] for cell in cells})
 
 
 @pytest.mark.parametrize("kind", ["needle", "sweep", "tasks", "longbench"])
 def test_a_recorded_panel_names_every_cell_and_says_one_sentence(kind: str) -> None:
     panel = recorded(kind)
     assert panel["cells"]
-    assert panel["settings"]["model"] == "smollm2-135m"
+    shown = "qwen2.5-coder-0.5b" if kind == "needle" else "smollm2-135m"
+    assert panel["settings"]["model"] == shown
     assert panel["csv"]["text"].count("\n") > 2
     assert len(panel["said"]) == (kind != "sweep")
     assert all(sentence.count(". ") == 0 for sentence in panel["said"])
