@@ -20,7 +20,7 @@ from dynamickv.evaluate.needle import NeedleExperiment, NeedleGrid
 from tests.engine.tiny import DOCUMENT, QUESTION, tiny_llm
 
 LAB = ASSETS.parent / "benchmarks" / "results" / "lab"
-JOURNALS = {"needle": "needle.jsonl", "longbench": "multi_news/results.jsonl"}
+JOURNALS = {"needle-smollm2": "needle.jsonl", "longbench": "multi_news/results.jsonl"}
 GRID = ("tiny", ["FullKV", "SnapKV"], "24", "400", 2, 2, 1)
 
 
@@ -222,7 +222,7 @@ def test_a_recorded_panel_names_every_cell_and_says_one_sentence(kind: str) -> N
     assert all(sentence.count(". ") == 0 for sentence in panel["said"])
 
 
-@pytest.mark.parametrize("kind", ["needle", "sweep", "tasks", "longbench"])
+@pytest.mark.parametrize("kind", ["needle", "needle-smollm2", "sweep", "tasks", "longbench"])
 def test_recorded_settings_are_those_that_were_measured_with(kind: str) -> None:
     record = json.loads((ASSETS / "evidence" / f"{kind}.json").read_text("utf-8"))
     settings, at = record["settings"], record["circumstances"]
