@@ -226,9 +226,7 @@ class Forgetting:
 
     def end(self) -> None:
         """No more tokens come."""
-        for layer in self._layers:
-            # Else the layers and this hold each other until the garbage collector comes by.
-            layer.after_attention = None
+        # Else the layers and this hold each other until the garbage collector comes by.
         self._layers, self.before_choice = [], None
 
     def crop(self, count: int) -> None:

@@ -345,6 +345,17 @@ def test_rows_of_a_batch_answer_and_keep_as_each_prompt_alone(method: Any) -> No
         assert mine == [choice.seen + padding for choice in single.choices]
 
 
+def test_a_short_row_of_a_batch_votes_with_its_own_queries_alone() -> None:
+    """It is read by more queries than it has tokens; padding stands before them."""
+    model, rows = tiny_model(), prompts(20, 90)
+    method = dkv.ShiftKV(capacity=24, context_size=48)
+    _, cache = served(model, method, left_padded(rows))
+    _, single = served(model, method, plain(rows[0]))
+    assert single.choices
+    pairs = zip(cache.held_positions(0), single.held_positions(), strict=True)
+    assert all(torch.equal(mine, own) for mine, own in pairs)
+
+
 def test_sampled_answers_to_one_prompt_are_rows_that_forget_for_themselves() -> None:
     model, (row,) = tiny_model(), prompts(70)
     torch.manual_seed(0)
