@@ -19,7 +19,7 @@ CARD_HINTS = {
     "KV cache": "Bytes of keys and values for the prompt, summed from the tensors themselves.",
     "Prefill": "Reading the prompt once. The same prefill serves every method here.",
     "Score + prune": "Choosing the tokens and copying them into the smaller cache.",
-    "Decode": "Mean time for each answer token.",
+    "Decode": "Median time of an answer token; 'for 5 together': one pass served five caches.",
     "Survives": "Mean surviving probability: every cache is fed FullKV's answer, and each of its "
     "words keeps a part of the probability it had. 100 %: as probable as with FullKV.",
     "Erased": "Tokens that no layer and no head keeps: no attention brings them back.",

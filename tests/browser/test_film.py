@@ -176,9 +176,9 @@ def test_rows_come_while_the_prompt_is_read(
     monkeypatch.setattr(dynamickv.walk, "LayerKept", kept)
     page.add_init_script(
         "window.steps = []; addEventListener('dkv:film', () => "
-        "{ if (window.DynamicKV.store.film?.step > 0) requestAnimationFrame(() => "
-        "requestAnimationFrame(() => { window.firstRow ??= performance.timeOrigin"
-        " + performance.now(); })); });"
+        "{ const { film } = window.DynamicKV.store; if (film?.live) requestAnimationFrame(() => "
+        "requestAnimationFrame(() => { window[film.step ? 'firstRow' : 'opening'] ??= "
+        "performance.timeOrigin + performance.now(); })); });"
         " addEventListener('dkv:film', () => { const { film } = "
         "window.DynamicKV.store; if (film?.live) { window.steps.push(film.step);"
         " if (!document.querySelector('.dkv-live-bars').hidden)"
@@ -201,7 +201,9 @@ def test_rows_come_while_the_prompt_is_read(
     assert page.evaluate("window.holes") == 0
     # Plotly, which would hold up the rows, draws the axes alone meanwhile.
     assert set(page.evaluate("window.bars")) == {0}
-    assert page.evaluate("window.firstRow") / 1000 - read[0] <= SLACK * FIRST_ROW
+    # Of so short a prompt a layer may be read before the page has laid the text out.
+    row, opening = page.evaluate("[window.firstRow, window.opening ?? 0]")
+    assert row / 1000 - max(read[0], opening / 1000) <= SLACK * FIRST_ROW
     assert any(0 < step < 30 for step in steps)
     assert steps[-1] == 30
     expect(page.locator(".dkv-answer").first).to_be_visible()
