@@ -313,7 +313,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence_run")
     parser.add_argument("--models", type=Path, required=True, help="folder with the .gguf files")
     parser.add_argument("--data", type=Path, default=ROOT / "benchmarks" / "data")
-    parser.add_argument("--output", type=Path, required=True, help="where to work, such as /tmp/e")
+    parser.add_argument("--output", type=Path, required=True, help="where to work")
     parser.add_argument("--packed", type=Path, help=f"where {PACKED} goes; otherwise --output")
     parser.add_argument("--resume", type=Path, help=f"an earlier {PACKED}")
     parser.add_argument("--processes", type=int, default=8)
