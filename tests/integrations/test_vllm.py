@@ -150,11 +150,11 @@ def test_short_prompts_in_blocks_that_a_compressed_one_gave_back_answer_as_alone
     with started(folder, DYNAMIC, enable_prefix_caching=True, **blocks) as engine:
         alone = {}
         for name, prompt in shorts.items():
-            alone |= answers(engine, {name: prompt}, 8)
+            alone |= answers(engine, {name: prompt}, 4)
         read_prompt(engine, random_prompt(400, 1), 195)
         among = {}
         for name, prompt in shorts.items():
-            add(engine, name, prompt, 8)
+            add(engine, name, prompt, 4)
             while name not in among:
                 done = [output for output in engine.step() if output.finished]
                 among |= {one.request_id: list(one.outputs[0].token_ids) for one in done}
