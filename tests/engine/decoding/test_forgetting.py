@@ -346,14 +346,19 @@ def test_rows_of_a_batch_answer_and_keep_as_each_prompt_alone(method: Any) -> No
 
 
 def test_a_short_row_of_a_batch_votes_with_its_own_queries_alone() -> None:
-    """It is read by more queries than it has tokens; padding stands before them."""
-    model, rows = tiny_model(), prompts(20, 90)
-    method = dkv.ShiftKV(capacity=24, context_size=48)
-    _, cache = served(model, method, left_padded(rows))
-    _, single = served(model, method, plain(rows[0]))
-    assert single.choices
-    pairs = zip(cache.held_positions(0), single.held_positions(), strict=True)
-    assert all(torch.equal(mine, own) for mine, own in pairs)
+    """It has fewer tokens than the method reads queries; padding stands before them."""
+    read: list[int] = []
+
+    class Counting(dkv.ShiftKV):
+        def choose_again(self, layers: Sequence[HeldLayer]) -> list[Tensor]:
+            read.append(layers[0].queries.shape[1])
+            return super().choose_again(layers)
+
+    method = Counting(capacity=24, context_size=48)
+    _, cache = served(tiny_model(), method, left_padded(prompts(20, 90)))
+    rows = [row for choice in cache.choices for row in choice.rows]
+    assert read[rows.index(0)] == BUDGET + BUFFER
+    assert read[rows.index(1)] == 48
 
 
 def test_sampled_answers_to_one_prompt_are_rows_that_forget_for_themselves() -> None:
