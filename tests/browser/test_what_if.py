@@ -235,7 +235,8 @@ def test_8k_tokens_of_30_layers_are_chosen_again_at_once_by_every_method(
         picker.select_option(method)
         page.wait_for_function(f"{PREDICTED}.method === '{method}'")
         page.wait_for_timeout(100)  # the first choice with other attentions has been painted
-        for _ in range(ROUNDS):
+        for tried in range(ROUNDS):
+            page.wait_for_timeout(500 * tried)  # what else the machine does passes
             times[method] = page.evaluate(SLIDE, [64, 256, 1024, 512, 128, 64])
             if times[method] < 2 * limit_of(method):
                 break
