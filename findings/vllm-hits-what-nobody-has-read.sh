@@ -43,8 +43,8 @@ scheduler = engine.engine_core.engine_core.scheduler
 schedule, steps = scheduler.schedule, []
 
 
-def watched():
-    output = schedule()
+def watched(*arguments):
+    output = schedule(*arguments)
     steps.append([new.num_computed_tokens for new in output.scheduled_new_reqs])
     return output
 
