@@ -30,7 +30,7 @@ from dynamickv.decoding.decode import decode
 from dynamickv.evaluate.statistics import bootstrap, wilson
 from dynamickv.methods.base import ScoredMethod
 from dynamickv.reading.observe import observed
-from dynamickv.records import LayerObservation, Prefill
+from dynamickv.records import LayerObservation, Prefill, Retention
 from dynamickv.scoring import window_attention
 
 NAMES = ("Ashford", "Brindle", "Calder", "Dunmore", "Elstow", "Farrow", "Gorse", "Hawley")
@@ -160,13 +160,15 @@ def sample(llm: dkv.LoadedModel, rng: random.Random, length: int) -> tuple[str, 
 
 
 @torch.inference_mode()
-def next_logits(
-    llm: dkv.LoadedModel, prefill: Prefill, method: dkv.CompressionMethod, answer: list[int]
+def forced_logits(
+    llm: dkv.LoadedModel, read: Prefill, kept: Retention, answer: list[int]
 ) -> Tensor:
-    """Log-probabilities of every answer token's place, (answer, vocabulary), from a pruned cache
-    that is fed FullKV's answer."""
-    cache = prune(prefill, method.select(prefill.layers), room=len(answer))
-    positions = torch.arange(prefill.length, prefill.length + len(answer) - 1, device=llm.device)
+    """Logits of every answer token's place, (answer, vocabulary) float32, from a pruned cache that
+    is fed that answer."""
+    if len(answer) < 2:
+        return read.logits[None].float()
+    cache = prune(read, kept, room=len(answer))
+    positions = torch.arange(read.length, read.length + len(answer) - 1, device=llm.device)
     with observed(llm.model):
         output = llm.model(
             torch.tensor([answer[:-1]], device=llm.device),
@@ -174,8 +176,7 @@ def next_logits(
             past_key_values=cache,
             use_cache=True,
         )
-    logits = torch.cat([prefill.logits[None], output.logits[0]])
-    return logits.float().log_softmax(-1)
+    return torch.cat([read.logits[None], output.logits[0]]).float()
 
 
 def digits_places(llm: dkv.LoadedModel, answer: list[int], code: str) -> list[int]:
@@ -201,12 +202,14 @@ def measure(llm: dkv.LoadedModel, rng: random.Random, length: int, capacities: l
     places = digits_places(llm, answer, code)
     if places:
         answer = answer[: places[-1] + 1]
-    full = next_logits(llm, prefill, dkv.FullKV(), answer)
+    whole = dkv.FullKV().select(prefill.layers)
+    full = forced_logits(llm, prefill, whole, answer).log_softmax(-1)
     found: dict[str, dict[str, tuple[bool, float]]] = {}
     for capacity in capacities:
         found[str(capacity)] = {}
         for name, method in candidates(capacity).items():
-            logits = next_logits(llm, prefill, method, answer)
+            kept = method.select(prefill.layers)
+            logits = forced_logits(llm, prefill, kept, answer).log_softmax(-1)
             right = bool(places) and all(
                 int(logits[place].argmax()) == answer[place] for place in places
             )

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dynamickv as dkv
-from benchmarks.allocations import digits_places
+from benchmarks.allocations import digits_places, forced_logits
 from benchmarks.report import RESULTS, markdown
 from benchmarks.side_by_side import convert, environment, run
 from dynamickv.answer import recording_for
@@ -47,7 +47,6 @@ from dynamickv.evaluate.needle import NeedleExperiment, NeedleGrid
 from dynamickv.evaluate.ruler import make_examples
 from dynamickv.evaluate.statistics import bootstrap
 from dynamickv.methods.shiftkv import proportional_budgets
-from dynamickv.reading.observe import observed
 from dynamickv.reading.prefill import prefill, prefill_text
 from dynamickv.records import Prefill, Retention
 from dynamickv.scoring import (
@@ -395,23 +394,6 @@ def read_prompt(llm: dkv.LoadedModel, task: str, sample: int, seed: int, folder:
 
 
 @torch.inference_mode()
-def forced(llm: dkv.LoadedModel, read: Prefill, kept: Retention, answer: list[int]) -> Tensor:
-    """Logits of every answer token's place, (answer, vocabulary) float32."""
-    if len(answer) < 2:
-        return read.logits[None].float()
-    cache = prune(read, kept, room=len(answer))
-    positions = torch.arange(read.length, read.length + len(answer) - 1, device=llm.device)
-    with observed(llm.model):
-        output = llm.model(
-            torch.tensor([answer[:-1]], device=llm.device),
-            position_ids=positions[None],
-            past_key_values=cache,
-            use_cache=True,
-        )
-    return torch.cat([read.logits[None], output.logits[0]]).float()
-
-
-@torch.inference_mode()
 def measure(llm: dkv.LoadedModel, prompt: Prompt, capacities: list[int], wanted: list[Plan]) -> Row:
     """One prompt under every candidate."""
     read, expected, longest = prompt
@@ -428,14 +410,14 @@ def measure(llm: dkv.LoadedModel, prompt: Prompt, capacities: list[int], wanted:
         answer = answer[: max(map(max, places)) + 1]
     flat = [place for found in places for place in found] or list(range(len(answer)))
     truth = torch.tensor(answer, device=llm.device)
-    sure = forced(llm, read, everything, answer).log_softmax(-1)
+    sure = forced_logits(llm, read, everything, answer).log_softmax(-1)
     seen = Read(read)
     row["runs"] = {}
     for capacity in capacities:
         found: dict[str, list[float]] = {}
 
         def judge(name: str, kept: Retention, found: dict[str, list[float]] = found) -> None:
-            logits = forced(llm, read, kept, answer).log_softmax(-1)
+            logits = forced_logits(llm, read, kept, answer).log_softmax(-1)
             right = logits.argmax(-1) == truth
             apart = (sure.exp() * (sure - logits)).sum(-1)[1:]
             found[name] = [
