@@ -12,7 +12,7 @@ from benchmarks.gpu.generate import Beats
 from benchmarks.gpu.models import kv_bytes, prompt
 from benchmarks.gpu.timing import free, synchronize
 
-ROWS, STEPS, ROUNDS = 8, 48, 3
+ROWS, STEPS, ROUNDS = 8, 32, 3
 SHORTER = 16
 """Tokens by which each row is shorter than the one before, so that all but one are padded."""
 
@@ -20,7 +20,7 @@ SHORTER = 16
 @torch.inference_mode()
 def batch(bench: Bench, llm: dkv.LoadedModel) -> None:
     """Bytes held and milliseconds per step of eight rows; the rounds take turns."""
-    length = bench.long // 2
+    length = bench.long // 8
     ids = list(prompt(llm, length).token_ids)
     rows = [[0] * (SHORTER * row) + ids[SHORTER * row :] for row in range(ROWS)]
     mask = [[0] * (SHORTER * row) + [1] * (length - SHORTER * row) for row in range(ROWS)]

@@ -55,3 +55,5 @@ def overhead(bench: Bench, name: str, llm: dkv.LoadedModel) -> None:
         ratios(served, alone),
         target="<= 1.01",
     )
+    for action, label in zip(actions, ("plain", "explore", "serve"), strict=True):
+        bench.profile(f"{name}-prefill-{label}", action, 1)
