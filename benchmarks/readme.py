@@ -24,6 +24,7 @@ SECTIONS = {
     "start": ("Start", "make bench"),
     "convert": ("First conversion of a GGUF file", "python -m benchmarks.convert FILE.gguf"),
     "engine": ("Reading, choosing, decoding", "make bench"),
+    "cpu": ('Precision "fast" on a CPU', "python -m benchmarks.cpu"),
     "what-if": ("Choosing again from one prefill", "python -m benchmarks.what_if"),
     "decoding": ("Long answers, several questions", "python -m benchmarks.decoding"),
     "decoding-h200": (
