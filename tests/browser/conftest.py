@@ -131,7 +131,7 @@ def browser(chromium_path: str) -> Iterator[Browser]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=chromium_path,
-            args=["--no-sandbox", "--disable-background-networking"],
+            args=["--no-sandbox", "--disable-background-networking", "--process-per-site"],
         )
         yield browser
         browser.close()
@@ -141,13 +141,17 @@ def browser(chromium_path: str) -> Iterator[Browser]:
 def window(browser: Browser) -> Iterator[BrowserContext]:
     """One window for the tabs of all tests: the page's scripts are fetched and compiled once.
 
-    A tab in a window of its own costs 4 s of processor time to load, one in this window 1.5.
+    They stay compiled as long as one tab keeps the process of its site alive: loading the page
+    takes 6 s of processor time in a process of its own, 3.8 s in one that has shown it before.
     """
     context = browser.new_context(
         viewport={"width": 1400, "height": 900},
         permissions=["clipboard-read", "clipboard-write"],
         reduced_motion="reduce",  # nothing moves by itself; films have their own tests
     )
+    keeper = context.new_page()
+    keeper.route("**/*", lambda route: route.fulfill(body=""))
+    keeper.goto("http://127.0.0.1/")
     yield context
     context.close()
 
@@ -178,7 +182,7 @@ def page(window: BrowserContext) -> Iterator[Page]:
         ),
     )
     yield page
-    for tab in window.pages:
+    for tab in window.pages[1:]:  # the first keeps the process
         if LOCAL.match(tab.url):
             tab.evaluate("localStorage.clear()")
         tab.close()
