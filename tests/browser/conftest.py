@@ -141,8 +141,8 @@ def browser(chromium_path: str) -> Iterator[Browser]:
 def window(browser: Browser) -> Iterator[BrowserContext]:
     """One window for the tabs of all tests: the page's scripts are fetched and compiled once.
 
-    They stay compiled as long as one tab keeps the process of its site alive: loading the page
-    takes 6 s of processor time in a process of its own, 3.8 s in one that has shown it before.
+    One tab stays open and keeps the process of its site alive: loading the page takes 6 s of
+    processor time in a process of its own, 3.8 s in one that has shown it before.
     """
     context = browser.new_context(
         viewport={"width": 1400, "height": 900},
