@@ -8,8 +8,8 @@
 #   rounding. torch's own product with the unpacked float32 matrix, eight times the bytes: 0.33 ms.
 # Why a good guess is wrong: the product is bound by the weights' bytes, which are the same in all
 #   three, and float32 spares the conversions; whoever wants unrounded activations gets them without
-#   an error or a warning, and a step slower than one without any quantization. Only bfloat16 has
-#   written-out vector code there.
+#   an error or a warning, and a step slower than one without any quantization. On x86 its source
+#   has vector code for bfloat16 alone (on Arm for all three).
 # Fails if float32 takes less than 5 times as long as bfloat16, or less than the unpacked product.
 set -euo pipefail
 
@@ -50,8 +50,10 @@ took = {"unpacked": milliseconds(lambda: torch.nn.functional.linear(x, weight))}
 print(f"float32, unpacked: {took['unpacked']:.3f} ms")
 for dtype in (torch.bfloat16, torch.float32, torch.float16):
     row, own = x.to(dtype), scales.to(dtype)
+
     def product():
         return torch.ops.aten._weight_int4pack_mm_for_cpu(row, packed, GROUP, own)
+
     away = float((product().float() - wanted).norm() / wanted.norm())
     took[dtype] = milliseconds(product)
     print(f"{dtype}, four bits: {took[dtype]:.3f} ms, relative error {away:.1e}")
