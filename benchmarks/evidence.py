@@ -62,9 +62,11 @@ def _models() -> list[str]:
     where = (
         f"Three models: {at['dtype']}, {at['device']}, {at['date']}, torch {at['torch']}, "
         f"transformers {at['transformers']}. Again with `python -m benchmarks.evidence_run`. At "
-        "one capacity every method holds as many bytes per KV head, but for roundings; cells in "
-        "which FullKV finds less than half are not counted. In brackets 95 % intervals of paired "
-        "differences, over prompts."
+        "one capacity every method is given as many places per KV head; KiB says what a KV head "
+        "of a layer then holds, fewest to most over the methods: PyramidKV keeps its window "
+        "beyond its budget, DynamicKV at times uses less, and Gemma's sliding layers, which stay "
+        "as they are, are counted in. Cells in which FullKV finds less than half are not counted. "
+        "In brackets 95 % intervals of paired differences, over prompts."
     )
     return [where, *evidence_tables.section(record)]
 

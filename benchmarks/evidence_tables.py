@@ -26,6 +26,8 @@ NAMES = {
     "gemma": "Gemma-3-270M",
     "smollm2": "SmolLM2-135M",
 }
+HEADS = {"qwen": 24 * 2, "gemma": 18 * 1, "smollm2": 30 * 3}
+"""KV heads of all layers."""
 LEAST = 0.5
 """FullKV's share below which a cell is not counted."""
 GRADED = ("multi_news", "passage_retrieval_zh")
@@ -235,7 +237,8 @@ def part_lines(part: Row, cells: Sequence[Row]) -> list[list[str]]:
         if any(run["method"] == name for cell in cells for run in cell["runs"])
     ]
     ours = [name for name in OURS if name in methods]
-    head = ["model", "capacity", "FullKV", *methods, "best rival", *(f"{n} over it" for n in ours)]
+    head = ["model", "capacity", "KiB", "FullKV", *methods, "best rival"]
+    head += [f"{name} over it" for name in ours]
     lines = [head]
     for capacity in capacities:
         rival = best_rival(cells, capacity)
@@ -249,6 +252,7 @@ def part_lines(part: Row, cells: Sequence[Row]) -> list[list[str]]:
             [
                 NAMES[part["model"]],
                 str(capacity),
+                _bytes_told(part, cells, capacity),
                 _percent(_mean(_scores(cells, "FullKV", None))),
                 *(_percent(_mean(_scores(cells, name, capacity))) for name in methods),
                 rival or "-",
@@ -256,6 +260,24 @@ def part_lines(part: Row, cells: Sequence[Row]) -> list[list[str]]:
             ]
         )
     return lines
+
+
+def _bytes_told(part: Row, cells: Sequence[Row], capacity: int) -> str:
+    """Fewest and most that a method holds per KV head, KiB."""
+    means = {
+        run["method"]: mean(
+            held["kv_bytes"] for cell in cells if (held := _run(cell, *_place(run))) is not None
+        )
+        for run in cells[0]["runs"]
+        if run["capacity"] == capacity and run["granularity"] == "kv_head"
+    }
+    ends = (f"{end / HEADS[part['model']] / 1024:.1f}" for end in (min(means.values()),
+            max(means.values())))  # fmt: skip
+    return " to ".join(dict.fromkeys(ends))
+
+
+def _place(run: Row) -> tuple[str, int | None, str]:
+    return run["method"], run["capacity"], run["granularity"]
 
 
 def _percent(value: float | None) -> str:
@@ -284,23 +306,66 @@ def section(record: Row) -> list[str]:
                 told = f"the {number} of {NAMES[part['model']]}'s prompts that FullKV answers there"
                 texts += [f"Of cells that are not counted, {told}:",
                           markdown(part_lines(part, cells))]  # fmt: skip
+    both = protocol_lines(record["parts"])
+    if len(both) > 1:
+        texts += [
+            "FullKV in both protocols, the same tasks, per cent.",
+            markdown(both),
+        ]
     heads = [part for part in record["parts"] if part["part"] == "heads"]
     if heads:
         texts += [
             "One choice per query head stores every query head. Needles of 2K and 4K tokens, "
             "found, per cent; differences are those to one choice per KV head at the same capacity "
-            "and at the same bytes.",
-            markdown(_joined([heads_lines(part) for part in heads])),
+            f"and at the same bytes. {'; '.join(map(_cells_told, heads))}.",
+            markdown(_joined([heads_lines(part) for part in heads if counted(part)])),
         ]
     turns = [part for part in record["parts"] if part["part"] == "turns"]
     if turns:
         texts += [
             "Several questions about each text of assets/tasks: found after the first question, "
             "per cent, from the cache of the first question, from one chosen before any question, "
-            "and from one chosen anew.",
-            markdown(_joined([turns_lines(part) for part in turns])),
+            f"and from one chosen anew. {'; '.join(map(_turns_told, turns))}.",
+            markdown(_joined([turns_lines(part) for part in turns if counted(part)])),
         ]
     return texts
+
+
+PLAIN = {"needle-plain": "needle"}
+"""Parts without the template whose other one has no suffix."""
+
+
+def protocol_lines(parts: Sequence[Row]) -> list[list[str]]:
+    """FullKV with and without the chat template, over the cells that both have."""
+    held = {(part["model"], part["part"]): part for part in parts}
+    lines = [["model", "task", "prompts", "without template", "in the chat template"]]
+    for model, name in held:
+        if name in PLAIN:
+            plain, chat = held[model, name], held.get((model, PLAIN[name]))
+        elif name.endswith("-chat"):
+            plain, chat = held.get((model, name.removesuffix("-chat"))), held[model, name]
+        else:
+            continue
+        if plain is None or chat is None:
+            continue
+        shared = {c["cell"] for c in plain["cells"]} & {c["cell"] for c in chat["cells"]}
+        scores = [
+            _scores([c for c in part["cells"] if c["cell"] in shared], "FullKV", None)
+            for part in (plain, chat)
+        ]
+        counts = dict.fromkeys(str(len(side)) for side in scores)
+        task = PLAIN.get(name, name.removesuffix("-chat"))
+        lines.append(
+            [NAMES[model], task, " and ".join(counts), *(_percent(_mean(side)) for side in scores)]
+        )
+    return lines
+
+
+def _turns_told(part: Row) -> str:
+    """How many questions, or why they are not counted."""
+    cell = part["cells"][-1]
+    told = f"{NAMES[part['model']]}: {cell['prompts']} questions"
+    return told if counted(part) else f"{told}, not counted (FullKV {_percent(ceiling(cell))})"
 
 
 def _joined(tables: Sequence[list[list[str]]]) -> list[list[str]]:
@@ -363,13 +428,15 @@ def heads_lines(part: Row) -> list[list[str]]:
 def turns_lines(part: Row) -> list[list[str]]:
     """Per method and capacity, the three caches."""
     cells = {cell["cell"]: cell for cell in part["cells"]}
-    lines = [["model", "method", "capacity", "first question's", "before any", "anew"]]
+    head = ["model", "method", "capacity", "first question's", "before any", "anew"]
+    lines = [[*head, "anew over the first's", "anew over SnapKV's"]]
     for run in cells["anew"]["runs"]:
         key = run["method"], run["capacity"]
-        shares = [
-            _percent(_mean(_scores([cells[way]], *key))) for way in ("first", "blind", "anew")
-        ]
-        lines.append([NAMES[part["model"]], key[0], str(key[1] or "all"), *shares])
+        first, blind, anew = (_scores([cells[way]], *key) for way in ("first", "blind", "anew"))
+        rival = _scores([cells["anew"]], "SnapKV", key[1])
+        shares = [_percent(_mean(scores)) for scores in (first, blind, anew)]
+        gains = [_told(difference(anew, other)) if key[1] else "-" for other in (first, rival)]
+        lines.append([NAMES[part["model"]], key[0], str(key[1] or "all"), *shares, *gains])
     return lines
 
 
