@@ -34,7 +34,7 @@ def main() -> None:
     unknown = [name for name in chosen if name not in known]
     if unknown:
         parser.error(f"there is no example {unknown[0]!r}; choose from {', '.join(known)}")
-    llm = dkv.load_model(dkv.DEFAULT_MODEL, device="cpu")
+    llm = dkv.load_model(dkv.DEFAULT_MODEL, device="cpu", precision="exact")
     RUNS.mkdir(exist_ok=True)
     reads_file(RUNS / "any").parent.mkdir(exist_ok=True)
     for name in chosen:

@@ -36,7 +36,7 @@ def main() -> None:
     weights = dict(pair.partition("=")[::2] for pair in options.weights)
     chosen = [entry for entry in entries if entry["id"] in (options.ids or known)]
     for name in dict.fromkeys(entry["weights"] for entry in chosen):
-        llm = dkv.load_model(weights.get(name, name), device="cpu")
+        llm = dkv.load_model(weights.get(name, name), device="cpu", precision="exact")
         for entry in chosen:
             if entry["weights"] == name:
                 keep(llm, entry)

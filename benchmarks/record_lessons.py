@@ -42,7 +42,7 @@ def main() -> None:
     unknown = [name for name in chosen if name not in plans]
     if unknown:
         parser.error(f"there is no record {unknown[0]!r}; choose from {', '.join(plans)}")
-    llm = dkv.load_model(dkv.DEFAULT_MODEL, device="cpu")
+    llm = dkv.load_model(dkv.DEFAULT_MODEL, device="cpu", precision="exact")
     for name in chosen:
         record(llm, name, plans[name], options.behind)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -28,9 +29,10 @@ from dynamickv.models.faults import UnusableModelError, unreadable
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-VERSION = 2
+VERSION = 3
 """Of what a conversion reads from a file; kept ones of another version are made again.
-2: parts, rotary scaling, the file's own way of splitting text, no weights made up."""
+2: parts, rotary scaling, the file's own way of splitting text, no weights made up.
+3: the bits of its weights."""
 END_OF_TURN = "tokenizer.ggml.eot_token_id"
 CONVERTING, DAMAGED = ".converting-", ".damaged-"
 """What the folders begin with that exist only while something is converted."""
@@ -96,8 +98,25 @@ def _convert_unless_done(gguf: Path, folder: Path) -> None:
     _convert(gguf, folder)
 
 
+def _bits_per_weight(source: files.Gguf) -> float:
+    """Over all matrices, the scales of quantized blocks included."""
+    matrices = [tensor for tensor in source.tensors.values() if len(tensor.shape) > 1]
+    count = sum(math.prod(tensor.shape) for tensor in matrices)
+    return 8 * sum(tensor.nbytes for tensor in matrices) / max(count, 1)
+
+
+def bits_of(folder: Path) -> float:
+    """Bits per weight of the file that an intact conversion was made from."""
+    return float(_manifest(folder)["bits"])
+
+
 def _version(folder: Path) -> int:
-    return int(json.loads((folder / MANIFEST).read_text("utf-8")).get("version", 1))
+    return int(_manifest(folder).get("version", 1))
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    read: dict[str, Any] = json.loads((folder / MANIFEST).read_text("utf-8"))
+    return read
 
 
 def _remove_leftovers(folder: Path) -> None:
@@ -184,6 +203,7 @@ def _convert(gguf: Path, folder: Path) -> None:
             "version": VERSION,
             "source": gguf.name,
             "transformers": transformers.__version__,
+            "bits": _bits_per_weight(source),
             "files": written,
         }
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), "utf-8")

@@ -26,7 +26,7 @@ from dynamickv.models.choices import (
     choose_dtype,
     choose_quantization,
 )
-from dynamickv.models.conversion import converted, quiet, source_hash
+from dynamickv.models.conversion import bits_of, converted, quiet, source_hash
 from dynamickv.models.faults import UnusableModelError, first_line, unreadable
 from dynamickv.models.geometry import require_compressible
 from dynamickv.models.loaded import LoadedModel
@@ -79,7 +79,8 @@ def load_model(
         revision: commit, branch or tag of a model on the hub. Short names are pinned to theirs.
         precision: "exact" computes in `dtype`, bit for bit as the plain model. "fast" lets products
             round as bfloat16 ones do, with float32 sums, on a CPU that has instructions for them
-            (avx512_bf16, AMX), and is exact elsewhere. "auto" is "exact".
+            (avx512_bf16, AMX), and is exact elsewhere. "auto" is "fast" for a GGUF file of less
+            than 16 bits per weight, whose weights are rounded anyway, else "exact".
 
     Raises:
         ValueError: an unknown name or option, or a model that cannot be read, in one sentence.
@@ -93,9 +94,10 @@ def load_model(
     number_format = choose_dtype(dtype, place)
     packing = choose_quantization(quantization, number_format)
     source, pinned, gguf = resolve(name, revision)
-    origin = None
+    origin, bits = None, None
     if gguf is not None:
         source, origin = converted(gguf), f"gguf-{source_hash(gguf)[:12]}"
+        bits = bits_of(source)
     with _explained(name):
         _require_no_adapter(source, pinned, name)
         config = _read_config(source, pinned)
@@ -123,7 +125,7 @@ def load_model(
     origin = origin or getattr(model.config, "_commit_hash", None) or pinned or "local"
     if to_place:
         model.to(place)  # type: ignore[arg-type]
-    fast = packed_for(precision, model)
+    fast = packed_for(precision, model, bits)
     llm = LoadedModel.wrap(model, tokenizer, name, origin, fast)
     if llm.quantization is not None:
         _require_packed_products(llm)

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PRECISIONS = ("auto", "exact", "fast")
+HALF = 16
+"""Bits of a half-precision number."""
 
 
 def require_precision(precision: str) -> None:
@@ -21,12 +23,20 @@ def require_precision(precision: str) -> None:
         raise ValueError(f"precision must be {', '.join(PRECISIONS)}, got {precision!r}")
 
 
-def packed_for(precision: str, model: PreTrainedModel) -> PackedWeights | None:
+def packed_for(
+    precision: str, model: PreTrainedModel, bits: float | None = None
+) -> PackedWeights | None:
     """The packed weights that a precision asks for; None computes as the model does.
 
     "fast" needs float32 weights on a CPU with bfloat16 instructions, and memory for a copy of half
-    their size; where one is missing it computes exactly. "auto" is "exact".
+    their size; where one is missing it computes exactly. "auto" is "fast" for weights that were
+    rounded further before than bfloat16 rounds: those of a GGUF file below 16 bits.
+
+    Args:
+        bits: per weight in the GGUF file that the model was read from.
     """
+    if precision == "auto":
+        precision = "exact" if bits is None or bits >= HALF else "fast"
     if precision != "fast" or not has_fast_products():
         return None
     if any(

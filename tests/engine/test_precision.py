@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from dynamickv.fast.packed import PackedWeights
 from dynamickv.models import precision
 from dynamickv.models.precision import packed_for
 from dynamickv.scoring import attention_mass
+from tests.engine.models.gguf_file import write_tiny_gguf
 from tests.engine.test_packed import needs_fast, quantized
 from tests.engine.tiny import DOCUMENT, FAMILIES, QUESTION, tiny_llm, tiny_model
 
@@ -115,12 +117,38 @@ def test_an_unknown_precision_is_named_with_the_known_ones() -> None:
         dkv.load_model("no such model", precision="quick")
 
 
-@pytest.mark.parametrize(("asked", "is_fast"), [("auto", False), ("exact", False), ("fast", True)])
-def test_only_fast_packs_weights(
-    asked: str, is_fast: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("asked", "bits", "is_fast"),
+    [
+        ("auto", None, False),
+        ("auto", 16.0, False),
+        ("auto", 8.5, True),
+        ("exact", 4.5, False),
+        ("fast", None, True),
+    ],
+)
+def test_fast_is_for_who_asks_and_for_weights_below_sixteen_bits(
+    asked: str, bits: float | None, is_fast: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(precision, "has_fast_products", lambda: True)
-    assert (packed_for(asked, tiny_model()) is not None) == is_fast
+    assert (packed_for(asked, tiny_model(), bits) is not None) == is_fast
+
+
+@pytest.mark.model
+def test_the_embedded_model_is_fast_where_the_cpu_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert dkv.load_model(device="cpu", precision="exact").precision == "exact"
+    monkeypatch.setattr(precision, "has_fast_products", lambda: False)
+    assert dkv.load_model(device="cpu").precision == "exact"
+    monkeypatch.setattr(precision, "has_fast_products", lambda: True)
+    assert dkv.load_model(device="cpu").precision == "fast"
+
+
+def test_a_file_of_wide_weights_is_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "has_fast_products", lambda: True)
+    monkeypatch.setenv("DYNAMICKV_CACHE", str(tmp_path / "cache"))
+    file = write_tiny_gguf(tmp_path / "tiny.gguf")
+    assert dkv.load_model(file, device="cpu").precision == "exact"
+    assert dkv.load_model(file, device="cpu", precision="fast").precision == "fast"
 
 
 @pytest.mark.parametrize("lacking", ["instructions", "memory", "float32"])

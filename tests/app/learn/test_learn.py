@@ -404,7 +404,7 @@ def test_a_broken_lesson_is_left_out(tmp_path: Path) -> None:
 def test_the_model_gives_what_was_recorded_behind_a_lesson() -> None:
     lesson = LESSONS["summary"]
     example = load_examples()[lesson.example]
-    llm = dkv.load_model(dkv.DEFAULT_MODEL, device="cpu")
+    llm = dkv.load_model(dkv.DEFAULT_MODEL, device="cpu", precision="exact")
     prefill = dkv.prefill(llm, example.document, example.question)
     found = behind(lesson.method, prefill.layers)
     np.testing.assert_allclose(found["attention"], lesson.behind["attention"], atol=1e-3)

@@ -140,7 +140,7 @@ def test_every_recorded_run_has_an_example():
 
 @pytest.fixture(scope="module")
 def embedded() -> dkv.LoadedModel:
-    return dkv.load_model(device="cpu")
+    return dkv.load_model(device="cpu", precision="exact")
 
 
 @pytest.mark.model
