@@ -120,6 +120,22 @@ def moments(shares: Tensor) -> Tensor:
     return torch.stack([mean, variance, dispersion])
 
 
+def unlikeness(keys: Tensor) -> Tensor:
+    """How little each key points where the mean of all normalised keys does.
+
+    Args:
+        keys: (heads, n, head_dim).
+
+    Returns:
+        the negative cosine, (heads, n) float32.
+
+    Source: KeyDiff, arXiv:2504.15364.
+    """
+    wide = keys.float()
+    anchor = F.normalize(wide, dim=-1, eps=1e-12).mean(dim=1, keepdim=True)
+    return -F.cosine_similarity(wide, anchor, dim=-1)
+
+
 def softmax_with_sinks(logits: Tensor, sinks: Tensor | None) -> Tensor:
     """Softmax over the last dimension, in place, one more logit per head taking part.
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from dynamickv.methods.base import EvictingMethod
@@ -36,9 +35,7 @@ class KeyDiff(EvictingMethod):
     def score(self, layer: LayerObservation) -> Tensor:
         """Negative cosine between each key and the mean of all normalised keys, (heads,
         prompt_length) float32."""
-        keys = layer.keys.float()
-        anchor = F.normalize(keys, dim=-1, eps=1e-12).mean(dim=1, keepdim=True)
-        scores = -F.cosine_similarity(keys, anchor, dim=-1)
+        scores = layer.unlikeness()
         if self.granularity == "kv_head":
             return reduce_group(scores, layer.num_kv_heads, "mean")
         return scores.repeat_interleave(layer.num_query_heads // len(scores), dim=0)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dynamickv.scoring import attention_shares, moments, window_shares
+from dynamickv.scoring import attention_shares, moments, unlikeness, window_shares
 
 RECALLED = 4
 """Attentions that a `RecallingLayer` keeps: one takes a few per cent of the layer's keys and
@@ -178,6 +178,11 @@ class LayerObservation:
         them, (num_query_heads, prompt_length - first) float32."""
         return self._shares(first, 0).amax(dim=1)
 
+    def unlikeness(self) -> Tensor:
+        """Negative cosine between each key and the mean of all normalised keys, (heads,
+        prompt_length) float32; see `scoring.unlikeness`."""
+        return unlikeness(self.keys)
+
     def _shares(self, first: int, last: int) -> Tensor:
         end = self.queries.shape[1] - last
         queries = self.queries[:, end - (first - last) : end]
@@ -216,6 +221,10 @@ class RecallingLayer(LayerObservation):
     def peaks(self, first: int) -> Tensor:
         """The same tensor as `LayerObservation.peaks`, computed once; not to be changed."""
         return self._recall((first, "peaks"), lambda: LayerObservation.peaks(self, first))
+
+    def unlikeness(self) -> Tensor:
+        """The same tensor as `LayerObservation.unlikeness`, computed once; not to be changed."""
+        return self._recall((0, "unlikeness"), lambda: LayerObservation.unlikeness(self))
 
     def _recall(self, key: tuple[int, int | str], compute: Callable[[], Tensor]) -> Tensor:
         # Taken out and put back, so that threads which ask at once never find it half done.

@@ -27,6 +27,18 @@ def test_what_is_recalled_is_what_was_computed(prefill: dkv.Prefill, first: int,
     assert plain.attention(first, last) is not once
 
 
+def test_keys_are_compared_once_for_all_capacities(
+    prefill: dkv.Prefill, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared = Mock(wraps=observation.unlikeness)
+    monkeypatch.setattr(observation, "unlikeness", compared)
+    for capacity in (40, 24, 40):
+        seen = dkv.preview(dkv.KeyDiff(capacity=capacity), prefill)
+        assert seen.budgets == list(select(dkv.KeyDiff(capacity=capacity), prefill).budgets)
+    once = len(prefill.layers)
+    assert compared.call_count == once + 3 * once, "previews compare once, fresh choices each time"
+
+
 @pytest.mark.parametrize(
     ("first", "last", "asked"),
     [(16, 0, []), (64, 0, []), (7, 0, [7]), (37, 0, [5]), (64, 8, [8]), (40, 20, [12, 8])],
