@@ -15,6 +15,7 @@ import tempfile
 import threading
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,9 @@ MANIFEST = "manifest.json"
 VERSION = 3
 """Of what a conversion reads from a file; kept ones of another version are made again.
 2: parts, rotary scaling, the file's own way of splitting text, no weights made up.
-3: the bits of its weights."""
+3: the bits of its weights, files checked in parts."""
+CHECKED_AT_ONCE = 16 * 2**20
+"""Bytes of a file that one thread reads."""
 END_OF_TURN = "tokenizer.ggml.eot_token_id"
 CONVERTING, DAMAGED = ".converting-", ".damaged-"
 """What the folders begin with that exist only while something is converted."""
@@ -159,11 +162,17 @@ def source_hash(gguf: Path) -> str:
 
 
 def file_crc(path: Path) -> int:
-    """CRC-32 of a file's content: guards against damage, at a third of a hash's cost."""
-    crc = 0
-    for block in _blocks(path):
-        crc = zlib.crc32(block, crc)
-    return crc
+    """CRC-32 of the CRC-32s of a file's parts: guards against damage, at a fraction of a hash's
+    time."""
+    starts = range(0, path.stat().st_size, CHECKED_AT_ONCE)
+
+    def part(start: int) -> bytes:
+        with path.open("rb") as file:
+            file.seek(start)
+            return zlib.crc32(file.read(CHECKED_AT_ONCE)).to_bytes(4, "big")
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        return zlib.crc32(b"".join(threads.map(part, starts)))
 
 
 def _blocks(path: Path) -> Iterator[bytes]:

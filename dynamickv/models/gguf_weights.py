@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -103,10 +104,13 @@ def read_weights(config: Any, model: Gguf, places: dict[str, str]) -> dict[str, 
         places: as `places_of_weights` says.
     """
     as_transformers = READ_HERE[model.architecture]
-    return {
-        ours: torch.from_numpy(as_transformers(theirs, unpacked(model.tensors[theirs]), config))
-        for ours, theirs in places.items()
-    }
+
+    def read(theirs: str) -> Tensor:
+        return torch.from_numpy(as_transformers(theirs, unpacked(model.tensors[theirs]), config))
+
+    # numpy lets other threads work while it unpacks.
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        return dict(zip(places, threads.map(read, places.values()), strict=True))
 
 
 def unpacked(tensor: files.Tensor) -> Numbers:
