@@ -123,7 +123,8 @@ def render(summary: Sequence[Mapping[str, Any]], relative: bool = False) -> Figu
                     "type": "category",
                     "fixedrange": True,
                     "showticklabels": last,
-                    "title": {"text": "Prompt tokens" if last else ""},
+                    # From the labels down: many or long ones are upright on a phone.
+                    "title": {"text": "Prompt tokens" if last else "", "standoff": 8},
                 },
                 f"yaxis{end}": {
                     "domain": [bottom, top],
