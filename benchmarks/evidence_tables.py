@@ -30,6 +30,9 @@ HEADS = {"qwen": 24 * 2, "gemma": 18 * 1, "smollm2": 30 * 3}
 """KV heads of all layers."""
 LEAST = 0.5
 """FullKV's share below which a cell is not counted."""
+FEWEST = 10
+"""Prompts of cells that are not counted, below which they get no table: resampling some few that
+agree gives an interval that says nothing."""
 GRADED = ("multi_news", "passage_retrieval_zh")
 """Parts whose scores are not found or not found: all their cells count."""
 TITLES = {
@@ -156,7 +159,14 @@ def _turns(rows: Sequence[Row]) -> list[Row]:
                     },
                 )
                 line["scores"][place] = float(run[way]["found"])
-        found.append({"cell": way, "prompts": len(later), "runs": list(runs.values())})
+        found.append(
+            {
+                "cell": way,
+                "prompts": len(later),
+                "documents": [row["unit"]["document"] for row in later],
+                "runs": list(runs.values()),
+            }
+        )
     return found
 
 
@@ -190,6 +200,14 @@ def _run(cell: Row, method: str, capacity: int | None, granularity: str) -> Row 
             found: Row = run
             return found
     return None
+
+
+def _by_document(cell: Row, scores: Sequence[float | None]) -> list[float | None]:
+    """Means over the questions of each document, which go together."""
+    held: dict[str, list[float | None]] = {}
+    for name, score in zip(cell["documents"], scores, strict=True):
+        held.setdefault(name, []).append(score)
+    return [_mean(found) for found in held.values()]
 
 
 def _mean(scores: Sequence[float | None]) -> float | None:
@@ -297,12 +315,15 @@ def section(record: Row) -> list[str]:
     for name, title in TITLES.items():
         parts = [part for part in record["parts"] if part["part"] == name]
         tables = [part_lines(part, cells) for part in parts if (cells := counted(part))]
-        told = "; ".join(filter(None, map(_cells_told, parts)))
+        if parts:
+            told = "; ".join(filter(None, map(_cells_told, parts)))
+            texts.append(f"{title}, per cent. {told}.")
         if tables:
-            texts += [f"{title}, per cent. {told}.", markdown(_joined(tables))]
+            texts.append(markdown(_joined(tables)))
         for part in parts:
-            if cells := answered(part):
-                number = sum(cell["prompts"] for cell in cells)
+            cells = answered(part)
+            number = sum(cell["prompts"] for cell in cells)
+            if number >= FEWEST:
                 told = f"the {number} of {NAMES[part['model']]}'s prompts that FullKV answers there"
                 texts += [f"Of cells that are not counted, {told}:",
                           markdown(part_lines(part, cells))]  # fmt: skip
@@ -325,7 +346,8 @@ def section(record: Row) -> list[str]:
         texts += [
             "Several questions about each text of assets/tasks: found after the first question, "
             "per cent, from the cache of the first question, from one chosen before any question, "
-            f"and from one chosen anew. {'; '.join(map(_turns_told, turns))}.",
+            "and from one chosen anew. Means of the texts' means, and intervals over texts, as the "
+            f"questions of a text go together. {'; '.join(map(_turns_told, turns))}.",
             markdown(_joined([turns_lines(part) for part in turns if counted(part)])),
         ]
     return texts
@@ -364,7 +386,9 @@ def protocol_lines(parts: Sequence[Row]) -> list[list[str]]:
 def _turns_told(part: Row) -> str:
     """How many questions, or why they are not counted."""
     cell = part["cells"][-1]
-    told = f"{NAMES[part['model']]}: {cell['prompts']} questions"
+    texts = len(set(cell["documents"]))
+    about = f"{texts} text{'' if texts == 1 else 's'}"
+    told = f"{NAMES[part['model']]}: {cell['prompts']} questions about {about}"
     return told if counted(part) else f"{told}, not counted (FullKV {_percent(ceiling(cell))})"
 
 
@@ -432,8 +456,11 @@ def turns_lines(part: Row) -> list[list[str]]:
     lines = [[*head, "anew over the first's", "anew over SnapKV's"]]
     for run in cells["anew"]["runs"]:
         key = run["method"], run["capacity"]
-        first, blind, anew = (_scores([cells[way]], *key) for way in ("first", "blind", "anew"))
-        rival = _scores([cells["anew"]], "SnapKV", key[1])
+        first, blind, anew = (
+            _by_document(cells[way], _scores([cells[way]], *key))
+            for way in ("first", "blind", "anew")
+        )
+        rival = _by_document(cells["anew"], _scores([cells["anew"]], "SnapKV", key[1]))
         shares = [_percent(_mean(scores)) for scores in (first, blind, anew)]
         gains = [_told(difference(anew, other)) if key[1] else "-" for other in (first, rival)]
         lines.append([NAMES[part["model"]], key[0], str(key[1] or "all"), *shares, *gains])

@@ -129,19 +129,16 @@ def longbench_panel(
         for size, rows in tables.blocks_by_capacity(summary)
     ]
     tasks = dict.fromkeys(task for line in summary for task in line["tasks"])
+    if paper := tables.longbench_paper_lines(summary):
+        title = "The paper's averages over 16 tasks, and these in its layout"
+        blocks.insert(0, _table(title, paper))
     return panel(
         "LongBench",
         source,
         said=low_scores(summary) or [line for line in [tables.headline(summary)] if line],
         figure=lab_longbench.render(summary).to_json(),
         relative=lab_longbench.render(summary, relative=True).to_json(),
-        tables=[
-            _table(
-                "The paper's averages over 16 tasks, and these in its layout",
-                tables.longbench_paper_lines(summary),
-            ),
-            *blocks,
-        ],
+        tables=blocks,
         csv={"name": "dynamickv_longbench.csv", "text": tables.longbench_csv(summary)},
         kind="longbench",
         settings=settings,

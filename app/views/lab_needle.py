@@ -9,7 +9,7 @@ from typing import Any
 from .base import Figure, blank_figure
 
 ROW = 166
-TOP, BOTTOM = 56, 52
+TOP, BOTTOM = 56, 78
 CANNOT = 0.5
 """Below this score of FullKV a cell is grey: the model cannot do it, so no method can lose it."""
 Place = tuple[int, float]
@@ -123,7 +123,8 @@ def render(summary: Sequence[Mapping[str, Any]], relative: bool = False) -> Figu
                     "type": "category",
                     "fixedrange": True,
                     "showticklabels": last,
-                    "title": {"text": "Prompt tokens" if last else ""},
+                    # From the labels down, which are upright on a phone.
+                    "title": {"text": "Prompt tokens" if last else "", "standoff": 8},
                 },
                 f"yaxis{end}": {
                     "domain": [bottom, top],

@@ -18,7 +18,7 @@ SETTINGS: tuple[tuple[str, type, str, str], ...] = (
     ),
     ("--pooling", str, "max|avg", "by the largest of them or their mean"),
     ("--granularity", str, "kv_head|query_head", "heads that keep tokens of their own"),
-    ("--r-max", float, "X", "most of a layer, in capacities; DynamicKV, ShiftKV"),
+    ("--r-max", float, "X", "most of a layer, in capacities; DynamicKV, ShiftKV, VoteKV"),
     ("--update-interval", int, "N", "layers between two updates of the budgets; DynamicKV"),
     ("--tau1", float, "X", "temperature of a layer's entropy; CAKE"),
     ("--tau2", float, "X", "temperature of a layer's variance; CAKE"),

@@ -6,9 +6,11 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
+from statistics import mean
 from typing import Any
 
 from dynamickv.evaluate.data import data_file
+from dynamickv.evaluate.datasets import task_of
 from dynamickv.evaluate.summary import Row
 from dynamickv.evaluate.verdict import FEWEST as FEWEST
 from dynamickv.evaluate.verdict import headline as headline
@@ -52,7 +54,10 @@ def needle_paper_lines(summary: Sequence[Row]) -> Lines:
     """The paper's percents, and ours in its layout: a row a capacity."""
     paper = data_file("paper.json")["needle"]
     ours = [
-        (f"here, capacity {size}", {row["method"]: row["exact"] for row in rows})
+        (
+            "here, whole cache" if size is None else f"here, capacity {size}",
+            {row["method"]: row["exact"] for row in rows},
+        )
         for size, rows in blocks_by_capacity(summary)
     ]
     theirs = {method: value / 100 for method, value in paper["percent"].items()}
@@ -85,17 +90,24 @@ def longbench_lines(rows: Sequence[Row]) -> Lines:
 
 
 def longbench_paper_lines(summary: Sequence[Row]) -> Lines:
-    """The paper's averages at its capacity, and ours in its layout: a row a capacity."""
+    """The paper's averages at its capacity, and ours over LongBench's tasks in its layout: a row a
+    capacity. Nothing where none of the tasks is LongBench's."""
+    tasks = [task for task in {t for row in summary for t in row["tasks"]} if task_of(task)]
+    if not tasks:
+        return []
     paper = data_file("paper.json")["longbench"]
     theirs = [
         (f"paper: {model}, {paper['capacity']}", {k: v / 100 for k, v in row.items()})
         for model, row in paper["rows"].items()
     ]
-    tasks = len({task for row in summary for task in row["tasks"]})
     ours = [
         (
-            f"here: {tasks} task{'' if tasks == 1 else 's'}, {size}",
-            {row["method"]: row["average"] for row in rows},
+            f"here: {len(tasks)} task{'' if len(tasks) == 1 else 's'}, {size or 'whole cache'}",
+            {
+                row["method"]: mean(scores)
+                for row in rows
+                if (scores := [row["tasks"][t]["score"] for t in tasks if t in row["tasks"]])
+            },
         )
         for size, rows in blocks_by_capacity(summary)
     ]
@@ -108,15 +120,11 @@ def longbench_table(summary: Sequence[Row]) -> str:
         f"{'whole cache' if size is None else f'capacity {size}'}\n{aligned(longbench_lines(rows))}"
         for size, rows in blocks_by_capacity(summary)
     ]
-    title = data_file("paper.json")["longbench"]["title"]
-    notes = longbench_notes(summary)
-    return "\n\n".join(
-        [
-            *blocks,
-            "\n".join(notes),
-            f"the paper: {title}\n{aligned(longbench_paper_lines(summary))}",
-        ]
-    )
+    blocks.append("\n".join(longbench_notes(summary)))
+    if paper := longbench_paper_lines(summary):
+        title = data_file("paper.json")["longbench"]["title"]
+        blocks.append(f"the paper: {title}\n{aligned(paper)}")
+    return "\n\n".join(blocks)
 
 
 def longbench_notes(summary: Sequence[Row]) -> list[str]:

@@ -417,7 +417,7 @@ def test_tables_show_the_papers_rows_beside_ours(rows: list[dict[str, Any]]) -> 
     assert f"qasper: prompts of {min(lengths)} to {max(lengths)} tokens" in blocks[2]
     assert "paper: Llama-3-8B-Instruct, 512" in blocks[3]
     assert "40.73" in blocks[3]
-    assert "here: 3 tasks, 24" in blocks[3]
+    assert "here: 2 tasks, 24" in blocks[3]
     lines = list(csv.DictReader(io.StringIO(tables.longbench_csv(summary))))
     assert len(lines) == 7 * 4
     assert {line["task"] for line in lines} == {
@@ -426,6 +426,13 @@ def test_tables_show_the_papers_rows_beside_ours(rows: list[dict[str, Any]]) -> 
         "niah_single_1",
         "average",
     }
+
+
+def test_rulers_scores_do_not_stand_beside_the_papers() -> None:
+    line = {"tasks": {"niah_single_1": {"score": 1.0}}, "method": "FullKV", "capacity": None}
+    assert tables.longbench_paper_lines([line]) == []
+    mixed = {**line, "tasks": {**line["tasks"], "qasper": {"score": 0.25}}}
+    assert tables.longbench_paper_lines([mixed])[-1][:2] == ["here: 1 task, whole cache", "25.00"]
 
 
 def test_an_answer_longer_than_the_model_is_refused(llm: dkv.LoadedModel) -> None:
