@@ -108,7 +108,7 @@ def run(
     require_same_settings(held, experiment.settings, journal)
     missing = share.mine(_missing(units, methods, held))
     sizes = [experiment.size(units[index]) for index, _ in missing]
-    if missing and not (journal.own.is_file() and journal.own.stat().st_size):
+    if missing and not journal.begun:
         journal.append({"settings": experiment.settings})
     start, done_size = time.perf_counter(), 0.0
     yield Measured(None, 0, len(missing), None)

@@ -184,6 +184,16 @@ def test_results_of_another_precision_are_not_mixed(
         list(run(NeedleExperiment(other, grid()), METHODS[:1], Journal(path)))
 
 
+def test_a_journal_whose_first_line_was_torn_says_its_settings_all_the_same(
+    llm: dkv.LoadedModel, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"settings": {"experim', "utf-8")
+    experiment, rows = measured(llm, path, METHODS[:1], depths=(0.5,), lengths=(500,))
+    assert len(rows) == 1
+    assert Journal(path).read()[0] == {"settings": experiment.settings}
+
+
 def test_stopping_loses_only_the_cell_at_hand(llm: dkv.LoadedModel, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     experiment = NeedleExperiment(llm, grid())
