@@ -54,29 +54,30 @@ def read_journals(folder: Path) -> dict[tuple[str, str], list[Row]]:
     for model in MODELS:
         for name in dict.fromkeys(part for _, part, _ in PARTS):
             rows: dict[str, Row] = {}
-            for path in sorted((folder / model).glob(f"{name}*.jsonl")):
-                if path.name.split(".")[0] != name:
+            for row in _lines(folder / model, name):
+                if "unit" not in row:
                     continue
-                for row in _lines(path):
-                    if "unit" not in row:
-                        continue
-                    place = json.dumps(row["unit"], sort_keys=True)
-                    known = rows.setdefault(place, {**row, "runs": []})
-                    held = [(run["method"], run["parameters"]) for run in known["runs"]]
-                    known["runs"] += [
-                        run for run in row["runs"] if (run["method"], run["parameters"]) not in held
-                    ]
+                place = json.dumps(row["unit"], sort_keys=True)
+                known = rows.setdefault(place, {**row, "runs": []})
+                held = [(run["method"], run["parameters"]) for run in known["runs"]]
+                known["runs"] += [
+                    run for run in row["runs"] if (run["method"], run["parameters"]) not in held
+                ]
             if rows:
                 found[model, name] = list(rows.values())
     return found
 
 
-def _lines(path: Path) -> Iterable[Row]:
-    for line in path.read_text("utf-8").splitlines():
-        try:
-            yield json.loads(line)
-        except ValueError:
-            continue  # the last line of a process that was stopped
+def _lines(folder: Path, part: str) -> Iterable[Row]:
+    """Of all processes that measured something of a part."""
+    for path in sorted(folder.glob(f"{part}*.jsonl")):
+        if path.name.split(".")[0] != part:
+            continue
+        for line in path.read_text("utf-8").splitlines():
+            try:
+                yield json.loads(line)
+            except ValueError:
+                continue  # the last line of a process that was stopped
 
 
 def collect(packed: Path, folder: Path) -> Row:
@@ -282,20 +283,15 @@ def part_lines(part: Row, cells: Sequence[Row]) -> list[list[str]]:
 
 def _bytes_told(part: Row, cells: Sequence[Row], capacity: int) -> str:
     """Fewest and most that a method holds per KV head, KiB."""
-    means = {
-        run["method"]: mean(
-            held["kv_bytes"] for cell in cells if (held := _run(cell, *_place(run))) is not None
-        )
-        for run in cells[0]["runs"]
-        if run["capacity"] == capacity and run["granularity"] == "kv_head"
-    }
-    ends = (f"{end / HEADS[part['model']] / 1024:.1f}" for end in (min(means.values()),
-            max(means.values())))  # fmt: skip
+    held: dict[str, list[int]] = {}
+    for run in (run for cell in cells for run in cell["runs"]):
+        if run["capacity"] == capacity and run["granularity"] == "kv_head":
+            held.setdefault(run["method"], []).append(run["kv_bytes"])
+    if not held:
+        return "-"
+    means = [mean(of_cells) for of_cells in held.values()]
+    ends = (f"{end / HEADS[part['model']] / 1024:.1f}" for end in (min(means), max(means)))
     return " to ".join(dict.fromkeys(ends))
-
-
-def _place(run: Row) -> tuple[str, int | None, str]:
-    return run["method"], run["capacity"], run["granularity"]
 
 
 def _percent(value: float | None) -> str:
@@ -493,9 +489,12 @@ def write(packed: Path, folder: Path, target: Path) -> None:
             if run["method"] in PICTURED and run["parameters"].get("capacity") in SIZES
         ]
     rows.sort(key=lambda row: json.dumps(row["unit"], sort_keys=True))
-    (settings,) = (
-        row["settings"] for row in _lines(journals / first / "needle.jsonl") if "settings" in row
-    )
+    told = (row["settings"] for row in _lines(journals / first, "needle") if "settings" in row)
+    settings = next(told, None)
+    if settings is None:
+        raise ValueError(
+            f"no {first}/needle.jsonl in {packed} says its settings; measure that part again"
+        )
     known = {"settings": {**settings, "model": SHORT[first]}, "summary": needle_summary(rows)}
     shown = {"circumstances": {**record["circumstances"][first], "processes": "8"}, **known}
     picture.write_text(json.dumps(shown, ensure_ascii=False, indent=1) + "\n", "utf-8")

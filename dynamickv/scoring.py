@@ -242,7 +242,10 @@ def pool(scores: Tensor, kernel_size: int, pooling: str) -> Tensor:
     Source: SnapKV, arXiv:2404.14469, clustering via pooling.
     """
     apply = F.max_pool1d if pooling == "max" else F.avg_pool1d
-    return apply(scores.unsqueeze(0), kernel_size, stride=1, padding=kernel_size // 2).squeeze(0)
+    # A wider one reaches beyond both ends from everywhere, and takes torch time and memory.
+    width = min(kernel_size, 2 * scores.shape[-1] + 1)
+    pooled = apply(scores.unsqueeze(0), width, stride=1, padding=width // 2).squeeze(0)
+    return pooled if pooling == "max" or width == kernel_size else pooled * (width / kernel_size)
 
 
 def top_positions(scores: Tensor, count: int) -> Tensor:

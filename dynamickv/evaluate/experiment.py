@@ -27,6 +27,8 @@ from dynamickv.records import Prefill
 Unit = dict[str, Any]
 Row = dict[str, Any]
 Stop = Callable[[], bool]
+UNSAID = {"precision": "exact"}
+"""Settings of journals that do not name them: those from before there was a choice."""
 
 
 class Stopped(Exception):
@@ -106,7 +108,7 @@ def run(
     require_same_settings(held, experiment.settings, journal)
     missing = share.mine(_missing(units, methods, held))
     sizes = [experiment.size(units[index]) for index, _ in missing]
-    if missing and not (journal.own.is_file() and journal.own.stat().st_size):
+    if missing and not journal.begun:
         journal.append({"settings": experiment.settings})
     start, done_size = time.perf_counter(), 0.0
     yield Measured(None, 0, len(missing), None)
@@ -153,12 +155,13 @@ def rows_of(
 
 def require_same_settings(rows: Sequence[Row], settings: dict[str, Any], journal: Journal) -> None:
     """Raise ValueError if the rows were measured with other settings."""
-    for row in rows:
-        for name, value in row.get("settings", {}).items():
-            if settings.get(name) != value:
+    wanted = UNSAID | settings
+    for held in (UNSAID | row["settings"] for row in rows if "settings" in row):
+        for name, value in held.items():
+            if wanted.get(name) != value:
                 raise ValueError(
                     f"{journal.path} was measured with {name}={value!r} and not "
-                    f"{settings.get(name)!r}; choose another output or the same {name}"
+                    f"{wanted.get(name)!r}; choose another output or the same {name}"
                 )
 
 
@@ -223,8 +226,8 @@ def answers(
 def of_model(llm: LoadedModel) -> dict[str, str]:
     """What every experiment's settings say of the model."""
     known = {"model": llm.name, "revision": llm.revision, "dtype": llm.dtype}
-    # Journals from before it could be chosen are of exact products and go on as they are.
-    return known if llm.precision == "exact" else {**known, "precision": llm.precision}
+    said = {**known, "precision": llm.precision}
+    return {name: value for name, value in said.items() if UNSAID.get(name) != value}
 
 
 def entry(run: Run) -> Row:

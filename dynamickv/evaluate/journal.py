@@ -51,6 +51,11 @@ class Journal:
         """
         return [row for part in self.parts() for row in _rows(part)]
 
+    @property
+    def begun(self) -> bool:
+        """Whether this process's part holds a line, a torn one not counted."""
+        return self.own.is_file() and any(True for _ in _rows(self.own))
+
     def append(self, row: dict[str, Any]) -> None:
         """Write a line and wait until it is on the disk.
 

@@ -71,7 +71,7 @@ class DynamicKV(ScoredMethod):
 
     def first_budget(self, layer: int, num_layers: int, prefix_length: int) -> int:
         """r_max times the mean budget, or the whole prefix."""
-        return min(int(self.r_max * self.mean_budget), prefix_length)
+        return int(min(self.r_max * self.mean_budget, prefix_length))
 
     def updates_after(self, layer: int, num_layers: int) -> bool:
         """After every `update_interval` layers, and after the last; only there if not

@@ -60,7 +60,7 @@ class ShiftKV(ClaimingMethod):
 
     def first_budget(self, layer: int, num_layers: int, prefix_length: int) -> int:
         """r_max times the mean budget, or the whole prefix."""
-        return min(int(self.r_max * self.mean_budget), prefix_length)
+        return int(min(self.r_max * self.mean_budget, prefix_length))
 
     def weigh(self, layer: LayerObservation) -> tuple[Tensor, float]:
         """Scores, and the layer's claim."""

@@ -85,7 +85,8 @@ class VoteKV(ShiftKV):
             votes: (prompt_length,), summed over layers.
         """
         counted = pool(votes[None], self.smoothing, "avg")
-        counted = F.max_pool1d(F.pad(counted, (self.reach, 0)), self.reach + 1, stride=1)[0]
+        reach = min(self.reach, len(votes))
+        counted = F.max_pool1d(F.pad(counted, (reach, 0)), reach + 1, stride=1)[0]
         counted = counted[: len(counted) - self.window_size]
         chosen = top_positions(counted[None], int(self.voted_share * self.mean_budget))[0]
         chosen = chosen[counted[chosen] > 0]

@@ -136,6 +136,9 @@ def conversion_fault(folder: Path) -> str | None:
         expected = {
             str(name): (int(size), int(crc)) for name, (size, crc) in manifest["files"].items()
         }
+        current = int(manifest.get("version", 1)) == VERSION
+        if current and not 0 < float(manifest["bits"]) < math.inf:
+            return f"{MANIFEST} cannot be read"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} cannot be read"
     for name, size_and_crc in expected.items():

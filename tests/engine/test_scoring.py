@@ -59,6 +59,15 @@ def test_pooling_equals_a_loop_at_the_edges_too(
     np.testing.assert_allclose(ours, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kernel_size", [41, 2**40 + 1])
+def test_pooling_wider_than_the_prompt_gives_all_positions_the_same(kernel_size: int) -> None:
+    scores = torch.rand(3, 20, generator=torch.Generator().manual_seed(0))
+    total = scores.sum(dim=1, keepdim=True).expand(3, 20)
+    torch.testing.assert_close(scoring.pool(scores, kernel_size, "avg"), total / kernel_size)
+    most = scores.amax(dim=1, keepdim=True).expand(3, 20)
+    assert torch.equal(scoring.pool(scores, kernel_size, "max"), most)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "max", "sum"])
 def test_query_heads_are_joined_within_their_own_group(reduction: str) -> None:
     scores = torch.rand(6, 5, generator=torch.Generator().manual_seed(0))

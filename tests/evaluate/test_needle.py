@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from dynamickv.evaluate.haystack import Haystack, Hidden, hide
 from dynamickv.evaluate.needle import NeedleExperiment, NeedleGrid, even_depths
 from dynamickv.evaluate.summary import needle_summary
 from dynamickv.evaluate.tables import FEWEST, standing
+from dynamickv.fast.packed import PackedWeights
 
 METHODS = methods_at(["FullKV", "SnapKV", "DynamicKV"], [24, 48])
 
@@ -167,6 +169,29 @@ def test_results_of_other_settings_are_not_mixed(llm: dkv.LoadedModel, tmp_path:
     other = NeedleExperiment(llm, grid(seed=7))
     with pytest.raises(ValueError, match=r"a\.jsonl was measured with seed=0 and not 7"):
         list(run(other, METHODS[:1], Journal(path)))
+
+
+@pytest.mark.parametrize("first", ["exact", "fast"])
+def test_results_of_another_precision_are_not_mixed(
+    llm: dkv.LoadedModel, tmp_path: Path, first: str
+) -> None:
+    fast = dataclasses.replace(llm, packed=PackedWeights(llm.model))
+    one, other = (llm, fast) if first == "exact" else (fast, llm)
+    path = tmp_path / "a.jsonl"
+    Journal(path).append({"settings": NeedleExperiment(one, grid()).settings})
+    said = f"measured with precision={one.precision!r} and not {other.precision!r}"
+    with pytest.raises(ValueError, match=said):
+        list(run(NeedleExperiment(other, grid()), METHODS[:1], Journal(path)))
+
+
+def test_a_journal_whose_first_line_was_torn_says_its_settings_all_the_same(
+    llm: dkv.LoadedModel, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"settings": {"experim', "utf-8")
+    experiment, rows = measured(llm, path, METHODS[:1], depths=(0.5,), lengths=(500,))
+    assert len(rows) == 1
+    assert Journal(path).read()[0] == {"settings": experiment.settings}
 
 
 def test_stopping_loses_only_the_cell_at_hand(llm: dkv.LoadedModel, tmp_path: Path) -> None:

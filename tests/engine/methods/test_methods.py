@@ -252,6 +252,25 @@ BAD_VALUES: dict[str, list[Any]] = {
 }
 
 
+@pytest.mark.parametrize(
+    ("method", "parameter", "enough", "more"),
+    [
+        ("DynamicKV", "r_max", 1e6, 1e308),
+        ("ShiftKV", "r_max", 1e6, 1e308),
+        ("VoteKV", "reach", LENGTH, 10**19),
+        ("VoteKV", "smoothing", 2 * LENGTH + 1, 10**10 + 1),
+    ],
+)
+def test_beyond_what_a_prompt_holds_a_larger_value_changes_nothing(
+    method: str, parameter: str, enough: float, more: float
+) -> None:
+    kept, same = (
+        dkv.retain(dkv.METHODS[method](capacity=CAPACITY, **{parameter: value}), QUERIES, KEYS)
+        for value in (enough, more)
+    )
+    assert all(map(torch.equal, kept.indices, same.indices))
+
+
 def parameters_of(methods: list[dkv.CompressionMethod]) -> list[tuple[str, str]]:
     return [(m.name, field.name) for m in methods for field in dataclasses.fields(m)]
 

@@ -116,6 +116,10 @@ def truncate(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
+def rewrite(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | changes), "utf-8")
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a flipped bit in the weights": (
         lambda place: flip(place / "model.safetensors"),
@@ -159,6 +163,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a manifest that is not UTF-8": (
         lambda place: (place / "manifest.json").write_bytes(b"\xff\xfe"),
+        "manifest.json cannot be read",
+    ),
+    "a manifest without the weights' bits": (
+        lambda place: rewrite(place / "manifest.json", bits=None),
+        "manifest.json cannot be read",
+    ),
+    "a manifest of no version": (
+        lambda place: rewrite(place / "manifest.json", version="three"),
         "manifest.json cannot be read",
     ),
     "everything gone but the folder": (
