@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Serve a model with vLLM and DynamicKV, ask it two questions about a document in one conversation, show what was kept, stop it again.
+# The server's log goes to stderr: add 2>server.log to see the two responses and the counters alone.
 #   examples/vllm.sh MODEL DOCUMENT QUESTION SECOND_QUESTION      (make vllm makes the environment)
 set -euo pipefail
 model=$1 document=$2 first=$3 second=$4 port=${PORT:-8000} python=${PYTHON:-.venv-vllm/bin/python}
@@ -9,7 +10,7 @@ url=http://127.0.0.1:$port said=$(mktemp -d)
 VLLM_PLUGINS=dynamickv "$python" -m vllm.entrypoints.openai.api_server --model "$model" --served-model-name model --host 127.0.0.1 --port "$port" \
     --enforce-eager --block-size 32 \
     --kv-transfer-config '{"kv_connector": "DynamicKV", "kv_connector_module_path": "dynamickv.integrations.vllm.connector", "kv_role": "kv_both",
-                           "kv_connector_extra_config": {"method": "DynamicKV", "capacity": 256}}' &
+                           "kv_connector_extra_config": {"method": "DynamicKV", "capacity": 256}}' >&2 &
 server=$!
 trap 'kill $server 2>/dev/null; wait $server || true; rm -r "$said"' EXIT
 until curl --silent --fail --output /dev/null "$url/health"; do
