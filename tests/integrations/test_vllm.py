@@ -50,6 +50,7 @@ from benchmarks.vllm_run import (
 from dynamickv.integrations import vllm as plugin
 from dynamickv.integrations.vllm import compat
 from dynamickv.integrations.vllm.blocks import BlockPlan, kept_before_tail
+from dynamickv.integrations.vllm.metrics import COUNTERS
 from dynamickv.integrations.vllm.plugin import BACKENDS, PACKAGE, require_version
 
 LAYERS = 6
@@ -281,6 +282,31 @@ def test_every_block_comes_back_after_many_requests_aborts_and_chains(folder, pl
         for manager in scheduling.managers:
             for known in (manager._awaited, manager._rooms, manager._gaps, manager._rows):
                 assert not known
+
+
+def test_requests_whose_prompt_was_read_are_counted(folder, plain_answers):
+    """Not those aborted before: neither the one that was being read nor the one that waited."""
+    settings = {"enable_prefix_caching": True, "max_num_seqs": 1, "disable_log_stats": False}
+    with started(folder, DYNAMIC, **settings) as engine:
+        prompt = random_prompt(400, 1)
+        answer, told = ask(engine, prompt, 4)
+        ask(engine, [*prompt, *answer, 5], 4)
+        for name in ("read", "waited"):
+            add(engine, name, random_prompt(400, ord(name[0])), 4)
+        engine.step()
+        engine.abort_request(["read", "waited"])
+        ask(engine, random_prompt(40, 2), 4)
+        metrics = {metric.name: metric for metric in engine.get_metrics()}
+    counted = {name: metrics[f"vllm:dynamickv_{name}"].value for name in COUNTERS}
+    kept = sum(told["kept_tokens"]) / LAYERS
+    assert counted == {
+        "prompt_tokens": 400 + 400 + 40,
+        "kept_tokens": pytest.approx(2 * kept + 40, abs=1),
+        "compressed_requests": 2,
+        "whole_requests": 1,
+        "continued_requests": 1,
+    }
+    assert metrics["vllm:dynamickv_kept_share"].count == 3
 
 
 def test_layers_give_back_what_their_own_budget_does_not_need(folder, plain_answers):

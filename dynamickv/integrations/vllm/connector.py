@@ -183,7 +183,9 @@ class DynamicKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     ) -> tuple[bool, dict[str, Any] | None]:
         """Forget a request; its response tells how much of the prompt each layer kept."""
         told = self.scheduling.finished(request)
-        self._stats.record(told)
+        # Aborted before its prompt was read to the end: neither compressed nor kept whole.
+        if request.num_output_tokens:
+            self._stats.record(told)
         return False, {"dynamickv": told}
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
