@@ -5,6 +5,7 @@
 # make kvpress  kvpress in its own environment: our press checked, its methods timed against ours
 # make vllm   vLLM in its own environment: our plugin checked, and timed against vLLM without it
 # make llamacpp  llama.cpp from its npm package in a folder of its own; precision "fast" timed against it, exact and transformers
+# make openvino  OpenVINO GenAI, which evicts from its cache, in its own environment; the same, and DynamicKV timed against it
 # make hostile  hostile input, many users, limits and privacy, against one server
 # make soak   hundreds of comparisons on one server; its memory, threads, files and speed before and after
 # make resolve  whether requirements.txt can be installed on every Python and torch of ZeroGPU Spaces, asked of the package index
@@ -24,7 +25,7 @@ PACKAGES := $(DONE)/packages-torch-$(TORCH)
 OLDEST_TORCH := 2.8.0 2.11.0
 
 .DELETE_ON_ERROR:
-.PHONY: setup run test check bench kvpress vllm oldest hostile soak resolve audit clean llamacpp
+.PHONY: setup run test check bench kvpress vllm oldest hostile soak resolve audit clean llamacpp openvino
 
 setup: $(PACKAGES) $(DONE)/embedded
 
@@ -75,6 +76,14 @@ llamacpp: setup
 
 .llamacpp/.done: Makefile
 	npm install --prefix .llamacpp --no-audit --no-fund --loglevel=error node-llama-cpp@3.21.1
+	@touch $@
+
+openvino: setup .venv-openvino/.done
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.cpu $(ARGS)
+
+.venv-openvino/.done: requirements-openvino.txt | $(DONE)/venv
+	$(PYTHON) -m venv .venv-openvino
+	.venv-openvino/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-openvino.txt
 	@touch $@
 
 # pip judges markers by the Python it runs on; uv judges them for another one. jieba has no wheel.

@@ -1,41 +1,37 @@
-"""Precision "fast" on this CPU against "exact", transformers in bfloat16 and llama.cpp: what a
-user waits for, beside busy neighbours too, and what rounding changes.
+"""Precision "fast" on this CPU against "exact", transformers in bfloat16, llama.cpp and OpenVINO
+GenAI: what a user waits for, beside busy neighbours too, and what rounding changes.
 
-python -m benchmarks.cpu [--length 4096] [--rounds 5]      (make llamacpp adds llama.cpp)
+python -m benchmarks.cpu [--length 4096] [--rounds 5]
+
+`make llamacpp` and `make openvino` bring the two peers, each in a folder of its own.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
-import json
-import shutil
-import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import dynamickv as dkv
-from benchmarks.prompts import example_text, prompt_of
+from benchmarks import peers
+from benchmarks.prompts import endless, example_text, prompt_of, step_seconds
 from benchmarks.report import Row, machine, measured, paired_seconds, publish, ratios, scaled
 from dynamickv.answer import select
 from dynamickv.cache import prune
-from dynamickv.decoding.decode import decode, feeder
-from dynamickv.models import KNOWN_MODELS, embedded_file
+from dynamickv.decoding.decode import feeder
 from dynamickv.reading.prefill import prefill_prompt, prefill_text
 from dynamickv.records import EncodedPrompt, Prefill
 
 CAPACITY = 128
-STEPS, ANSWER = 24, 64
+ANSWER = 64
 DOCUMENTS, WORDS, FORCED = 20, 768, 48
 """Documents whose next tokens are compared; tokens that are read of each, and fed one by one."""
-LLAMACPP = Path(__file__).parent.parent / ".llamacpp"
 SIX = ("FullKV", "StreamingLLM", "H2O", "SnapKV", "PyramidKV", "DynamicKV")
 
 
@@ -56,7 +52,8 @@ def main() -> None:
     rows += decoding(exact, fast, read, options.rounds)
     rows += six_methods(exact, fast, prompt, max(options.rounds // 2, 1))
     rows += beside_neighbours(fast, prompt, read, options.rounds)
-    rows += llamacpp(fast, prompt, read, options.rounds)
+    rows += peers.llamacpp(fast, prompt, read, options.rounds)
+    rows += peers.openvino(fast, prompt_of(fast, peers.LONG), options.rounds)
     publish("cpu", where, rows)
 
 
@@ -95,14 +92,6 @@ def prefills(
     ]
 
 
-def step_seconds(llm: dkv.LoadedModel, method: dkv.CompressionMethod, read: Prefill) -> float:
-    """Median seconds of a decoding step."""
-    cache = prune(read, select(method, read), STEPS)
-    endless = dataclasses.replace(llm, stop_ids=frozenset())
-    steps = list(decode(endless, cache, read.logits, read.length, STEPS))
-    return statistics.median(step.seconds for step in steps[1:])
-
-
 def decoding(
     exact: dkv.LoadedModel, fast: dkv.LoadedModel, read: Prefill, rounds: int
 ) -> list[Row]:
@@ -133,7 +122,7 @@ def six_methods(
 
     def compare(llm: dkv.LoadedModel) -> Callable[[], object]:
         return lambda: dkv.compare(
-            dataclasses.replace(llm, stop_ids=frozenset()),
+            endless(llm),
             prefill=prefill_prompt(llm, prompt, mass=True),
             methods=methods,
             max_new_tokens=ANSWER,
@@ -230,39 +219,6 @@ def beside_neighbours(
     return [
         measured(f"decode {beside}", ratios(busy_steps, steps), "x", "<= 2.2"),
         measured(f"prefill {beside}", ratios(busy_reading, reading), "x", "<= 2.5"),
-    ]
-
-
-def llamacpp(llm: dkv.LoadedModel, prompt: EncodedPrompt, read: Prefill, rounds: int) -> list[Row]:
-    """llama.cpp on the same file, tokens and threads, where `make llamacpp` has put it."""
-    file = embedded_file(KNOWN_MODELS[dkv.DEFAULT_MODEL])
-    node = shutil.which("node")
-    if node is None or not (LLAMACPP / "node_modules").is_dir():
-        print("llama.cpp is left out: it is not here (make llamacpp, which needs npm).")
-        return []
-    request = {
-        "model": str(file),
-        "tokens": list(prompt.token_ids),
-        "steps": STEPS,
-        "rounds": rounds,
-        "threads": torch.get_num_threads(),
-    }
-    script = Path(__file__).parent / "llamacpp.mjs"
-    answer = subprocess.run(
-        [node, str(script), str(LLAMACPP)],
-        input=json.dumps(request),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    theirs = json.loads(answer.stdout.splitlines()[-1])
-    reading = paired_seconds([lambda: prefill_prompt(llm, prompt)], rounds)[0]
-    steps = [step_seconds(llm, dkv.FullKV(), read) for _ in range(rounds)]
-    return [
-        measured("prefill, llama.cpp", theirs["prefill"], "s"),
-        measured("prefill, llama.cpp / fast", ratios(theirs["prefill"], reading), "x", ">= 3.5"),
-        measured("decode, llama.cpp, everything kept", scaled(theirs["decode"], 1000), "ms/token"),
-        measured("decode, llama.cpp / fast FullKV", ratios(theirs["decode"], steps), "x", ">= 1.5"),
     ]
 
 

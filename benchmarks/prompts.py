@@ -1,20 +1,27 @@
-"""What the benchmarks run: prompts of a given length, the papers' methods, the embedded model."""
+"""What the benchmarks run: prompts of a given length, the papers' methods, the embedded model,
+decoding steps."""
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
 import dynamickv as dkv
+from dynamickv.answer import select
+from dynamickv.cache import prune
+from dynamickv.decoding.decode import decode
 from dynamickv.models import KNOWN_MODELS, embedded_file
 from dynamickv.models.conversion import converted
 from dynamickv.reading.prompt import encode_prompt
-from dynamickv.records import EncodedPrompt
+from dynamickv.records import EncodedPrompt, Prefill
 
 EXAMPLES = Path(__file__).parent.parent / "assets" / "examples"
 QUESTION = "What is the most important fact in this text?"
 SIX = ("FullKV", "StreamingLLM", "H2O", "SnapKV", "PyramidKV", "DynamicKV")
 """FullKV and the methods of the papers."""
+STEPS = 24
+"""Decoding steps whose median is a round."""
 
 
 def example_text() -> str:
@@ -42,6 +49,13 @@ def prompt_of(llm: dkv.LoadedModel, length: int) -> EncodedPrompt:
 def endless(llm: dkv.LoadedModel) -> dkv.LoadedModel:
     """The same model without a token that ends an answer, so that all answers are equally long."""
     return replace(llm, stop_ids=frozenset())
+
+
+def step_seconds(llm: dkv.LoadedModel, method: dkv.CompressionMethod, read: Prefill) -> float:
+    """Median seconds of a decoding step."""
+    cache = prune(read, select(method, read), STEPS)
+    steps = list(decode(endless(llm), cache, read.logits, read.length, STEPS))
+    return statistics.median(step.seconds for step in steps[1:])
 
 
 def safetensors_folder() -> Path:
