@@ -130,14 +130,16 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def conversion_fault(folder: Path) -> str | None:
-    """What is wrong with a kept conversion, or None when every file is as it was written."""
+    """What is wrong with a kept conversion, or None when every file is as it was written. One of
+    another version is made again without being looked at: its files were checked otherwise."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
         expected = {
             str(name): (int(size), int(crc)) for name, (size, crc) in manifest["files"].items()
         }
-        current = int(manifest.get("version", 1)) == VERSION
-        if current and not 0 < float(manifest["bits"]) < math.inf:
+        if int(manifest.get("version", 1)) != VERSION:
+            return None
+        if not 0 < float(manifest["bits"]) < math.inf:
             return f"{MANIFEST} cannot be read"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} cannot be read"

@@ -31,7 +31,18 @@
   }
   const later = () => { clearTimeout(timer); timer = setTimeout(flush, DELAY); };
   window.addEventListener("pagehide", flush);
-  document.addEventListener("input", (event) => { if (event.isTrusted && event.target.matches("#dkv-inputs textarea, #dkv-inputs #dkv-expected input")) typed = true; });
+  const PLACES = { "#dkv-expected": EXPECTED, "#dkv-document": DOCUMENT, "#dkv-question": QUESTION };
+  document.addEventListener("input", (event) => {
+    if (!event.isTrusted || !event.target.matches("#dkv-inputs textarea, #dkv-inputs #dkv-expected input")) return;
+    typed = true;
+    // Gradio tells of a change when it has time to, and a reload may come sooner.
+    const place = Object.entries(PLACES).find(([box]) => event.target.closest(box))?.[1];
+    if (!values || place === undefined) return;
+    values = [...values];
+    values[place] = event.target.value;
+    if (place === DOCUMENT) values[EXAMPLE] = OWN_TEXT;
+    if (restored) later();
+  });
   document.addEventListener("change", (event) => { if (event.target.matches?.("input[type=file]") && event.target.closest("#dkv-below-document")) typed = true; });
 
   DynamicKV.keep = (now) => { values = now; if (restored) later(); };
