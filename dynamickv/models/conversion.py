@@ -133,7 +133,7 @@ def conversion_fault(folder: Path) -> str | None:
     """What is wrong with a kept conversion, or None when every file is as it was written. One of
     another version is made again without being looked at: its files were checked otherwise."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
+        manifest = _manifest(folder)
         expected = {
             str(name): (int(size), int(crc)) for name, (size, crc) in manifest["files"].items()
         }
