@@ -1,18 +1,17 @@
-"""The operations of a decoder's step on a CPU: one row for each of several caches."""
+"""The operations of a decoder's step on a CPU: one row for each of several caches. fast_ops.py has
+those of precision "fast"."""
 
 from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynamickv.fast.decoder import HeadNorms, Ops, Rotation
-from dynamickv.fast.packed import PackedWeights
 from dynamickv.layers.kv import KVLayer
 from dynamickv.records import Attended
 
@@ -59,7 +58,7 @@ class CpuOps(Ops[Sequence[KVLayer]]):
             grouped = query[row].view(1, keys.shape[1], -1, dim)
             attended = F.scaled_dot_product_attention(grouped, keys, values, scale=scaling)
             output[row] = attended.reshape(-1)
-            _show(layer, query[row], keys, scaling)
+            show(layer, query[row], keys, scaling)
         return output
 
 
@@ -127,49 +126,7 @@ class PackedOps(CpuOps):
         return out
 
 
-class FastOps(CpuOps):
-    """CpuOps with products from packed weights, of one row and more. What runs through the layers
-    stays float32."""
-
-    least_rows = 1
-
-    def __init__(self, packed: PackedWeights) -> None:
-        self._weights = packed
-
-    def linear(self, x: Tensor, linear: nn.Linear) -> Tensor:
-        """One projection."""
-        return self._weights.product(x, linear).float()
-
-    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """In one operation."""
-        return F.rms_norm(x, weight.shape, weight, eps)
-
-    def project(self, x: Tensor, *linears: nn.Linear, residual: Tensor | None = None) -> Tensor:
-        """Projections of one input in one product."""
-        joined = self._weights.product(x, *linears)
-        return joined.float() if residual is None else residual + joined
-
-    def gate(self, x: Tensor, gate: nn.Linear, up: nn.Linear) -> Tensor:
-        """Both in one product."""
-        return self._weights.gated(x, gate, up)
-
-    def speak(self, x: Tensor, norm: Any, head: nn.Linear) -> Tensor:
-        """The likeliest tokens' unrounded."""
-        return self._weights.logits(self.norm(x, norm.weight, norm.variance_epsilon), head)
-
-    def attend(self, query: Tensor, store: Sequence[KVLayer], scaling: float) -> Tensor:
-        """Each row attends to its own cache, long ones in parts that all threads share."""
-        rows, _, dim = query.shape
-        output = query.new_empty(rows, query.shape[1] * dim)
-        for row, layer in enumerate(store):
-            keys, values = layer.held()
-            grouped = query[row].view(keys.shape[1], -1, dim)
-            output[row] = attend_in_parts(grouped, keys[0], values[0], scaling).reshape(-1)
-            _show(layer, query[row], keys, scaling)
-        return output
-
-
-def _show(layer: KVLayer, query: Tensor, keys: Tensor, scaling: float) -> None:
+def show(layer: KVLayer, query: Tensor, keys: Tensor, scaling: float) -> None:
     """Let a layer that asks for it see the query of its token, (query_heads, head_dim)."""
     if layer.after_attention is not None:
         queries = query[None, :, None]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynamickv.cache import KVCache
-from dynamickv.decoding.cpu_ops import CpuOps, FastOps, PackedOps
+from dynamickv.decoding.cpu_ops import CpuOps, PackedOps
 from dynamickv.fast.decoder import (
     HeadNorms,
     Ops,
@@ -136,8 +136,11 @@ class RowSteps:
         self._plain = CpuOps.fastest()
         self._packed: PackedOps | None = None
         self._packable = PackedOps.available()
-        self._fast: FastOps | None = None
+        self._fast: CpuOps | None = None
         if llm.packed is not None:
+            # Numba takes a second to load, which only this precision should wait for.
+            from dynamickv.decoding.fast_ops import FastOps
+
             llm.packed.prepare(linears_of(llm), few=True)
             self._fast = FastOps(llm.packed)
 

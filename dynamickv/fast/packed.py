@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cached_property
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -31,13 +32,13 @@ OFF_LEVEL = 1 / 64
 
 
 def has_fast_products() -> bool:
-    """Whether this CPU multiplies bfloat16 faster than float32, and torch's oneDNN makes use of
-    it."""
+    """Whether this CPU multiplies bfloat16 faster than float32, torch's oneDNN makes use of it, and
+    numba is installed, which compiles what lies between the products."""
     known = hasattr(torch.ops.mkldnn, "_linear_pointwise")
     cpu: Any = torch.cpu
     instructions = cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported()
     usable = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return bool(known and instructions and usable)
+    return bool(known and instructions and usable and find_spec("numba") is not None)
 
 
 class PackedWeights:

@@ -110,17 +110,32 @@ class KVLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             if group > 1:
                 key_states = key_states.repeat_interleave(group, dim=1)
                 value_states = value_states.repeat_interleave(group, dim=1)
-            length = self.length
-            if length + new > self._buffers[0].shape[2]:
-                room = -(-new // BLOCK) * BLOCK
-                if self.limit is not None:
-                    room = max(new, min(room, self.limit - length))
-                self._buffers = (_roomy(self.keys, room), _roomy(self.values, room))
-            self.show(length + new)
-            self.keys[:, :, length:] = key_states
-            self.values[:, :, length:] = value_states
-            self.seen += new
+            start = self.advance(new)
+            self.keys[:, :, start:] = key_states
+            self.values[:, :, start:] = value_states
         return self._tagged(*self.held())
+
+    @property
+    def buffers(self) -> tuple[Tensor, Tensor]:
+        """The memory of keys and values, (1, heads, room, head_dim): the first positions of it are
+        held."""
+        assert self._buffers is not None
+        return self._buffers
+
+    def advance(self, new: int) -> int:
+        """Hold so many positions more, for someone who writes them into `buffers`; the place of the
+        first of them."""
+        assert self.keys is not None
+        assert self.values is not None
+        start = self.length
+        if start + new > self.buffers[0].shape[2]:
+            room = -(-new // BLOCK) * BLOCK
+            if self.limit is not None:
+                room = max(new, min(room, self.limit - start))
+            self._buffers = (_roomy(self.keys, room), _roomy(self.values, room))
+        self.show(start + new)
+        self.seen += new
+        return start
 
     def _tagged(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """The same, for the attention function to know this layer by."""

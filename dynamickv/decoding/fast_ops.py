@@ -1,0 +1,111 @@
+"""The operations of a decoder's step on a CPU in precision "fast": products from packed weights,
+and what lies between them compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dynamickv.decoding.cpu_ops import LONG, CpuOps, attend_in_parts, show
+from dynamickv.fast import kernels
+from dynamickv.fast.decoder import HeadNorms, Rotation
+from dynamickv.fast.packed import FEW_ROWS, PackedWeights
+from dynamickv.layers.kv import KVLayer
+
+
+class FastOps(CpuOps):
+    """One row and more. The sum that runs through the layers stays float32; what a product reads is
+    bfloat16."""
+
+    least_rows = 1
+
+    def __init__(self, packed: PackedWeights) -> None:
+        self._weights = packed
+
+    def linear(self, x: Tensor, linear: nn.Linear) -> Tensor:
+        """One projection."""
+        return self._weights.product(x, linear)
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """RMS norm over the last dimension, bfloat16."""
+        if x.dim() > 2:
+            return F.rms_norm(x, weight.shape, weight, eps)
+        out = torch.empty(x.shape, dtype=torch.bfloat16)
+        kernels.norm(x.numpy(), weight.detach().numpy(), eps, _bits(out))
+        return out
+
+    def project(self, x: Tensor, *linears: nn.Linear, residual: Tensor | None = None) -> Tensor:
+        """Projections of one input in one product, added to the residual in place."""
+        joined = self._weights.product(x, *linears)
+        if residual is None:
+            return joined
+        kernels.add(residual.numpy(), _bits(joined))
+        return residual
+
+    def gate(self, x: Tensor, gate: nn.Linear, up: nn.Linear) -> Tensor:
+        """Both in one product."""
+        if len(x) > FEW_ROWS or self._weights.of(gate, up).narrow is None:
+            return self._weights.gated(x, gate, up)
+        opened = self._weights.product(x, gate, up)
+        out = torch.empty(len(x), opened.shape[1] // 2, dtype=torch.bfloat16)
+        kernels.gate(_bits(opened), _bits(out))
+        return out
+
+    def speak(self, x: Tensor, norm: Any, head: nn.Linear) -> Tensor:
+        """The likeliest tokens' unrounded."""
+        normal = F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+        return self._weights.logits(normal, head)
+
+    def place(
+        self,
+        qkv: Tensor,
+        rotation: Rotation,
+        norms: HeadNorms | None,
+        store: Sequence[KVLayer],
+        query_heads: int,
+    ) -> Tensor:
+        """Append each row to its own cache."""
+        if norms is not None:
+            return super().place(qkv.float(), rotation, norms, store, query_heads)
+        cos, sin = (turn[:, 0].numpy() for turn in rotation)
+        query = torch.empty(len(qkv), query_heads, cos.shape[-1])
+        rows, queries = _bits(qkv), query.numpy()
+        for row, layer in enumerate(store):
+            slot = layer.advance(1)
+            kernels.place(rows[row], cos[row], sin[row], queries[row], *_memory(layer), slot)
+        return query
+
+    def attend(self, query: Tensor, store: Sequence[KVLayer], scaling: float) -> Tensor:
+        """Each row attends to its own cache, long ones in parts that all threads share."""
+        rows, heads, dim = query.shape
+        out = torch.empty(rows, heads * dim, dtype=torch.bfloat16)
+        written, queries = _bits(out), query.numpy()
+        for row, layer in enumerate(store):
+            keys, values = layer.held()
+            length = layer.length
+            group = heads // keys.shape[1]
+            if length < LONG:
+                room = np.empty((group, length), np.float32)
+                kernels.attend(queries[row], *_memory(layer), length, scaling, room, written[row])
+            else:
+                grouped = query[row].view(-1, group, dim)
+                out[row] = attend_in_parts(grouped, keys[0], values[0], scaling).reshape(-1)
+            show(layer, query[row], keys, scaling)
+        return out
+
+
+def _memory(layer: KVLayer) -> tuple[Any, Any]:
+    """Where keys and values are held, (heads, room, head_dim)."""
+    keys, values = layer.buffers
+    return keys[0].numpy(), values[0].numpy()
+
+
+def _bits(states: Tensor) -> Any:
+    """The same memory as the kernels take it: bfloat16 as its bits."""
+    narrow = states.dtype == torch.bfloat16
+    return (states.view(torch.uint16) if narrow else states).numpy()

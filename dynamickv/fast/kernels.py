@@ -1,0 +1,238 @@
+"""The small work of a decoding step on a CPU, compiled by numba: what lies between a layer's
+products takes torch some forty operations, and each of them longer to start than to compute.
+
+bfloat16 comes and goes as its bits, uint16 (numba has no such number); all that is computed is
+float32. Compiled at the first call of a machine and kept in Python's cache beside this file, or the
+user's. One thread each: every caller may be in a thread of its own. Knows arrays only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Array = np.ndarray[Any, Any]
+
+LOG2_E = np.float32(1.4426950408889634)
+LN_2 = np.float32(0.6931471805599453)
+LEAST = np.float32(-87)
+"""Below it exp is 0 in float32, near enough."""
+LOWEST = np.float32(-1e30)
+
+
+def compiled(function: Function) -> Function:
+    """A function in machine code, kept on disk where Python may write."""
+    options: Any = {"fastmath": True, "nogil": True, "error_model": "numpy"}
+    try:
+        done: Any = numba.njit(cache=True, **options)(function)
+    except RuntimeError:  # no folder to keep it in
+        done = numba.njit(**options)(function)
+    return done  # type: ignore[no-any-return]
+
+
+def inlined(function: Function) -> Function:
+    """A part of the functions below."""
+    done: Any = numba.njit(inline="always", fastmath=True)(function)
+    return done  # type: ignore[no-any-return]
+
+
+def _recast(source: Any, target: Any, bits: Any) -> Any:
+    """The same 32 bits as another kind of number."""
+
+    def typed(context: Any, value: Any) -> Any:
+        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.bitcast(arguments[0], bits)
+
+        return target(source), code
+
+    return intrinsic(typed)
+
+
+_bits_of = _recast(types.float32, types.uint32, ir.IntType(32))
+_float_of = _recast(types.uint32, types.float32, ir.FloatType())
+
+
+def _widening(context: Any, value: Any) -> Any:
+    """float32 of what an array holds, float32 or bfloat16."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if value == types.float32:
+            return arguments[0]
+        bits = builder.zext(arguments[0], ir.IntType(32))
+        return builder.bitcast(builder.shl(bits, ir.Constant(ir.IntType(32), 16)), ir.FloatType())
+
+    return types.float32(value), code
+
+
+_wide: Any = intrinsic(_widening)
+
+
+@inlined
+def _narrow(value: Any) -> Any:
+    """The nearest bfloat16's bits, of two equally near the even ones."""
+    bits = _bits_of(value)
+    odd = (bits >> np.uint32(16)) & np.uint32(1)
+    return np.uint16((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+
+
+@inlined
+def _exp(x: Any) -> Any:
+    """exp of a float32 up to 88: 2^n times the series of what is left. numpy's runs one number at
+    a time here, this one as many as a register holds."""
+    x = max(x, LEAST)
+    n = np.floor(x * LOG2_E + np.float32(0.5))
+    r = x - n * LN_2
+    series = np.float32(1 / 720)
+    for factor in (1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0):
+        series = series * r + np.float32(factor)
+    return series * _float_of(np.uint32(np.int32(n) + np.int32(127)) << np.uint32(23))
+
+
+@compiled
+def norm(x: Array, weight: Array, eps: float, out: Array) -> None:
+    """RMS norm of rows.
+
+    Args:
+        x: (rows, size) float32.
+        weight: (size,) float32.
+        out: (rows, size) bfloat16, written.
+    """
+    rows, size = x.shape
+    for row in range(rows):
+        squares = np.float32(0)
+        for i in range(size):
+            squares += x[row, i] * x[row, i]
+        scale = np.float32(1) / np.sqrt(squares / np.float32(size) + np.float32(eps))
+        for i in range(size):
+            out[row, i] = _narrow(x[row, i] * scale * weight[i])
+
+
+@compiled
+def add(x: Array, more: Array) -> None:
+    """x += more, (rows, size), float32 and bfloat16 or float32."""
+    rows, size = x.shape
+    for row in range(rows):
+        for i in range(size):
+            x[row, i] += _wide(more[row, i])
+
+
+@compiled
+def gate(opened: Array, out: Array) -> None:
+    """silu of the first half of a row times its second half.
+
+    Args:
+        opened: (rows, 2 * size) bfloat16.
+        out: (rows, size) bfloat16, written.
+    """
+    rows, size = out.shape
+    for row in range(rows):
+        for i in range(size):
+            x = _wide(opened[row, i])
+            silu = x / (np.float32(1) + _exp(min(-x, np.float32(80))))
+            out[row, i] = _narrow(silu * _wide(opened[row, size + i]))
+
+
+@compiled
+def place(
+    qkv: Array, cos: Array, sin: Array, query: Array, keys: Array, values: Array, slot: int
+) -> None:
+    """Rotate a token's queries and keys; write key and value where they are held.
+
+    Args:
+        qkv: (all heads * head_dim,), queries, keys and values, bfloat16 or float32.
+        cos: (head_dim,) float32; sin likewise.
+        query: (query_heads, head_dim) float32, written.
+        keys: (held heads, room, head_dim) float32, written at `slot`; each of several heads for one
+            of the token's has a copy. values likewise.
+    """
+    query_heads, dim = query.shape
+    half = dim // 2
+    held = keys.shape[0]
+    kv_heads = (qkv.shape[0] // dim - query_heads) // 2
+    for head in range(query_heads):
+        first = head * dim
+        for i in range(half):
+            a, b = _wide(qkv[first + i]), _wide(qkv[first + half + i])
+            query[head, i] = a * cos[i] - b * sin[i]
+            query[head, half + i] = b * cos[half + i] + a * sin[half + i]
+    for head in range(held):
+        first = (query_heads + head * kv_heads // held) * dim
+        for i in range(half):
+            a, b = _wide(qkv[first + i]), _wide(qkv[first + half + i])
+            keys[head, slot, i] = a * cos[i] - b * sin[i]
+            keys[head, slot, half + i] = b * cos[half + i] + a * sin[half + i]
+        first += kv_heads * dim
+        for i in range(dim):
+            values[head, slot, i] = _wide(qkv[first + i])
+
+
+@compiled
+def attend(
+    query: Array, keys: Array, values: Array, length: int, scaling: float, room: Array, out: Array
+) -> None:
+    """A token's attention to the first `length` positions held.
+
+    Args:
+        query: (query_heads, head_dim) float32.
+        keys: (heads, at least length, head_dim) float32; query head h reads head h // group.
+        values: as keys.
+        room: (group, at least length) float32, written over.
+        out: (query_heads * head_dim,) bfloat16, written.
+    """
+    query_heads, dim = query.shape
+    heads = keys.shape[0]
+    group = query_heads // heads
+    total = np.empty(dim, np.float32)
+    for head in range(heads):
+        own_keys, own_values = keys[head], values[head]
+        for i in range(length):
+            for member in range(group):
+                product = np.float32(0)
+                for j in range(dim):
+                    product += query[head * group + member, j] * own_keys[i, j]
+                room[member, i] = product * np.float32(scaling)
+        for member in range(group):
+            shares = room[member]
+            most = LOWEST
+            for i in range(length):
+                most = max(most, shares[i])
+            weight = np.float32(0)
+            for i in range(length):
+                share = _exp(shares[i] - most)
+                shares[i] = share
+                weight += share
+            for j in range(dim):
+                total[j] = 0
+            # Eight at a time, so that the sums stay in registers for longer than one addition.
+            whole = length // 8 * 8
+            for i in range(0, whole, 8):
+                for j in range(dim):
+                    total[j] += (
+                        (shares[i] * own_values[i, j] + shares[i + 1] * own_values[i + 1, j])
+                        + (
+                            shares[i + 2] * own_values[i + 2, j]
+                            + shares[i + 3] * own_values[i + 3, j]
+                        )
+                    ) + (
+                        (
+                            shares[i + 4] * own_values[i + 4, j]
+                            + shares[i + 5] * own_values[i + 5, j]
+                        )
+                        + (
+                            shares[i + 6] * own_values[i + 6, j]
+                            + shares[i + 7] * own_values[i + 7, j]
+                        )
+                    )
+            for i in range(whole, length):
+                for j in range(dim):
+                    total[j] += shares[i] * own_values[i, j]
+            first = (head * group + member) * dim
+            for j in range(dim):
+                out[first + j] = _narrow(total[j] / weight)
