@@ -138,7 +138,7 @@ class RowSteps:
         self._packable = PackedOps.available()
         self._fast: CpuOps | None = None
         if llm.packed is not None:
-            # Numba takes a second to load, which only this precision should wait for.
+            # As in prefill.py: numba takes a second to load.
             from dynamickv.decoding.fast_ops import FastOps
 
             llm.packed.prepare(linears_of(llm), few=True)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dynamickv.decoding.cpu_ops import LONG, CpuOps, attend_in_parts, show
 from dynamickv.fast import kernels
 from dynamickv.fast.decoder import HeadNorms, Rotation
+from dynamickv.fast.kernels import bits
 from dynamickv.fast.packed import FEW_ROWS, PackedWeights
 from dynamickv.layers.kv import KVLayer
 
@@ -36,7 +37,7 @@ class FastOps(CpuOps):
         if x.dim() > 2:
             return F.rms_norm(x, weight.shape, weight, eps)
         out = torch.empty(x.shape, dtype=torch.bfloat16)
-        kernels.norm(x.numpy(), weight.detach().numpy(), eps, _bits(out))
+        kernels.norm(x.numpy(), weight.detach().numpy(), eps, bits(out))
         return out
 
     def project(self, x: Tensor, *linears: nn.Linear, residual: Tensor | None = None) -> Tensor:
@@ -44,7 +45,7 @@ class FastOps(CpuOps):
         joined = self._weights.product(x, *linears)
         if residual is None:
             return joined
-        kernels.add(residual.numpy(), _bits(joined))
+        kernels.add(residual.numpy(), bits(joined))
         return residual
 
     def gate(self, x: Tensor, gate: nn.Linear, up: nn.Linear) -> Tensor:
@@ -53,7 +54,7 @@ class FastOps(CpuOps):
             return self._weights.gated(x, gate, up)
         opened = self._weights.product(x, gate, up)
         out = torch.empty(len(x), opened.shape[1] // 2, dtype=torch.bfloat16)
-        kernels.gate(_bits(opened), _bits(out))
+        kernels.gate(bits(opened), bits(out))
         return out
 
     def speak(self, x: Tensor, norm: Any, head: nn.Linear) -> Tensor:
@@ -74,7 +75,7 @@ class FastOps(CpuOps):
             return super().place(qkv.float(), rotation, norms, store, query_heads)
         cos, sin = (turn[:, 0].numpy() for turn in rotation)
         query = torch.empty(len(qkv), query_heads, cos.shape[-1])
-        rows, queries = _bits(qkv), query.numpy()
+        rows, queries = bits(qkv), query.numpy()
         for row, layer in enumerate(store):
             slot = layer.advance(1)
             kernels.place(rows[row], cos[row], sin[row], queries[row], *_memory(layer), slot)
@@ -84,7 +85,7 @@ class FastOps(CpuOps):
         """Each row attends to its own cache, long ones in parts that all threads share."""
         rows, heads, dim = query.shape
         out = torch.empty(rows, heads * dim, dtype=torch.bfloat16)
-        written, queries = _bits(out), query.numpy()
+        written, queries = bits(out), query.numpy()
         for row, layer in enumerate(store):
             keys, values = layer.held()
             length = layer.length
@@ -103,9 +104,3 @@ def _memory(layer: KVLayer) -> tuple[Any, Any]:
     """Where keys and values are held, (heads, room, head_dim)."""
     keys, values = layer.buffers
     return keys[0].numpy(), values[0].numpy()
-
-
-def _bits(states: Tensor) -> Any:
-    """The same memory as the kernels take it: bfloat16 as its bits."""
-    narrow = states.dtype == torch.bfloat16
-    return (states.view(torch.uint16) if narrow else states).numpy()

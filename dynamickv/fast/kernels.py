@@ -2,8 +2,8 @@
 products takes torch some forty operations, and each of them longer to start than to compute.
 
 bfloat16 comes and goes as its bits, uint16 (numba has no such number); all that is computed is
-float32. Compiled at the first call of a machine and kept in Python's cache beside this file, or the
-user's. One thread each: every caller may be in a thread of its own. Knows arrays only.
+float32. Compiled when a machine first imports this, in some seconds, and kept in Python's cache
+beside this file, or in the user's. One thread each: every caller may be in a thread of its own.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from typing import Any, TypeVar
 
 import numba
 import numpy as np
+import torch
 from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
+from torch import Tensor
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Array = np.ndarray[Any, Any]
@@ -25,16 +27,26 @@ LN_2 = np.float32(0.6931471805599453)
 LEAST = np.float32(-87)
 """Below it exp is 0 in float32, near enough."""
 LOWEST = np.float32(-1e30)
+HELD = "float32[:, :, ::1], float32[:, :, ::1]"
+"""Keys and values."""
+TURN = "float32[::1], float32[::1]"
+"""A position's cosines and sines."""
+TURNS = "float32[:, ::1], float32[:, ::1]"
+"""Those of a prompt's positions."""
 
 
-def compiled(function: Function) -> Function:
-    """A function in machine code, kept on disk where Python may write."""
+def compiled(*signatures: str) -> Callable[[Function], Function]:
+    """A function in machine code for these arguments, kept on disk where Python may write."""
     options: Any = {"fastmath": True, "nogil": True, "error_model": "numpy"}
-    try:
-        done: Any = numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # no folder to keep it in
-        done = numba.njit(**options)(function)
-    return done  # type: ignore[no-any-return]
+
+    def apply(function: Function) -> Function:
+        try:
+            done: Any = numba.njit(list(signatures), cache=True, **options)(function)
+        except RuntimeError:  # no folder to keep it in
+            done = numba.njit(list(signatures), **options)(function)
+        return done  # type: ignore[no-any-return]
+
+    return apply
 
 
 def inlined(function: Function) -> Function:
@@ -95,7 +107,7 @@ def _exp(x: Any) -> Any:
     return series * _float_of(np.uint32(np.int32(n) + np.int32(127)) << np.uint32(23))
 
 
-@compiled
+@compiled("void(float32[:, ::1], float32[::1], float64, uint16[:, ::1])")
 def norm(x: Array, weight: Array, eps: float, out: Array) -> None:
     """RMS norm of rows.
 
@@ -114,7 +126,7 @@ def norm(x: Array, weight: Array, eps: float, out: Array) -> None:
             out[row, i] = _narrow(x[row, i] * scale * weight[i])
 
 
-@compiled
+@compiled("void(float32[:, ::1], uint16[:, ::1])", "void(float32[:, ::1], float32[:, ::1])")
 def add(x: Array, more: Array) -> None:
     """x += more, (rows, size), float32 and bfloat16 or float32."""
     rows, size = x.shape
@@ -123,7 +135,7 @@ def add(x: Array, more: Array) -> None:
             x[row, i] += _wide(more[row, i])
 
 
-@compiled
+@compiled("void(uint16[:, ::1], uint16[:, ::1])")
 def gate(opened: Array, out: Array) -> None:
     """silu of the first half of a row times its second half.
 
@@ -139,7 +151,36 @@ def gate(opened: Array, out: Array) -> None:
             out[row, i] = _narrow(silu * _wide(opened[row, size + i]))
 
 
-@compiled
+@compiled(
+    f"void(uint16[:, ::1], {TURNS}, int64, float32[:, :, ::1])",
+    f"void(float32[:, ::1], {TURNS}, int64, float32[:, :, ::1])",
+)
+def turn(qkv: Array, cos: Array, sin: Array, turning: int, out: Array) -> None:
+    """Put every head's positions together; rotate the first `turning` heads.
+
+    Args:
+        qkv: (n, heads * head_dim), bfloat16 or float32.
+        cos: (n, head_dim) float32; sin likewise.
+        out: (heads, n, head_dim) float32, written.
+    """
+    heads, length, dim = out.shape
+    half = dim // 2
+    for row in range(length):
+        for head in range(turning):
+            first = head * dim
+            for i in range(half):
+                a, b = _wide(qkv[row, first + i]), _wide(qkv[row, first + half + i])
+                out[head, row, i] = a * cos[row, i] - b * sin[row, i]
+                out[head, row, half + i] = b * cos[row, half + i] + a * sin[row, half + i]
+        for head in range(turning, heads):
+            for i in range(dim):
+                out[head, row, i] = _wide(qkv[row, head * dim + i])
+
+
+@compiled(
+    f"void(uint16[::1], {TURN}, float32[:, ::1], {HELD}, int64)",
+    f"void(float32[::1], {TURN}, float32[:, ::1], {HELD}, int64)",
+)
 def place(
     qkv: Array, cos: Array, sin: Array, query: Array, keys: Array, values: Array, slot: int
 ) -> None:
@@ -173,7 +214,7 @@ def place(
             values[head, slot, i] = _wide(qkv[first + i])
 
 
-@compiled
+@compiled(f"void(float32[:, ::1], {HELD}, int64, float64, float32[:, ::1], uint16[::1])")
 def attend(
     query: Array, keys: Array, values: Array, length: int, scaling: float, room: Array, out: Array
 ) -> None:
@@ -236,3 +277,10 @@ def attend(
             first = (head * group + member) * dim
             for j in range(dim):
                 out[first + j] = _narrow(total[j] / weight)
+
+
+def bits(states: Tensor) -> Array:
+    """The same memory as these functions take it: bfloat16 as its bits."""
+    narrow = states.dtype == torch.bfloat16
+    array: Array = (states.view(torch.uint16) if narrow else states).numpy()
+    return array

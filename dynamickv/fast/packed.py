@@ -19,7 +19,7 @@ from dynamickv.fast.blockwise import causal_attention
 
 GROUP = 32
 """Neighbouring weights that share a scale and a zero: GGUF's blocks, and the least torch takes."""
-FEW_ROWS = 4
+FEW_ROWS = 8
 """Rows up to which four-bit weights take less time than bfloat16 ones."""
 LEVELS = 15
 """Steps between the least and the greatest four-bit number."""

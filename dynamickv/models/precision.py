@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 import torch
@@ -45,4 +46,8 @@ def packed_for(
     ):
         return None
     size: int = model.get_memory_footprint()  # type: ignore[no-untyped-call]
-    return PackedWeights(model) if free_host_memory() > size else None
+    if free_host_memory() <= size:
+        return None
+    # Compiled now, on a machine's first time, so that no prompt waits for it.
+    import_module("dynamickv.fast.kernels")
+    return PackedWeights(model)

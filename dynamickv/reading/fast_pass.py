@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from dynamickv.cache import KVCache
+from dynamickv.fast import kernels
 from dynamickv.fast.blockwise import causal_attention
 from dynamickv.fast.decoder import HeadNorms, Ops, Rotation, linears_of, next_logits, steppable
+from dynamickv.fast.kernels import bits
 from dynamickv.fast.packed import FastProducts, PackedWeights
 from dynamickv.layers.kv import KVLayer
 from dynamickv.reading.observe import cache_argument
@@ -44,8 +46,7 @@ class PromptOps(Ops[KVLayer]):
         if x.dim() > 2:
             return super().norm(x, weight, eps)
         out = torch.empty(x.shape, dtype=torch.bfloat16)
-        for part, written in zip(torch.split(x, ROWS), torch.split(out, ROWS), strict=True):
-            written.copy_(super().norm(part, weight, eps))
+        kernels.norm(x.numpy(), weight.detach().numpy(), eps, bits(out))
         return out
 
     def project(self, x: Tensor, *linears: nn.Linear, residual: Tensor | None = None) -> Tensor:
@@ -74,10 +75,14 @@ class PromptOps(Ops[KVLayer]):
         length, dim = len(qkv), cos.shape[-1]
         heads = qkv.shape[1] // dim
         states = torch.empty(heads, length, dim)
-        for start in range(0, length, ROWS):
-            rows = slice(start, start + ROWS)
-            parts = self.split(qkv[rows].float(), (cos[rows], sin[rows]), norms, query_heads)
-            states[:, rows] = torch.cat(parts, dim=1).transpose(0, 1)
+        if norms is None:
+            turns = cos[:, 0].numpy(), sin[:, 0].numpy()
+            kernels.turn(bits(qkv), *turns, (heads + query_heads) // 2, states.numpy())
+        else:
+            for start in range(0, length, ROWS):
+                rows = slice(start, start + ROWS)
+                parts = self.split(qkv[rows].float(), (cos[rows], sin[rows]), norms, query_heads)
+                states[:, rows] = torch.cat(parts, dim=1).transpose(0, 1)
         kv_heads = (heads - query_heads) // 2
         query, key, value = torch.split(states, [query_heads, kv_heads, kv_heads])
         store.hold(key[None].clone(), value[None].clone(), length)

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from dynamickv.cache import KVCache
 from dynamickv.layers.kv import KVLayer
-from dynamickv.reading.fast_pass import FastReading
 from dynamickv.reading.observe import cache_argument, observed
 from dynamickv.reading.prompt import encode_prompt, encode_text
 from dynamickv.records import Attended, EncodedPrompt, LayerObservation, Prefill
@@ -206,7 +205,12 @@ def prefill_prompt(
 
     cache = KVCache.of(llm.model.config, record)
     token_ids = torch.from_numpy(np.array([prompt.token_ids])).to(llm.device)
-    fast = None if llm.packed is None else FastReading(llm, llm.packed, mass)
+    fast = None
+    if llm.packed is not None:
+        # Numba takes a second to load, which only this precision should wait for.
+        from dynamickv.reading.fast_pass import FastReading
+
+        fast = FastReading(llm, llm.packed, mass)
     start = time.perf_counter()
     with observed(llm.model):
         if fast is not None:

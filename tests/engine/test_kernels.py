@@ -13,11 +13,7 @@ from torch import Tensor
 from dynamickv.fast.decoder import _rotate
 
 kernels = pytest.importorskip("dynamickv.fast.kernels", reason="needs numba")
-
-
-def bits(states: Tensor) -> Any:
-    narrow = states.dtype == torch.bfloat16
-    return (states.view(torch.uint16) if narrow else states).numpy()
+bits = kernels.bits
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -84,6 +80,19 @@ def test_place_rotates_and_writes_every_copy(copies: int, dtype: torch.dtype) ->
     assert not values[:, untouched].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_turn_rotates_all_heads_but_the_last_and_puts_positions_together(
+    dtype: torch.dtype,
+) -> None:
+    qkv, cos, sin = random(5, 7 * 16).to(dtype), random(5, 16, seed=1), random(5, 16, seed=2)
+    out = torch.empty(7, 5, 16)
+    kernels.turn(bits(qkv), cos.numpy(), sin.numpy(), 6, out.numpy())
+    heads = qkv.float().view(5, 7, 16)
+    turned = _rotate(heads[:, :6], (cos[:, None], sin[:, None]))
+    expected = torch.cat([turned, heads[:, 6:]], dim=1).transpose(0, 1)
+    torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("length", [1, 7, 8, 129])
 @pytest.mark.parametrize(("heads", "group", "dim"), [(3, 3, 64), (1, 4, 32), (4, 1, 80)])
 def test_attend_is_attention_to_what_is_held(length: int, heads: int, group: int, dim: int) -> None:
@@ -103,4 +112,4 @@ def test_attend_is_attention_to_what_is_held(length: int, heads: int, group: int
 def test_what_cannot_be_kept_on_disk_is_compiled_all_the_same() -> None:
     made: dict[str, Any] = {}
     exec("def double(x):\n    return 2 * x", made)
-    assert kernels.compiled(made["double"])(4) == 8
+    assert kernels.compiled("int64(int64)")(made["double"])(4) == 8
