@@ -80,6 +80,17 @@ def test_every_part_counts_for_the_revision(parts: list[Path], cache: Path) -> N
     assert len(list(cache.iterdir())) == 2
 
 
+def test_a_kept_conversion_is_loaded_with_one_reading_of_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_tiny_gguf(tmp_path / "tiny.gguf")
+    revision = dkv.load_model(path, device="cpu").revision
+    hashed, real = [], conversion.file_hash
+    monkeypatch.setattr(conversion, "file_hash", lambda *p: hashed.append(p) or real(*p))
+    assert dkv.load_model(path, device="cpu").revision == revision == f"gguf-{real(path)[:12]}"
+    assert hashed == [(path,)]
+
+
 @pytest.mark.parametrize("missing", [0, 1, 2])
 def test_a_missing_part_is_named_before_anything_is_built(
     parts: list[Path], missing: int, monkeypatch: pytest.MonkeyPatch
