@@ -3,8 +3,8 @@
 Llama-3-70B's geometry, all 80 layers, with random bfloat16 weights that are made where they lie, in
 equal parts on the GPUs: what an answer token takes with FullKV and with DynamicKV(512), captured on
 every GPU and on the model's own path, whether both say the same, and the memory of each GPU. Writes
-benchmarks/results/beyond.json after every length, and says every ten seconds that it goes on.
---small: a tiny model, without a GPU in parts that all lie on the CPU.
+benchmarks/results/beyond.json after every part, and says every ten seconds that it goes on.
+--small: a few layers and 1,024 tokens; without a GPU a tiny model in parts that lie on the CPU.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ PLAIN, WARM, CAPTURED = 24, 16, 64
 """Steps on the model's own path, of which four warm up; then those of the captured step."""
 
 
-def config_of(small: bool, layers: int, longest: int) -> LlamaConfig:
+def config_of(tiny: bool, layers: int, longest: int) -> LlamaConfig:
     """The model's sizes."""
-    sizes = {**SIZES, **(TINY if small else {}), "num_hidden_layers": layers}
+    sizes = {**SIZES, **(TINY if tiny else {}), "num_hidden_layers": layers}
     return LlamaConfig(
         **sizes,
         rope_theta=5e5,
@@ -158,8 +158,9 @@ def parts_of(layers: int, devices: Sequence[torch.device]) -> list[Stage]:
 
 def beyond(
     llm: dkv.LoadedModel, name: str, length: int, parts: Sequence[Stage] | None
-) -> list[Row]:
-    """Every figure at one prompt length.
+) -> Iterator[list[Row]]:
+    """Every figure at one prompt length: of reading it, of the model's own path, of the captured
+    step.
 
     Args:
         parts: for a model on the CPU, the stages whose steps are computed; None captures them.
@@ -170,45 +171,50 @@ def beyond(
         else partial(DecodeGraph, ops=PlainOps(), capture=Computed, parts=parts)
     )
     of = f"{name}, {length} tokens"
-    told = partial(say, of)
-    told("reading the prompt")
+    say(of, "reading the prompt")
+    free()
     forget_peaks()
     prefill = prefill_prompt(llm, prompt(llm, length))
-    rows = [measured(f"{of}: reading the prompt", prefill.seconds, "s", note=peaks())]
-    plain, captured = {}, {}
-    for method in (dkv.FullKV(), dkv.DynamicKV(capacity=512)):
-        retention = method.select(prefill.layers)
-        told(f"{method.name}, plain path")
-        free()
+    yield [measured(f"{of}: reading the prompt", prefill.seconds, "s", note=peaks())]
+    methods = dkv.FullKV(), dkv.DynamicKV(capacity=512)
+    retained = {method.name: method.select(prefill.layers) for method in methods}
+    own, seconds = {}, {}
+    for method, retention in retained.items():
+        say(of, method, "plain path")
         forget_peaks()
-        own = plain_answer(llm, prefill, retention, len(FED), FED)[1]
-        plain[method.name] = plain_seconds(llm, prefill, retention, [1] * PLAIN)
+        own[method] = plain_answer(llm, prefill, retention, len(FED), FED)[1]
         free()
-        told(f"{method.name}, captured step")
-        room = len(FED) + WARM + CAPTURED
+        seconds[method] = plain_seconds(llm, prefill, retention, [1] * PLAIN)
+        free()
+        yield [step_row(f"{of}: {method}, plain path", seconds[method], peaks())]
+    yield [over_full(f"{of}: DynamicKV(512) / FullKV, plain path", seconds)]
+    room = len(FED) + WARM + CAPTURED
+    for method, retention in retained.items():
+        say(of, method, "captured step")
+        forget_peaks()
+        cache = prune(prefill, retention, room)
         began = time.perf_counter()
-        graph = graph_of(llm, prune(prefill, retention, room), prefill.length, room)
-        taken = time.perf_counter() - began
-        apart, same = difference(graph_logits(graph, FED), own)
-        captured[method.name] = advance_seconds(graph, 1, WARM, CAPTURED)
-        del graph
-        rows += [
-            step_row(
-                f"{of}: {method.name}, captured step", captured[method.name],
-                ", ".join(filter(None, (f"capture {taken:.1f} s", peaks()))),
-            ),
-            step_row(f"{of}: {method.name}, plain path", plain[method.name]),
+        graph = graph_of(llm, cache, prefill.length, room)
+        note = f"capture {time.perf_counter() - began:.1f} s"
+        apart, same = difference(graph_logits(graph, FED), own[method])
+        seconds[method] = advance_seconds(graph, 1, WARM, CAPTURED)
+        del graph, cache
+        free()
+        note = ", ".join(filter(None, (note, peaks())))
+        yield [
+            step_row(f"{of}: {method}, captured step", seconds[method], note),
             Row(
-                f"{of}: {method.name}, logits of the captured step and the plain path, relative "
-                "difference", apart, "", "<= 0.2", f"{same} of {len(FED)} next tokens the same",
+                f"{of}: {method}, captured step and plain path, relative difference of logits",
+                apart, "", "<= 0.2", f"{same} of {len(FED)} next tokens the same",
             ),
         ]  # fmt: skip
-        free()
     target = "<= 0.8" if length == LENGTHS[-1] else ""
-    for path, seconds, wanted in (("captured step", captured, target), ("plain path", plain, "")):
-        compared = ratios(seconds["DynamicKV"], seconds["FullKV"])
-        rows.append(measured(f"{of}: DynamicKV(512) / FullKV, {path}", compared, "x", wanted))
-    return rows
+    yield [over_full(f"{of}: DynamicKV(512) / FullKV, captured step", seconds, target)]
+
+
+def over_full(measure: str, seconds: dict[str, list[float]], target: str = "") -> Row:
+    """DynamicKV's steps over FullKV's."""
+    return measured(measure, ratios(seconds["DynamicKV"], seconds["FullKV"]), "x", target)
 
 
 def difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> tuple[float, int]:
@@ -278,8 +284,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     layers = options.layers or (8 if options.small else SIZES["num_hidden_layers"])
     if gpus > layers:
         parser.error(f"{layers} layers make no {gpus} parts; lower --gpus or raise --layers")
-    config = config_of(options.small, layers, max(lengths))
-    if not options.small:
+    tiny = options.small and not cuda
+    config = config_of(tiny, layers, max(lengths))
+    if not tiny:
         try:
             room = [torch.cuda.mem_get_info(gpu)[0] for gpu in range(gpus if cuda else 0)]
             require_room(config, room, max(lengths))
@@ -287,7 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parser.error(str(error))
     where = machine()
     devices = [torch.device("cuda", n) if cuda else torch.device("cpu") for n in range(gpus)]
-    geometry = "tiny geometry" if options.small else "Llama-3-70B geometry"
+    geometry = "tiny geometry" if tiny else "Llama-3-70B geometry"
     name = f"{geometry}, {layers} layers over {gpus} {'GPUs' if cuda else 'parts of a CPU'}"
     with going_on():
         say(name, "making the weights")
@@ -298,9 +305,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             card = torch.cuda.get_device_properties(0).total_memory
             rows.append(measured(f"{name}: weights / memory of one GPU", size / card, "x"))
         for length in lengths:
-            rows += beyond(llm, name, length, None if cuda else parts_of(layers, devices))
-            free()
-            publish("beyond-dry" if options.small else "beyond", where, rows, options.out)
+            for found in beyond(llm, name, length, None if cuda else parts_of(layers, devices)):
+                rows += found
+                publish("beyond-dry" if options.small else "beyond", where, rows, options.out)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 from benchmarks.beyond import SIZES, config_of, difference, main, parts_of, require_room
 
 GIB = 2**30
-LLAMA = config_of(small=False, layers=SIZES["num_hidden_layers"], longest=131072)
+LLAMA = config_of(tiny=False, layers=SIZES["num_hidden_layers"], longest=131072)
 
 
 @pytest.mark.parametrize(("gpus", "room"), [(2, 139), (4, 79), (8, 79)])
@@ -70,7 +70,7 @@ def test_a_tiny_model_in_parts_is_measured_on_both_paths(tmp_path: Path) -> None
     rows = json.loads((tmp_path / "beyond-dry.json").read_text())["rows"]
     for path in ("captured step", "plain path"):
         steps = [row for row in rows if row["unit"] == "ms/token" and path in row["measure"]]
-        assert ["FullKV" in row["measure"] for row in steps] == [True, False]
+        assert ["FullKV" in row["measure"] for row in steps] == [True, False], path
         assert all(row["minimum"] <= row["value"] <= row["maximum"] for row in steps)
         assert any(f"DynamicKV(512) / FullKV, {path}" in row["measure"] for row in rows)
     apart = [row["value"] for row in rows if "relative difference" in row["measure"]]
