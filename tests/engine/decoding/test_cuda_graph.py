@@ -6,11 +6,13 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import os
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dynamickv as dkv
 from benchmarks.gpu.answers import Computed
@@ -134,6 +136,36 @@ def test_weights_that_are_away_while_unused_are_no_stage() -> None:
     model.model.layers[1].to("meta")
     assert stages(llm) == []
     assert not graphable(llm)
+
+
+class Launched(TorchDispatchMode):
+    """Counts what is computed, each operation by its name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.times[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@torch.inference_mode()
+def test_a_token_launches_as_much_for_a_pruned_cache_as_for_the_full_one() -> None:
+    llm = tiny_llm()
+    of_pass, of_step = [], []
+    for method in (dkv.FullKV(), dkv.DynamicKV(capacity=24)):
+        cache, prefill = pruned(llm, method, room=STEPS)
+        with Launched() as launched:
+            extend(llm, cache, [5], prefill.length)
+        of_pass.append(launched.times)
+        step = DecodeStep(llm, pruned(llm, method)[0], prefill.length, STEPS, PlainOps())
+        with Launched() as launched:
+            step()
+        of_step.append(launched.times)
+    assert of_pass[0] == of_pass[1]
+    assert of_step[0] == of_step[1]
+    assert sum(of_pass[0].values()) > 40 * llm.geometry.num_layers
 
 
 def test_rewinding_gives_the_same_tokens_again() -> None:
