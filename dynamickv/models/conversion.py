@@ -144,6 +144,8 @@ def conversion_fault(folder: Path) -> str | None:
             return f"{MANIFEST} cannot be read"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} cannot be read"
+    if not any(name.endswith(".safetensors") for name in expected):
+        return "no weights were written"
     for name, size_and_crc in expected.items():
         path = folder / name
         if not path.is_file():
@@ -210,6 +212,8 @@ def _convert(gguf: Path, folder: Path) -> None:
         with _readable(gguf.name):
             tokenizer = load_tokenizer(source)
             model = _read_model(source, temporary)
+            # Of several processes transformers lets the first alone write; any may convert here.
+            model.should_save_on_this_rank = lambda _: True
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
         written = {
