@@ -66,13 +66,15 @@ def test_logits_that_are_no_numbers_are_no_match() -> None:
 
 
 def test_a_tiny_model_in_parts_is_measured_on_both_paths(tmp_path: Path) -> None:
-    main(["--small", "--lengths", "600", "--out", str(tmp_path)])
+    main(["--small", "--lengths", "600", "--layers", "3", "--out", str(tmp_path)])
     rows = json.loads((tmp_path / "beyond-dry.json").read_text())["rows"]
     for path in ("captured step", "plain path"):
         steps = [row for row in rows if row["unit"] == "ms/token" and path in row["measure"]]
         assert ["FullKV" in row["measure"] for row in steps] == [True, False], path
         assert all(row["minimum"] <= row["value"] <= row["maximum"] for row in steps)
         assert any(f"DynamicKV(512) / FullKV, {path}" in row["measure"] for row in rows)
+    by_bytes = [row["note"] for row in rows if "by the bytes" in row["note"]]
+    assert 0 < float(by_bytes[0].split()[0]) < 1
     apart = [row["value"] for row in rows if "relative difference" in row["measure"]]
     assert len(apart) == 2
     assert max(apart) <= 0.05
