@@ -40,6 +40,7 @@ SECTIONS = {
     "soak-tiny": ("One server for hours, tiny model", "make soak"),
     "soak-real": ("One server for hours, SmolLM2", "make soak"),
     "spread": ("Several processes and GPUs", "python -m benchmarks.spread"),
+    "beyond": ("A model larger than one GPU", "python -m benchmarks.beyond"),
     "gpu": ("One GPU", "python -m benchmarks.gpu"),
     "gpu-h200-now": (
         "One GPU, the headlines again",

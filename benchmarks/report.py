@@ -128,13 +128,13 @@ def scaled(values: Sequence[float], factor: float) -> list[float]:
     return [factor * value for value in values]
 
 
-def publish(name: str, where: dict[str, str], rows: Sequence[Row]) -> None:
-    """Print the table and write benchmarks/results/NAME.json."""
+def publish(name: str, where: dict[str, str], rows: Sequence[Row], folder: Path = RESULTS) -> None:
+    """Print the table and write NAME.json into the folder of results."""
     busy = f"load {where['load']} when it began"
     print(f"\n{name}: {where['processor']}, {where['cores']} cores, {where['date']}, {busy}")
     for row in rows:
         print(f"  {row.line()}")
-    write(RESULTS / f"{name}.json", {"machine": where, "rows": [row.record() for row in rows]})
+    write(folder / f"{name}.json", {"machine": where, "rows": [row.record() for row in rows]})
 
 
 def write(path: Path, record: dict[str, Any]) -> None:

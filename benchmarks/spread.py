@@ -1,21 +1,23 @@
-"""python -m benchmarks.spread [--parts model,large,processes] [--processes N] [--small]
+"""python -m benchmarks.spread [--parts needle,longbench,killed,model] [--processes N] [--small]
 
 The evaluation on several GPUs: whether processes that share the work find what one finds, also when
 one of them is killed, and how much sooner. A model spread over the GPUs: whether it answers as on
-one, and one that no GPU could hold alone. Writes benchmarks/results/spread.json. Without GPUs the
-processes share the CPU: a dry run.
+one. Writes spread.json after every part, into benchmarks/results or --out; what it holds of the
+same machine and day stays. Answers are in --work, so that parts can be measured by several
+commands. Without GPUs the processes share the CPU: a dry run.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +25,19 @@ import psutil
 import torch
 
 import dynamickv as dkv
-from benchmarks.gpu.answers import graph_answer, graph_seconds, plain_answer, plain_seconds
-from benchmarks.gpu.models import prompt
-from benchmarks.gpu.timing import free
+from benchmarks.beyond import in_turn, say
 from benchmarks.prompts import QUESTION, document_of
-from benchmarks.report import Row, machine, measured, publish, ratios, scaled
-from dynamickv.cache import prune
+from benchmarks.report import RESULTS, Row, machine, publish
+from dynamickv.cache import KVCache, prune
 from dynamickv.decoding.cuda_graph import DecodeGraph, graphable
+from dynamickv.decoding.decode import decode
 from dynamickv.evaluate.journal import Journal
-from dynamickv.reading.prefill import prefill_prompt
 
 ROOT = Path(__file__).parent.parent
 LOST = 3
 """Trials of a process after which it is killed."""
-LENGTHS = (32768, 131072)
-"""Prompt tokens of the model that one GPU cannot hold."""
-LAYERS = 80
-STEPS = 24
-STEPS_CAPTURED = 144
-"""Steps on either path; `graph_seconds` takes as many."""
+NEW_TOKENS = 48
+"""Of the answers of the model that is spread."""
 
 
 def command(name: str, options: argparse.Namespace, output: Path) -> list[str]:
@@ -50,9 +46,9 @@ def command(name: str, options: argparse.Namespace, output: Path) -> list[str]:
     asked = {
         "needle": [
             *("--lengths", "300,400" if small else "1024,2048,3072,4096"),
-            *("--capacity", "32" if small else "128"),
-            *("--depths", "5", "--max-new-tokens", "4" if small else "15"),
-            *("--samples", "1" if small else "20"),
+            *("--capacity", "32" if small else "64,128,256"),
+            *("--depths", "5", "--max-new-tokens", "4" if small else "20"),
+            *("--samples", str(options.samples or (8 if small else 20))),
         ],
         "longbench": [
             *("--data", str(ROOT / "benchmarks" / "data")),
@@ -71,19 +67,29 @@ def journal(name: str, output: Path) -> Journal:
     return Journal(output / (f"{name}.jsonl" if name == "needle" else f"{name}/results.jsonl"))
 
 
-def found(name: str, output: Path) -> dict[str, Any]:
-    """Every unit's runs, without how long they took."""
+def found(name: str, output: Path) -> dict[str, str]:
+    """What was written of every unit, but for how long it took."""
     rows = [row for row in journal(name, output).read() if "unit" in row]
-    return {json.dumps(row["unit"]): row["runs"] for row in rows}
+    return {
+        json.dumps(row["unit"]): json.dumps(
+            {key: value for key, value in row.items() if not key.endswith("seconds")}
+        )
+        for row in rows
+    }
 
 
-def alone(arguments: list[str], place: int) -> float:
+def told(name: str, output: Path) -> dict[str, Any]:
+    """The summary, but for where and when."""
+    path = output / (f"{name}.json" if name == "needle" else f"{name}/summary.json")
+    summary: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    del summary["circumstances"]
+    return summary
+
+
+def alone(arguments: list[str]) -> float:
     """Seconds of one process on one device."""
-    gpus = torch.cuda.device_count()
-    own = {"CUDA_VISIBLE_DEVICES": str(place % gpus)} if gpus else {}
     began = time.perf_counter()
-    started = [sys.executable, "-m", "dynamickv", *arguments]
-    subprocess.run(started, check=True, cwd=ROOT, env={**os.environ, **own})
+    subprocess.run([sys.executable, "-m", "dynamickv", *arguments], check=True, cwd=ROOT)
     return time.perf_counter() - began
 
 
@@ -121,197 +127,174 @@ def lose_one(name: str, arguments: list[str], output: Path, processes: int) -> i
     return len(found(name, output))
 
 
-def evaluations(options: argparse.Namespace, folder: Path) -> list[Row]:
-    """One process, several, and several of which one is killed."""
-    rows = []
-    one, many = folder / "one", folder / "many"
-    for output in (one, many):
-        output.mkdir(exist_ok=True)
-    names = ("needle", "longbench")
-    # On GPUs of their own neither slows the other.
-    apart = torch.cuda.device_count() > 1
-    with ThreadPoolExecutor(len(names) if apart else 1) as pool:
-        single = list(
-            pool.map(lambda place: alone(command(names[place], options, one), place), (0, 1))
-        )
-    for name, seconds in zip(names, single, strict=True):
-        shared = together(command(name, options, many), options.processes)
-        expected, got = found(name, one), found(name, many)
-        answers = sum(len(runs) for runs in expected.values())
-        target = ">= 6" if name == "needle" and options.processes == 8 else ""
-        rows += [
-            Row(
-                f"{name}: the same results from {options.processes} processes as from one",
-                share_equal(expected, got), "", "1", f"{answers} answers, {len(expected)} prompts",
-            ),
-            Row(
-                f"{name}: one process / {options.processes}", seconds / shared, "x", target,
-                f"{seconds:.0f} and {shared:.0f} s, start and loading included",
-            ),
-        ]  # fmt: skip
-    killed = folder / "killed"
-    killed.mkdir()
-    arguments = command("needle", options, killed)
-    before = lose_one("needle", arguments, killed, options.processes)
-    together(arguments, options.processes)
-    rows.append(
+def evaluation(name: str, options: argparse.Namespace) -> list[Row]:
+    """One process and several: the same results, how much sooner, and how much sooner at most.
+
+    What does not shrink with the processes is their start, loading the model and the tables: what
+    the same command takes once nothing is left to measure.
+    """
+    number = options.processes
+    one, many = (fresh(options.work / name / part) for part in ("one", "many"))
+    of_one, of_many = command(name, options, one), command(name, options, many)
+    shared, rest = together(of_many, number), together(of_many, number)
+    say(
+        f"{name}: {number} processes took {shared:.0f} s, {rest:.0f} s of them start, loading and "
+        f"tables; one will take about {number * (shared - rest) + rest:.0f} s"
+    )
+    single, own = alone(of_one), alone(of_one)
+    expected, got = found(name, one), found(name, many)
+    answers = sum(len(json.loads(row)["runs"]) for row in expected.values())
+    most = single / (rest + (single - own) / number)
+    return [
         Row(
-            "needle: the same results after one process was killed",
-            share_equal(found("needle", folder / "one"), found("needle", killed)), "", "1",
+            f"{name}: the same results from {number} processes as from one",
+            share_equal(expected, got) * (told(name, one) == told(name, many)), "", "1",
+            f"{answers} answers, {len(expected)} prompts, and the summary, but for the times",
+        ),
+        Row(
+            f"{name}: one process / {number}", single / shared, "x",
+            ">= 6" if name == "needle" and number == 8 else "",
+            f"{single:.0f} and {shared:.0f} s, {own:.0f} and {rest:.0f} s of them start, loading "
+            f"and tables, which leave at most {most:.2f} x",
+        ),
+    ]  # fmt: skip
+
+
+def killed(options: argparse.Namespace) -> list[Row]:
+    """Several processes of which one is killed, and the same command again."""
+    one, output = options.work / "needle" / "one", fresh(options.work / "killed")
+    if not one.is_dir():
+        alone(command("needle", options, fresh(one)))
+    arguments = command("needle", options, output)
+    before = lose_one("needle", arguments, output, options.processes)
+    together(arguments, options.processes)
+    same = share_equal(found("needle", one), found("needle", output))
+    return [
+        Row(
+            f"needle: the same results after one process of {options.processes} was killed",
+            same * (told("needle", one) == told("needle", output)), "", "1",
             f"{before} prompts were measured before, the rest after the restart",
         )
-    )  # fmt: skip
-    return rows
-
-
-def share_equal(expected: dict[str, Any], got: dict[str, Any]) -> float:
-    """How many answers of `expected` are in `got`, word for word with scores and bytes."""
-    pairs = [
-        (run, got.get(unit, []))
-        for unit, runs in expected.items()
-        for run in runs
     ]  # fmt: skip
-    return sum(run in runs for run, runs in pairs) / len(pairs)
 
 
-def in_turn(layers: int, gpus: int) -> dict[str, int]:
-    """A Llama's layers in equal parts on one GPU after the other; its ends where they belong."""
-    places = {f"model.layers.{n}": n * gpus // layers for n in range(layers)}
-    first, last = min(places.values()), max(places.values())
-    ends = {"model.embed_tokens": first, "model.rotary_emb": first, "model.norm": last}
-    return {**places, **ends, "lm_head": last}
+def share_equal(expected: dict[str, str], got: dict[str, str]) -> float:
+    """How much of `expected` is in `got`, word for word with scores and bytes; 0 if that holds more
+    or nothing was expected."""
+    if not expected or set(got) - set(expected):
+        return 0.0
+    return sum(got.get(unit) == row for unit, row in expected.items()) / len(expected)
 
 
 def spread_model(options: argparse.Namespace) -> list[Row]:
-    """SmolLM2 on one GPU and on several."""
-    methods = [dkv.build_method(name, capacity=128) for name in dkv.METHODS if name != "Manual"]
-    traces: list[dkv.Trace] = []
+    """SmolLM2 on one GPU and on several, from its own pass and from the captured step."""
     gpus = torch.cuda.device_count()
+    methods = [dkv.build_method(name, capacity=128) for name in dkv.METHODS if name != "Manual"]
     # Its projection to logits is the embedding table.
-    halves = {**in_turn(30, gpus), "lm_head": 0}
-    for place in ({"device": "cuda:0"}, {"device_map": halves}):
+    places = {**in_turn(30, gpus), "lm_head": 0}
+    traces: list[dkv.Trace] = []
+    for place in ({"device": "cuda:0"}, {"device_map": places}):
         llm = dkv.load_model(options.model, dtype="float32", **place)  # type: ignore[arg-type]
         asked = document_of(llm, 2000), QUESTION
-        traces.append(dkv.compare(llm, *asked, methods=methods, max_new_tokens=48))
+        traces.append(dkv.compare(llm, *asked, methods=methods, max_new_tokens=NEW_TOKENS))
     equal = [
         one.answer == other.answer and one.retained == other.retained
         for one, other in zip(traces[0].runs, traces[1].runs, strict=True)
     ]
     step = "captured step" if graphable(llm) else "plain path"
     note = f"answers and kept sets of {len(equal)} methods, 2,000 tokens, float32, {step}"
-    return [
+    rows = [
         Row(f"SmolLM2 over {gpus} GPUs: the same as on one", sum(equal) / len(equal), "", "1", note)
     ]
+    read = dkv.prefill(llm, *asked, mass=any(method.needs_mass for method in methods))
+    same = []
+    for method, run in zip(methods, traces[0].runs, strict=True):
+        cache = prune(read, method.select(read.layers), NEW_TOKENS)
+        if cache.plain:
+            same.append(captured_answer(llm, cache, read) == list(run.token_ids))
+    note = f"answers of {len(same)} methods whose heads hold equally much, word for word"
+    return [
+        *rows,
+        Row(
+            f"SmolLM2 over {gpus} GPUs, captured step: the same as on one",
+            sum(same) / len(same), "", "1", note,
+        ),
+    ]  # fmt: skip
 
 
-def model_of_70b(gpus: int, small: bool) -> dkv.LoadedModel:
-    """Llama-3-70B's geometry with random weights, in equal parts on the GPUs."""
-    from accelerate import dispatch_model
-    from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    sizes: dict[str, Any] = {
-        "vocab_size": 128256, "hidden_size": 8192, "intermediate_size": 28672,
-        "num_attention_heads": 64, "num_key_value_heads": 8, "num_hidden_layers": LAYERS,
-    }  # fmt: skip
-    config = LlamaConfig(
-        **{**sizes, **({"num_hidden_layers": 4} if small else {})},
-        rope_theta=5e5,
-        max_position_embeddings=2 * max(LENGTHS),
-        bos_token_id=None,
-        eos_token_id=None,
-        dtype="bfloat16",
+def captured_answer(llm: dkv.LoadedModel, cache: KVCache, read: dkv.Prefill) -> list[int]:
+    """The answer's tokens from a graph on every GPU."""
+    graph = DecodeGraph(llm, cache, read.length, NEW_TOKENS)
+    steps = decode(
+        llm,
+        cache,
+        read.logits,
+        read.length,
+        NEW_TOKENS,
+        advance=lambda token: (*graph.advance(token), 0.0),
     )
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
-    places = in_turn(config.num_hidden_layers, gpus)
-    for name, place in places.items():
-        module = model.get_submodule(name).to_empty(device=f"cuda:{place}")
-        for weight in module.parameters():
-            torch.nn.init.normal_(weight, 1.0 if weight.ndim == 1 else 0.0, 0.02)
-    with torch.device("cuda:0"):
-        model.model.rotary_emb = LlamaRotaryEmbedding(config)
-    model.generation_config.eos_token_id = None
-    dispatch_model(model, device_map=places)
-    return dkv.LoadedModel.wrap(model.eval(), None, "70B", "random weights")  # type: ignore[arg-type]
+    return [step.token_id for step in steps]
 
 
-def beyond_one(options: argparse.Namespace) -> list[Row]:
-    """A model that no single GPU here can hold: what a step takes on the model's own path and
-    captured, and whether both say the same."""
-    gpus = torch.cuda.device_count()
-    llm = model_of_70b(gpus, options.small)
-    card = torch.cuda.get_device_properties(0).total_memory
-    size = sum(weight.numel() * weight.element_size() for weight in llm.model.parameters())
-    name = f"Llama-3-70B geometry, {llm.geometry.num_layers} layers over {gpus} GPUs"
-    note = "random bfloat16"
-    rows = [Row(f"{name}: weights / memory of one GPU", size / card, "x", "", note)]
-    for length in (1024,) if options.small else options.lengths:
-        prefill = prefill_prompt(llm, prompt(llm, length))
-        held = [torch.cuda.max_memory_allocated(gpu) / 2**30 for gpu in range(gpus)]
-        of = f"{name}, {length} tokens"
-        rows.append(Row(f"{of}: prefill", prefill.seconds, "s", "", f"up to {max(held):.0f} GiB"))
-        plain, graph = {}, {}
-        for method in (dkv.FullKV(), dkv.DynamicKV(capacity=512)):
-            retention = method.select(prefill.layers)
-            plain[method.name] = plain_seconds(llm, prefill, retention, [1] * STEPS)
-            rows.append(step_row(f"{of}: {method.name}, plain path", plain[method.name]))
-            own = plain_answer(llm, prefill, retention, 4, [1] * 4)[1]
-            free()
-            captured = graph_answer(llm, prefill, retention, [1] * 4)
-            free()
-            away = max(
-                float((a.to(b.device).float() - b.float()).abs().max())
-                for a, b in zip(own, captured, strict=True)
-            )
-            spread = float(own[-1].float().std())
-            cache = prune(prefill, retention, STEPS_CAPTURED)
-            decoder = DecodeGraph(llm, cache, prefill.length, STEPS_CAPTURED)
-            graph[method.name], _ = graph_seconds(decoder, 1)
-            note = f"logits at most {away:.3g} from the plain path's, whose spread is {spread:.3g}"
-            rows.append(step_row(f"{of}: {method.name}, captured step", graph[method.name], note))
-            del cache, decoder
-            free()
-        target = "<= 0.8" if length == LENGTHS[-1] else ""
-        for path, seconds in (("captured step", graph), ("plain path", plain)):
-            compared = ratios(seconds["DynamicKV"], seconds["FullKV"])
-            rows.append(
-                measured(
-                    f"{of}: DynamicKV(512) / FullKV, {path}", compared, "x",
-                    target if path == "captured step" else "",
-                )
-            )  # fmt: skip
-        del prefill
-        free()
-    return rows
+def fresh(folder: Path) -> Path:
+    """An empty folder."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
 
 
-def step_row(measure: str, seconds: list[float], note: str = "") -> Row:
-    """One token's time."""
-    return measured(measure, scaled(seconds, 1e3), "ms/token", "", note)
+def with_earlier(path: Path, where: dict[str, str], rows: list[Row]) -> list[Row]:
+    """What a results file holds of the same machine and day, then these rows in place of older
+    ones of the same name."""
+    if not path.is_file():
+        return rows
+    held = json.loads(path.read_text("utf-8"))
+    if any(held["machine"].get(name) != value for name, value in where.items() if name != "load"):
+        return rows
+    new = {row.measure for row in rows}
+    return [Row(**row) for row in held["rows"] if row["measure"] not in new] + rows
 
 
-def main() -> None:
+PARTS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
+    "needle": partial(evaluation, "needle"),
+    "longbench": partial(evaluation, "longbench"),
+    "killed": killed,
+    "model": spread_model,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure everything and write it down."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.spread", description=__doc__)
     parser.add_argument("--model", default=dkv.models.DEFAULT_MODEL)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--small", action="store_true", help="a few short trials")
-    parser.add_argument("--parts", default="processes,model,large")
-    parser.add_argument("--lengths", type=int, nargs="*", default=LENGTHS, help="of `large`")
-    options = parser.parse_args()
-    where = machine()
-    name = "spread" if torch.cuda.is_available() else "spread-dry"
-    rows: list[Row] = []
+    parser.add_argument("--small", action="store_true", help="short prompts and answers")
+    parser.add_argument("--samples", type=int, help="needles per length and depth (20; small: 8)")
+    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--work", type=Path, help="folder of the answers (one that is removed)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    options = parser.parse_args(arguments)
     parts = options.parts.split(",")
-    for part, measure in (("model", spread_model), ("large", beyond_one)):
-        if part in parts and torch.cuda.device_count() > 1:
-            rows += measure(options)
-            publish(name, where, rows)
-    if "processes" in parts:
-        with tempfile.TemporaryDirectory() as folder:
-            rows += evaluations(options, Path(folder))
-        publish(name, where, rows)
+    for part in parts:
+        if part not in PARTS:
+            parser.error(f"there is no part {part!r}; choose from {', '.join(PARTS)}")
+    cuda = torch.cuda.is_available()
+    if "model" in parts and torch.cuda.device_count() < 2:
+        if options.parts != parser.get_default("parts"):
+            parser.error("the part 'model' needs two GPUs; leave it out of --parts")
+        parts.remove("model")
+    where = machine()
+    name = "spread" if cuda else "spread-dry"
+    with tempfile.TemporaryDirectory() as temporary:
+        options.work = options.work or Path(temporary)
+        if set(parts) - {"model"}:
+            # Files are read from the disk and converted once, which is no process's own time.
+            small = argparse.Namespace(**{**vars(options), "small": True, "samples": 1})
+            alone(command("needle", small, fresh(options.work / "first")))
+        for part in parts:
+            say(part)
+            rows = with_earlier(options.out / f"{name}.json", where, PARTS[part](options))
+            publish(name, where, rows, options.out)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,21 @@ from benchmarks.gpu.timing import Mark
 from dynamickv.cache import prune
 from dynamickv.decoding.cuda_graph import DecodeGraph
 from dynamickv.decoding.decode import choose, extend
+from dynamickv.decoding.decode_step import DecodeStep
+
+
+class Computed:
+    """A stage that computes its step anew: what a dry run without CUDA has for a captured one."""
+
+    def __init__(self, step: DecodeStep) -> None:
+        step()
+        step.rewind()  # as before a capture
+        self.step = step
+        self.output = step.message
+
+    def replay(self) -> None:
+        """Compute the stage's work."""
+        self.output = self.step()
 
 
 def plain_answer(
@@ -62,15 +77,21 @@ def plain_seconds(
     return seconds[4:]
 
 
-def graph_seconds(graph: DecodeGraph, token: int) -> tuple[list[float], float]:
-    """Seconds of each step but for the first 16, and mean seconds of a step on the device alone;
-    takes 144 steps."""
+def advance_seconds(graph: DecodeGraph, token: int, warm: int, steps: int) -> list[float]:
+    """Seconds of each of so many steps, after those that warm up."""
     seconds = []
-    for _ in range(80):
+    for _ in range(warm + steps):
         start = time.perf_counter()
         token = graph.advance(token)[0]
         seconds.append(time.perf_counter() - start)
+    return seconds[warm:]
+
+
+def graph_seconds(graph: DecodeGraph, token: int) -> tuple[list[float], float]:
+    """Seconds of each step but for the first 16, and mean seconds of a step on the device alone;
+    takes 144 steps."""
+    seconds = advance_seconds(graph, token, 16, 64)
     begin = Mark()
     for _ in range(64):
         graph.replay()
-    return seconds[16:], Mark().since(begin) / 64
+    return seconds, Mark().since(begin) / 64

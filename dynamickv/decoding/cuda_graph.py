@@ -15,7 +15,7 @@ without a graph.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import lru_cache, partial
 from typing import Protocol
@@ -26,6 +26,7 @@ from torch import Tensor
 from dynamickv.cache import KVCache
 from dynamickv.decoding.decode_step import DecodeStep, PlainOps
 from dynamickv.decoding.forgetting import Forgetting
+from dynamickv.fast.decoder import Stage as Part
 from dynamickv.fast.decoder import stages, steppable
 from dynamickv.models import LoadedModel
 
@@ -62,6 +63,7 @@ class DecodeGraph:
         ops: PlainOps | None = None,
         remember: int = 0,
         capture: Capture | None = None,
+        parts: Sequence[Part] | None = None,
     ) -> None:
         """Capture a step; nothing is decoded yet.
 
@@ -72,6 +74,7 @@ class DecodeGraph:
             ops: what the step is made of; by default the fastest that run here.
             remember: how many of the last queries of every layer stay, see `asked`.
             capture: what makes a step one that is replayed; by default a CUDA graph.
+            parts: what of the decoder is one stage each; by default what lies on one device.
         """
         self._cache = cache
         self._steps = 0
@@ -79,10 +82,10 @@ class DecodeGraph:
         self._stages = [
             make(
                 DecodeStep(
-                    llm, cache, position, room, ops or fastest_ops(stage.device), stage, remember
+                    llm, cache, position, room, ops or fastest_ops(part.device), part, remember
                 )
             )
-            for stage in stages(llm)
+            for part in (parts or stages(llm))
         ]
 
     def asked(self) -> dict[int, Tensor]:

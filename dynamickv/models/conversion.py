@@ -71,7 +71,8 @@ def converted(gguf: Path) -> Path:
     Raises:
         ValueError: in one sentence, a file that is damaged, incomplete or not understood.
     """
-    folder = cache_folder() / "models" / f"{files.parts_of(gguf)[0].stem}-{source_hash(gguf)[:16]}"
+    parts = files.parts_of(gguf)
+    folder = cache_folder() / "models" / f"{parts[0].stem}-{file_hash(*parts)[:16]}"
     with _ONE_AT_A_TIME:
         if folder.exists() and conversion_fault(folder) is None and _version(folder) == VERSION:
             return folder
@@ -143,6 +144,8 @@ def conversion_fault(folder: Path) -> str | None:
             return f"{MANIFEST} cannot be read"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} cannot be read"
+    if not any(name.endswith(".safetensors") for name in expected):
+        return "no weights were written"
     for name, size_and_crc in expected.items():
         path = folder / name
         if not path.is_file():
@@ -161,9 +164,10 @@ def file_hash(*paths: Path) -> str:
     return digest.hexdigest()
 
 
-def source_hash(gguf: Path) -> str:
-    """`file_hash` of a GGUF file with all its parts."""
-    return file_hash(*files.parts_of(gguf))
+def source_of(folder: Path) -> str:
+    """The first 16 digits of the hash of what a conversion was made from: reading a large file for
+    its hash takes seconds."""
+    return folder.name[-16:]
 
 
 def file_crc(path: Path) -> int:
@@ -208,6 +212,8 @@ def _convert(gguf: Path, folder: Path) -> None:
         with _readable(gguf.name):
             tokenizer = load_tokenizer(source)
             model = _read_model(source, temporary)
+            # Of several processes transformers lets the first alone write; any may convert here.
+            model.should_save_on_this_rank = lambda _: True
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
         written = {

@@ -26,7 +26,7 @@ from dynamickv.models.choices import (
     choose_dtype,
     choose_quantization,
 )
-from dynamickv.models.conversion import bits_of, converted, quiet, source_hash
+from dynamickv.models.conversion import bits_of, converted, quiet, source_of
 from dynamickv.models.faults import UnusableModelError, first_line, unreadable
 from dynamickv.models.geometry import require_compressible
 from dynamickv.models.loaded import LoadedModel
@@ -96,8 +96,8 @@ def load_model(
     source, pinned, gguf = resolve(name, revision)
     origin, bits = None, None
     if gguf is not None:
-        source, origin = converted(gguf), f"gguf-{source_hash(gguf)[:12]}"
-        bits = bits_of(source)
+        source = converted(gguf)
+        origin, bits = f"gguf-{source_of(source)[:12]}", bits_of(source)
     with _explained(name):
         _require_no_adapter(source, pinned, name)
         config = _read_config(source, pinned)

@@ -6,13 +6,16 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import os
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dynamickv as dkv
+from benchmarks.gpu.answers import Computed
 from dynamickv.cache import KVCache, prune
 from dynamickv.decoding.cuda_graph import (
     DecodeGraph,
@@ -110,20 +113,15 @@ def parted(layers: int) -> list[Stage]:
 def test_stages_pass_on_what_one_step_computes(family: str) -> None:
     llm, method = tiny_llm(family), dkv.DynamicKV(capacity=24)
     cache, prefill = pruned(llm, method)
-    with torch.inference_mode():
-        steps = [
-            DecodeStep(llm, cache, prefill.length, STEPS, PlainOps(), stage)
-            for stage in parted(llm.geometry.num_layers)
-        ]
-        answer = [choose(prefill.logits)]
-        for _ in range(STEPS):
-            steps[0].token.fill_(answer[-1][0])
-            for step, after in itertools.pairwise(steps):
-                after.message.copy_(step())
-            steps[-1]()
-            token_id, logprob = steps[-1].chosen.tolist()
-            answer.append((int(token_id), logprob))
+    parts = parted(llm.geometry.num_layers)
+    graph = DecodeGraph(
+        llm, cache, prefill.length, STEPS, PlainOps(), capture=Computed, parts=parts
+    )
+    answer = [choose(prefill.logits)]
+    for _ in range(STEPS):
+        answer.append(graph.advance(answer[-1][0]))
     assert answer == stepped(llm, method, PlainOps())
+    assert [layer.seen for layer in cache.layers] == [prefill.length + STEPS] * len(cache.layers)
 
 
 def test_a_model_on_one_device_is_one_stage() -> None:
@@ -138,6 +136,36 @@ def test_weights_that_are_away_while_unused_are_no_stage() -> None:
     model.model.layers[1].to("meta")
     assert stages(llm) == []
     assert not graphable(llm)
+
+
+class Launched(TorchDispatchMode):
+    """Counts what is computed, each operation by its name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.times[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@torch.inference_mode()
+def test_a_token_launches_as_much_for_a_pruned_cache_as_for_the_full_one() -> None:
+    llm = tiny_llm()
+    of_pass, of_step = [], []
+    for method in (dkv.FullKV(), dkv.DynamicKV(capacity=24)):
+        cache, prefill = pruned(llm, method, room=STEPS)
+        with Launched() as launched:
+            extend(llm, cache, [5], prefill.length)
+        of_pass.append(launched.times)
+        step = DecodeStep(llm, pruned(llm, method)[0], prefill.length, STEPS, PlainOps())
+        with Launched() as launched:
+            step()
+        of_step.append(launched.times)
+    assert of_pass[0] == of_pass[1]
+    assert of_step[0] == of_step[1]
+    assert sum(of_pass[0].values()) > 40 * llm.geometry.num_layers
 
 
 def test_rewinding_gives_the_same_tokens_again() -> None:
@@ -209,19 +237,6 @@ DECODING = dkv.Decoding(budget=32, buffer=8)
 LONG = 40
 
 
-class Eager:
-    """A stage that computes its step anew instead of replaying it."""
-
-    def __init__(self, step: DecodeStep) -> None:
-        step()
-        step.rewind()  # as before a capture
-        self.step = step
-        self.output = step.message
-
-    def replay(self) -> None:
-        self.output = self.step()
-
-
 @torch.inference_mode()
 def forgetting_answer(
     llm: dkv.LoadedModel, method: Any, ops: PlainOps | None, capture: Any = None
@@ -260,7 +275,7 @@ def forgetting_answer(
 @pytest.mark.parametrize("method", FORGETTING, ids=str)
 def test_graphs_choose_again_and_answer_like_the_model(method: Any) -> None:
     llm = tiny_llm()
-    tokens, kept, stored = forgetting_answer(llm, method, PlainOps(), Eager)
+    tokens, kept, stored = forgetting_answer(llm, method, PlainOps(), Computed)
     expected, theirs, _ = forgetting_answer(llm, method, None)
     assert tokens == expected
     assert len(set(tokens)) > 3
@@ -278,7 +293,7 @@ def test_the_last_graph_takes_memory_for_the_tokens_that_still_come(
     cache, prefill = pruned(llm, method)
     forgetting = forgetting_of(method, dkv.Decoding(budget=24, buffer=10), prefill, cache)
     assert forgetting is not None
-    graphs = ForgettingGraphs(llm, cache, prefill.length, 14, forgetting, PlainOps(), Eager)
+    graphs = ForgettingGraphs(llm, cache, prefill.length, 14, forgetting, PlainOps(), Computed)
     for _ in range(14):
         forgetting.make_room(1)
         graphs.advance(5)
@@ -332,7 +347,7 @@ def test_an_answer_takes_graphs_where_they_pay_and_bring_what_a_choice_reads(
 @families
 def test_every_family_goes_on_compressing_in_graphs(family: str) -> None:
     llm, method = tiny_llm(family), dkv.DynamicKV(capacity=24)
-    tokens, kept, _ = forgetting_answer(llm, method, PlainOps(), Eager)
+    tokens, kept, _ = forgetting_answer(llm, method, PlainOps(), Computed)
     assert (tokens, kept) == forgetting_answer(llm, method, None)[:2]
 
 
@@ -369,9 +384,9 @@ def test_kernels_choose_again_like_the_plain_operations(monkeypatch: pytest.Monk
 
     monkeypatch.setitem(globals(), "LONG", 22)
     llm, method = tiny_llm(num_hidden_layers=2), dkv.DynamicKV(capacity=24)
-    answer = forgetting_answer(llm, method, TritonOps(), Eager)
+    answer = forgetting_answer(llm, method, TritonOps(), Computed)
     assert len(answer[1]) >= 1
-    assert answer == forgetting_answer(llm, method, PlainOps(), Eager)
+    assert answer == forgetting_answer(llm, method, PlainOps(), Computed)
 
 
 def to_cuda(llm: dkv.LoadedModel) -> dkv.LoadedModel:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -78,6 +80,48 @@ def test_every_part_counts_for_the_revision(parts: list[Path], cache: Path) -> N
     parts[2].write_bytes(content)
     assert dkv.load_model(parts[0], device="cpu").revision != first.revision
     assert len(list(cache.iterdir())) == 2
+
+
+@pytest.fixture
+def second_process() -> Iterator[None]:
+    """As if this process were the second of two that work together."""
+    dist.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("second_process")
+def test_any_process_of_several_converts(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "tiny.gguf", tiny_model(), "llama")
+    names = {file.name for file in dkv.models.converted(path).iterdir()}
+    assert {"config.json", "generation_config.json", "model.safetensors"} <= names
+    require_same(path, tiny_model())
+
+
+def test_a_conversion_without_weights_is_made_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_model(tmp_path / "tiny.gguf", tiny_model(), "llama")
+    kept = dkv.models.converted(path)
+    manifest = json.loads((kept / "manifest.json").read_text("utf-8"))
+    # As the second process of several left it before.
+    for name in ("config.json", "generation_config.json", "model.safetensors"):
+        (kept / name).unlink()
+        del manifest["files"][name]
+    (kept / "manifest.json").write_text(json.dumps(manifest), "utf-8")
+    require_same(path, tiny_model())
+    assert "no weights were written" in caplog.text
+
+
+def test_a_kept_conversion_is_loaded_with_one_reading_of_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_tiny_gguf(tmp_path / "tiny.gguf")
+    revision = dkv.load_model(path, device="cpu").revision
+    hashed, real = [], conversion.file_hash
+    monkeypatch.setattr(conversion, "file_hash", lambda *p: hashed.append(p) or real(*p))
+    assert dkv.load_model(path, device="cpu").revision == revision == f"gguf-{real(path)[:12]}"
+    assert hashed == [(path,)]
 
 
 @pytest.mark.parametrize("missing", [0, 1, 2])
