@@ -68,6 +68,9 @@ def openvino(llm: dkv.LoadedModel, prompt: EncodedPrompt, rounds: int) -> list[R
     read = prefill_prompt(llm, prompt)
     steps = [step_seconds(llm, method, read) for _ in range(rounds)]
     peak, token_bytes = serving_peak(llm, method, prompt)
+    # Layers that wait for an update hold up to r_max times the capacity: four with the paper's m.
+    sooner = dkv.DynamicKV(capacity=CAPACITY, update_interval=2)
+    sooner_peak, _ = serving_peak(llm, sooner, prompt)
     name = f"OpenVINO GenAI (int8 weights, eviction to {CAPACITY})"
     at = f"{prompt.length:,} tokens"
     tokens = f"tokens in the cache (theirs {theirs['peak_tokens']:,}, at the end "
@@ -91,7 +94,13 @@ def openvino(llm: dkv.LoadedModel, prompt: EncodedPrompt, rounds: int) -> list[R
             tokens,
         ),
         Row(
-            "the same peaks in bytes, each in its own format",
+            "the same, budgets settled every 2 layers instead of every 4",
+            theirs["peak_tokens"] / (sooner_peak / token_bytes),
+            "x",
+            note=f"ours {sooner_peak / token_bytes:,.0f} tokens, mean over layers",
+        ),
+        Row(
+            "the peaks of the paper's setting in bytes, each in its own format",
             theirs["peak_tokens"] * theirs["token_bytes"] / peak,
             "x",
             note=formats,
