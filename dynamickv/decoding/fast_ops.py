@@ -78,7 +78,8 @@ class FastOps(CpuOps):
         rows, queries = bits(qkv), query.numpy()
         for row, layer in enumerate(store):
             slot = layer.advance(1)
-            kernels.place(rows[row], cos[row], sin[row], queries[row], *_memory(layer), slot)
+            keys, values = (held.numpy() for held in layer.buffers)
+            kernels.place(rows[row], cos[row], sin[row], queries[row], keys, values, slot)
         return query
 
     def attend(self, query: Tensor, store: Sequence[KVLayer], scaling: float) -> Tensor:
@@ -92,15 +93,10 @@ class FastOps(CpuOps):
             group = heads // keys.shape[1]
             if length < LONG:
                 room = np.empty((group, length), np.float32)
-                kernels.attend(queries[row], *_memory(layer), length, scaling, room, written[row])
+                held = layer.buffers[0].numpy(), layer.buffers[1].numpy()
+                kernels.attend(queries[row], *held, length, scaling, room, written[row])
             else:
                 grouped = query[row].view(-1, group, dim)
                 out[row] = attend_in_parts(grouped, keys[0], values[0], scaling).reshape(-1)
             show(layer, query[row], keys, scaling)
         return out
-
-
-def _memory(layer: KVLayer) -> tuple[Any, Any]:
-    """Where keys and values are held, (heads, room, head_dim)."""
-    keys, values = layer.buffers
-    return keys[0].numpy(), values[0].numpy()

@@ -27,7 +27,7 @@ LN_2 = np.float32(0.6931471805599453)
 LEAST = np.float32(-87)
 """Below it exp is 0 in float32, near enough."""
 LOWEST = np.float32(-1e30)
-HELD = "float32[:, :, ::1], float32[:, :, ::1]"
+HELD = "float32[:, :, :, ::1], float32[:, :, :, ::1]"
 """Keys and values."""
 TURN = "float32[::1], float32[::1]"
 """A position's cosines and sines."""
@@ -190,12 +190,12 @@ def place(
         qkv: (all heads * head_dim,), queries, keys and values, bfloat16 or float32.
         cos: (head_dim,) float32; sin likewise.
         query: (query_heads, head_dim) float32, written.
-        keys: (held heads, room, head_dim) float32, written at `slot`; each of several heads for one
-            of the token's has a copy. values likewise.
+        keys: (1, held heads, room, head_dim) float32, written at `slot`; each of several heads for
+            one of the token's has a copy. values likewise.
     """
     query_heads, dim = query.shape
     half = dim // 2
-    held = keys.shape[0]
+    held = keys.shape[1]
     kv_heads = (qkv.shape[0] // dim - query_heads) // 2
     for head in range(query_heads):
         first = head * dim
@@ -207,11 +207,11 @@ def place(
         first = (query_heads + head * kv_heads // held) * dim
         for i in range(half):
             a, b = _wide(qkv[first + i]), _wide(qkv[first + half + i])
-            keys[head, slot, i] = a * cos[i] - b * sin[i]
-            keys[head, slot, half + i] = b * cos[half + i] + a * sin[half + i]
+            keys[0, head, slot, i] = a * cos[i] - b * sin[i]
+            keys[0, head, slot, half + i] = b * cos[half + i] + a * sin[half + i]
         first += kv_heads * dim
         for i in range(dim):
-            values[head, slot, i] = _wide(qkv[first + i])
+            values[0, head, slot, i] = _wide(qkv[first + i])
 
 
 @compiled(f"void(float32[:, ::1], {HELD}, int64, float64, float32[:, ::1], uint16[::1])")
@@ -222,17 +222,17 @@ def attend(
 
     Args:
         query: (query_heads, head_dim) float32.
-        keys: (heads, at least length, head_dim) float32; query head h reads head h // group.
+        keys: (1, heads, at least length, head_dim) float32; query head h reads head h // group.
         values: as keys.
         room: (group, at least length) float32, written over.
         out: (query_heads * head_dim,) bfloat16, written.
     """
     query_heads, dim = query.shape
-    heads = keys.shape[0]
+    heads = keys.shape[1]
     group = query_heads // heads
     total = np.empty(dim, np.float32)
     for head in range(heads):
-        own_keys, own_values = keys[head], values[head]
+        own_keys, own_values = keys[0, head], values[0, head]
         for i in range(length):
             for member in range(group):
                 product = np.float32(0)

@@ -67,7 +67,7 @@ def test_place_rotates_and_writes_every_copy(copies: int, dtype: torch.dtype) ->
     cos, sin = random(dim, seed=1), random(dim, seed=2)
     keys, values = torch.zeros(kv_heads * copies, 5, dim), torch.zeros(kv_heads * copies, 5, dim)
     query = torch.empty(query_heads, dim)
-    memory = keys.numpy(), values.numpy()
+    memory = keys[None].numpy(), values[None].numpy()
     kernels.place(bits(qkv), cos.numpy(), sin.numpy(), query.numpy(), *memory, 3)
     heads = qkv.float().view(-1, dim)
     turned = _rotate(heads[:-kv_heads], (cos, sin))
@@ -101,7 +101,7 @@ def test_attend_is_attention_to_what_is_held(length: int, heads: int, group: int
     keys[:, length:] = values[:, length:] = torch.nan
     out = torch.empty(heads * group * dim, dtype=torch.bfloat16)
     room = np.empty((group, length), np.float32)
-    memory = keys.numpy(), values.numpy()
+    memory = keys[None].numpy(), values[None].numpy()
     kernels.attend(query.numpy(), *memory, length, 0.3, room, bits(out))
     grouped = query.view(1, heads, group, dim)
     held = keys[None, :, :length], values[None, :, :length]
