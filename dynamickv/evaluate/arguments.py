@@ -24,6 +24,11 @@ SETTINGS: tuple[tuple[str, type, str, str], ...] = (
     ("--tau2", float, "X", "temperature of a layer's variance; CAKE"),
     ("--gamma", float, "X", "weight of a position's variance; CAKE"),
     ("--alpha", float, "X", "share of a layer's budget that every head keeps; LAVa"),
+    ("--context-size", int, "N", "last prompt tokens that are compared; ShiftKV, VoteKV"),
+    ("--voted-share", float, "X", "part of the budget that goes by votes; VoteKV"),
+    ("--voting-size", int, "N", "last prompt tokens that vote; VoteKV"),
+    ("--smoothing", int, "N", "positions that average their votes, odd; VoteKV"),
+    ("--reach", int, "N", "positions behind a place that its votes count for; VoteKV"),
 )
 """What methods take besides a capacity: option, type, placeholder, explanation."""
 

@@ -102,29 +102,41 @@ def test_output_writes_the_record(run: Any, tmp_path: Path, name: str) -> None:
     assert trace.prompt.question == QUESTION
 
 
-def test_every_option_reaches_the_method(run: Any, tmp_path: Path) -> None:
-    run(
-        methods="DynamicKV",
-        capacity="30",
-        window_size="4",
-        kernel_size="3",
-        pooling="avg",
-        granularity="query_head",
-        r_max="2.5",
-        update_interval="2",
-        output=str(tmp_path / "run.json"),
-    )
+@pytest.mark.parametrize(
+    ("method", "given"),
+    [
+        (
+            "DynamicKV",
+            {
+                "window_size": 4,
+                "kernel_size": 3,
+                "pooling": "avg",
+                "granularity": "query_head",
+                "r_max": 2.5,
+                "update_interval": 2,
+            },
+        ),
+        ("CAKE", {"tau1": 0.5, "tau2": 2.0, "gamma": 7.0}),
+        ("LAVa", {"alpha": 0.3}),
+        (
+            "VoteKV",
+            {
+                "context_size": 20,
+                "voted_share": 0.5,
+                "voting_size": 6,
+                "smoothing": 3,
+                "reach": 2,
+            },
+        ),
+    ],
+)
+def test_every_option_reaches_the_method(
+    method: str, given: dict[str, Any], run: Any, tmp_path: Path
+) -> None:
+    told = {name: str(value) for name, value in given.items()}
+    run(methods=method, capacity="30", output=str(tmp_path / "run.json"), **told)
     (answered,) = dkv.Trace.load(tmp_path / "run.json").runs
-    expected = {
-        "capacity": 30,
-        "window_size": 4,
-        "kernel_size": 3,
-        "pooling": "avg",
-        "granularity": "query_head",
-        "r_max": 2.5,
-        "update_interval": 2,
-    }
-    assert expected.items() <= answered.parameters.items()
+    assert (given | {"capacity": 30}).items() <= answered.parameters.items()
     assert len(answered.token_ids) == 4
 
 
