@@ -70,6 +70,9 @@ def test_a_comparison_runs_from_paste_to_receipts(page: Page, model_url: str) ->
 
 def test_stop_leaves_partial_answers_labelled(page: Page, model_url: str) -> None:
     prepare(page, model_url, 400)
+    page.locator("#dkv-question textarea").fill(
+        "Write a long story about the lamp, with many characters."
+    )
     page.locator("#dkv-run").click()
     expect(page.locator(".dkv-card[data-state=running] .dkv-answer").last).to_contain_text(
         "e", timeout=60_000
