@@ -7,6 +7,8 @@ passage_retrieval_zh.jsonl. Every answer goes at once to a journal below --outpu
 evidence.tar.gz at the end; the same command with that file in --output goes on where it was.
 `python -m benchmarks.evidence --collect FILE.tar.gz` makes the tables.
 
+The processes share every part: each takes the next document that none has taken.
+
 Parts, the most telling first (`PARTS`): needles and RULER's tasks, made with a seed that the search
 did not see; LongBench; several questions about one document; one choice per query head, at the same
 capacity and at the same bytes; prompts with and without the chat template.
@@ -17,11 +19,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 import tarfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +32,7 @@ import dynamickv as dkv
 from benchmarks.side_by_side import convert, environment, run
 from dynamickv.evaluate.about import circumstances
 from dynamickv.evaluate.datasets import Example, read_tasks
-from dynamickv.evaluate.experiment import Experiment, Unit, methods_at
+from dynamickv.evaluate.experiment import Experiment, Measured, Row, Stop, Unit, key, methods_at
 from dynamickv.evaluate.experiment import run as measured
 from dynamickv.evaluate.haystack import Haystack
 from dynamickv.evaluate.journal import Journal, write_whole
@@ -44,6 +47,8 @@ from dynamickv.models import LoadedModel
 ROOT = Path(__file__).parent.parent
 SEED = 20260
 PACKED = "evidence.tar.gz"
+CLAIMS = "claims"
+"""Folder of empty files, one for each document that a process has taken."""
 MODELS = ("qwen", "gemma", "smollm2")
 RIVALS = ("StreamingLLM", "SnapKV", "PyramidKV", "DynamicKV", "CAKE", "LAVa", "KeyDiff")
 """The papers' methods. H2O is left out: it reads the attention of all queries, which takes longer
@@ -62,9 +67,6 @@ class Setting:
     data: Path
     essays: Path
     """Folder of .txt files around the needles."""
-    part: int
-    parts: int
-    """This process among how many."""
     small: bool = False
     """A few short prompts, to try the command out."""
 
@@ -74,24 +76,78 @@ class Setting:
         return tuple(length for length in wanted if length <= most) or (most,)
 
 
-class Part:
-    """A process's share of an experiment: every `parts`-th unit. Units of one document stay
-    together, which is read once for them."""
+class Some:
+    """Some units of an experiment."""
 
-    def __init__(self, experiment: Experiment, part: int, parts: int) -> None:
-        self._whole, self._part, self._parts = experiment, part, parts
-        self.settings = experiment.settings
-        self.size, self.measure = experiment.size, experiment.measure
+    def __init__(self, whole: Experiment, units: list[Unit]) -> None:
+        self._units = units
+        self.settings, self.size, self.measure = whole.settings, whole.size, whole.measure
 
     def units(self) -> list[Unit]:
-        """Its own."""
-        places: dict[str, int] = {}
-        return [
-            unit
-            for unit in self._whole.units()
-            if places.setdefault(str(unit.get("document", unit)), len(places)) % self._parts
-            == self._part
-        ]
+        """These."""
+        return self._units
+
+
+def documents(experiment: Experiment) -> list[Some]:
+    """An experiment in the least parts: units of one document stay together, which is read once
+    for them."""
+    together: dict[str, list[Unit]] = {}
+    for unit in experiment.units():
+        together.setdefault(str(unit.get("document", unit)), []).append(unit)
+    return [Some(experiment, units) for units in together.values()]
+
+
+class RulerExperiment:
+    """Examples that are made as they are measured: making one takes as long as reading it."""
+
+    def __init__(
+        self,
+        setting: Setting,
+        tasks: Sequence[str],
+        samples: int,
+        length: int,
+        protocol: Protocol,
+    ) -> None:
+        self._llm, self._protocol, self._length = setting.llm, protocol, length
+        self._haystack = Haystack(str(setting.essays))
+        self._places = {
+            key({"task": task, "id": f"{length}-{sample}"}): (task, sample)
+            for sample in range(samples)
+            for task in tasks
+        }
+        self.settings = self._of([]).settings
+
+    def _of(self, examples: list[Example]) -> LongBenchExperiment:
+        return LongBenchExperiment(self._llm, examples, self._protocol)
+
+    def units(self) -> list[Unit]:
+        """Every task of one sample after another."""
+        return [json.loads(name) for name in self._places]
+
+    def size(self, unit: Unit) -> float:
+        """All are equal."""
+        return 1.0
+
+    def measure(self, unit: Unit, methods: Sequence[CompressionMethod], stop: Stop) -> Row:
+        """Make an example and measure it."""
+        task, sample = self._places[key(unit)]
+        (made,) = make_examples(
+            task,
+            self._length,
+            1,
+            lambda text: len(self._llm.tokenizer(text)["input_ids"]),
+            haystack=self._haystack,
+            seed=SEED * 1000 + sample,
+        )
+        example = Example(
+            task=task,
+            id=unit["id"],
+            fields={"input": f"{made.opening}\n{made.question}{made.answer_prefix}"},
+            answers=list(made.answers),
+            all_classes=None,
+            ruler=True,
+        )
+        return self._of([example]).measure(unit, methods, stop)
 
 
 Built = tuple[Experiment, list[CompressionMethod]]
@@ -115,15 +171,14 @@ def needle(
         chat_template=template and setting.llm.tokenizer.chat_template is not None,
         seed=SEED,
     )
-    whole = NeedleExperiment(setting.llm, grid)
-    return Part(whole, setting.part, setting.parts), at_capacities(methods, capacities, (64, 128))
+    return NeedleExperiment(setting.llm, grid), at_capacities(methods, capacities, (64, 128))
 
 
 def at_capacities(
     methods: Sequence[str], capacities: Sequence[int], alone: Sequence[int]
 ) -> list[CompressionMethod]:
-    """Every method at every capacity; LAVa at those of `alone`, as heads of unlike length are not
-    decoded together with others."""
+    """Every method at every capacity; LAVa at those of `alone`, as the attention of heads of unlike
+    length is computed head by head."""
     others = methods_at([name for name in methods if name != "LAVa"], capacities)
     few = [size for size in capacities if size in alone]
     return others + (methods_at(["LAVa"], few) if "LAVa" in methods and few else [])
@@ -152,34 +207,12 @@ def ruler(
     """RULER's needle tasks, made here in its format."""
     if setting.small:
         tasks, samples, length = tasks[:1], min(samples, 2), 900
-    tokenizer = setting.llm.tokenizer
-    haystack = Haystack(str(setting.essays))
-
-    def count(text: str) -> int:
-        return len(tokenizer(text)["input_ids"])
-
-    examples = []
-    # Each process makes its own examples alone: making one takes as long as reading it.
-    for number in range(setting.part, samples * len(tasks), setting.parts):
-        sample, task = divmod(number, len(tasks))
-        (made,) = make_examples(
-            tasks[task], length, 1, count, haystack=haystack, seed=SEED * 1000 + sample
-        )
-        examples.append(
-            Example(
-                task=tasks[task],
-                id=f"{length}-{sample}",
-                fields={"input": f"{made.opening}\n{made.question}{made.answer_prefix}"},
-                answers=list(made.answers),
-                all_classes=None,
-                ruler=True,
-            )
-        )
-    protocol = Protocol.official(chat_template=template and tokenizer.chat_template is not None)
-    if setting.small:
-        protocol = Protocol.official(max_new_tokens=8)
+    protocol = Protocol.official(
+        chat_template=template and setting.llm.tokenizer.chat_template is not None,
+        max_new_tokens=8 if setting.small else None,
+    )
     chosen = at_capacities(methods, capacities, (128, 512))
-    return LongBenchExperiment(setting.llm, examples, protocol), chosen
+    return RulerExperiment(setting, tasks, samples, length, protocol), chosen
 
 
 def longbench(
@@ -198,15 +231,15 @@ def longbench(
         max_new_tokens=8 if setting.small else None,
     )
     whole = LongBenchExperiment(setting.llm, examples, protocol)
-    return Part(whole, setting.part, setting.parts), methods_at(methods, capacities)
+    return whole, methods_at(methods, capacities)
 
 
 def turns(setting: Setting) -> Built:
     """Several questions about each of the texts of assets/tasks."""
-    documents = read_folder(ROOT / "assets" / "tasks", 1 if setting.small else None)
-    whole = TurnsExperiment(setting.llm, documents, 8 if setting.small else 32)
+    texts = read_folder(ROOT / "assets" / "tasks", 2 if setting.small else None)
+    whole = TurnsExperiment(setting.llm, texts, 8 if setting.small else 32)
     names = ("FullKV", "SnapKV", "PyramidKV", "DynamicKV", *OURS)
-    return Part(whole, setting.part, setting.parts), methods_at(names, [64, 128, 256])
+    return whole, methods_at(names, [64, 128, 256])
 
 
 Build = Callable[[Setting], Built]
@@ -227,16 +260,17 @@ PARTS: list[tuple[str, str, Build]] = [
     ("qwen", "needle-plain", lambda s: needle(s, (2048, 4096), 4, (64, 128), FEW, template=False)),
     ("qwen", "multikey-chat", lambda s: ruler(s, SEARCHED, 24, (128, 512), FEW, template=True)),
     ("qwen", f"{ZH}-chat", lambda s: longbench(s, ZH, 40, WIDE, FEW, True)),
-    ("smollm2", "heads", heads),
-    ("gemma", "heads", heads),
     ("smollm2", "ruler", lambda s: ruler(s, OTHERS, 4, methods=FEW)),
     ("smollm2", "multi_news", lambda s: longbench(s, NEWS, 20, WIDE, FEW)),
     ("gemma", "ruler", lambda s: ruler(s, OTHERS, 4, methods=FEW)),
     ("qwen", "multi_news-chat", lambda s: longbench(s, NEWS, 20, (128, 512), FEW, True)),
     ("smollm2", "turns", turns),
     ("gemma", "multi_news", lambda s: longbench(s, NEWS, 20, (128, 512), FEW)),
+    ("smollm2", "heads", heads),
+    ("gemma", "heads", heads),
 ]
-"""Model, name and what is measured, in the order in which it is."""
+"""Model, name and what is measured, in the order in which it is: the most telling first, and at the
+end short pieces, so that all processes end at about the same time."""
 
 
 def write_essays(data: Path, folder: Path) -> None:
@@ -255,7 +289,7 @@ def work(options: argparse.Namespace) -> None:
     def late() -> bool:
         return time.perf_counter() - began > options.seconds
 
-    mine, of = map(int, options.part.split("/"))
+    mine = options.part
     loaded: dict[str, LoadedModel] = {}
     for model, name, build in PARTS:
         if options.only and f"{model}/{name}" not in options.only.split(","):
@@ -266,24 +300,43 @@ def work(options: argparse.Namespace) -> None:
             file = options.models / f"{model}.gguf"
             os.environ.update(environment(file))
             loaded[model] = dkv.load_model(file, dtype=options.dtype)
-        setting = Setting(
-            loaded[model], options.data, options.output / "essays", mine, of, options.small
-        )
+        setting = Setting(loaded[model], options.data, options.output / "essays", options.small)
         folder = options.output / "journals" / model
         folder.mkdir(parents=True, exist_ok=True)
         about = folder / "about.json"
         if mine == 0 and not about.is_file():
-            write_whole(about, json.dumps(circumstances(loaded[model])))
+            shared_by = {"processes": str(options.processes)}
+            write_whole(about, json.dumps(circumstances(loaded[model]) | shared_by))
         start = time.perf_counter()
         journal = Journal(folder / f"{name}.jsonl", mine)
         try:
             experiment, methods = build(setting)
-            for step in measured(experiment, methods, journal, stop=late):
-                told = f"{model}/{name} {step.done} of {step.total}"
-                print(f"{time.perf_counter() - began:.0f} s: {told}", flush=True)
+            for step in shared(experiment, methods, journal, options.output / CLAIMS, late):
+                row = {} if step.row is None else step.row["unit"]
+                print(f"{time.perf_counter() - began:.0f} s: {model}/{name} {row}", flush=True)
         except Exception:  # the machine is lent: the other parts are measured all the same
             traceback.print_exc()
         print(f"{model}/{name}: {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def shared(
+    experiment: Experiment,
+    methods: Sequence[CompressionMethod],
+    journal: Journal,
+    claims: Path,
+    late: Stop,
+) -> Iterator[Measured]:
+    """Measure the documents that no other process has taken, one after another."""
+    for number, document in enumerate(documents(experiment)):
+        if late():
+            return
+        try:
+            (claims / f"{journal.path.parent.name}-{journal.path.stem}-{number}").touch(
+                exist_ok=False
+            )
+        except FileExistsError:
+            continue
+        yield from measured(document, methods, journal, stop=late)
 
 
 def unpack(packed: Path, folder: Path) -> None:
@@ -316,14 +369,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="where to work")
     parser.add_argument("--packed", type=Path, help=f"where {PACKED} goes; otherwise --output")
     parser.add_argument("--resume", type=Path, help=f"an earlier {PACKED}")
-    parser.add_argument("--processes", type=int, default=8)
+    parser.add_argument("--processes", type=int, default=12)
     parser.add_argument("--seconds", type=float, default=1e9, help="after which nothing is begun")
     parser.add_argument("--only", default="", metavar="MODEL/PART,...", help="otherwise all")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--small", action="store_true", help="a few short prompts")
-    parser.add_argument("--part", help="be one process: I/N")
+    parser.add_argument("--part", type=int, help="be one process")
     options = parser.parse_args()
-    if options.part:
+    if options.part is not None:
         work(options)
         return
     began = time.perf_counter()
@@ -331,6 +384,9 @@ def main() -> None:
     packed = (options.packed or options.output) / PACKED
     unpack(options.resume or packed, options.output)
     (options.output / "journals").mkdir(exist_ok=True)
+    # Of a run that was stopped: what it took and did not measure is anyone's again.
+    shutil.rmtree(options.output / CLAIMS, ignore_errors=True)
+    (options.output / CLAIMS).mkdir()
     write_essays(options.data, options.output / "essays")
     wanted = {row.split("/")[0] for row in options.only.split(",")} if options.only else MODELS
     convert([options.models / f"{model}.gguf" for model in MODELS if model in wanted],
@@ -340,7 +396,8 @@ def main() -> None:
     for part in range(options.processes):
         arguments = [sys.executable, "-m", "benchmarks.evidence_run", "--models", options.models]
         arguments += ["--data", options.data, "--output", options.output, "--dtype", options.dtype]
-        arguments += ["--part", f"{part}/{options.processes}", "--seconds", f"{left:.0f}"]
+        arguments += ["--part", str(part), "--seconds", f"{left:.0f}"]
+        arguments += ["--processes", options.processes]
         arguments += ["--only", options.only] + ["--small"] * options.small
         commands[f"{part}"] = (list(map(str, arguments)), environment(options.models / "any.gguf"))
     run(commands, options.output / "logs", lambda: rows_measured(options.output))

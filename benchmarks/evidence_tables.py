@@ -496,5 +496,6 @@ def write(packed: Path, folder: Path, target: Path) -> None:
             f"no {first}/needle.jsonl in {packed} says its settings; measure that part again"
         )
     known = {"settings": {**settings, "model": SHORT[first]}, "summary": needle_summary(rows)}
-    shown = {"circumstances": {**record["circumstances"][first], "processes": "8"}, **known}
+    # Journals from before the number was written down are of eight.
+    shown = {"circumstances": {"processes": "8", **record["circumstances"][first]}, **known}
     picture.write_text(json.dumps(shown, ensure_ascii=False, indent=1) + "\n", "utf-8")

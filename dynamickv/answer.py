@@ -127,7 +127,7 @@ class Answer:
     def join(self, together: Together) -> None:
         """Decode in one pass with the other runs that join, before the first step; nothing changes
         for a cache that such a pass cannot feed."""
-        if self._cache is not None and self._cache.plain:
+        if self._cache is not None and together.takes(self._cache):
             self._together = together
             self._member = together.join(self._cache, self._prompt.length)
             self._steps = self._decode(advance=self._member.advance)
@@ -290,9 +290,14 @@ def retained_mask(retention: Retention, length: int, least_heads: int = 1) -> np
     heads = max(least_heads, *(len(kept) for kept in retention.indices))
     mask = np.zeros((len(retention.indices), heads, length), bool)
     mask[:, :, retention.prompt_length :] = True
+    # All in one transfer: each makes the host wait for the device.
+    rows = [row for kept in retention.indices for row in kept]
+    places = torch.cat([row.to(rows[0].device) for row in rows]).cpu().numpy()
+    held = iter(np.split(places, np.cumsum([len(row) for row in rows])[:-1]))
     for layer, kept in enumerate(retention.indices):
+        own = [next(held) for _ in kept]
         for head in range(heads):
-            mask[layer, head, kept[head * len(kept) // heads].cpu().numpy()] = True
+            mask[layer, head, own[head * len(own) // heads]] = True
     return mask
 
 

@@ -18,8 +18,9 @@ from transformers.cache_utils import (
 )
 
 from dynamickv.layers.kv import AfterAttention, KVLayer, gather
-from dynamickv.layers.other import HybridLayer, copied, layer_bytes, own_layer
+from dynamickv.layers.other import HybridLayer, copied, in_batch, layer_bytes, own_layer
 from dynamickv.layers.parts import BatchedLayer, HeadwiseLayer, stored_heads
+from dynamickv.layers.rows import RowsLayer
 from dynamickv.records import OtherLayer, Prefill, Retention
 
 NAMED = {"chunked_attention": "chunked", "conv": "conv", "moe": "moe", "mlp": "mlp"}
@@ -70,6 +71,12 @@ class KVCache(Cache):
     def nbytes(self) -> int:
         """Bytes of all keys, values and states held, summed from the tensors."""
         return sum(map(layer_bytes, self.layers))
+
+    @property
+    def joinable(self) -> bool:
+        """Whether a `BatchedCache` can hold this one: not where a layer carries a state beside the
+        whole prompt, which would have to be in two places."""
+        return not any(type(layer) is HybridLayer for layer in self.layers)
 
     @property
     def plain(self) -> bool:
@@ -128,11 +135,50 @@ def fresh_layers(config: Any, after_attention: AfterAttention | None = None) -> 
 
 
 class BatchedCache(Cache):
-    """Several caches seen by the model as one batch; each row attends to its own cache alone."""
+    """Several caches that have seen as much, seen by the model as one batch; each row attends to
+    its own cache alone.
 
-    def __init__(self, caches: Sequence[KVCache]) -> None:
-        layers = zip(*(cache.whole_layers() for cache in caches), strict=True)
-        super().__init__(layers=[BatchedLayer(rows) for rows in layers])
+    Attention is computed once for all caches of about the same length, from a copy of them in
+    rows: `order` says which cache became which row. Those alone in their kind, of heads of unlike
+    length, and observed while they grow stay what they are and grow by themselves.
+    """
+
+    def __init__(self, caches: Sequence[KVCache], padded: float) -> None:
+        """
+        Args:
+            caches: `joinable`.
+            padded: how many times as long as the shortest of several in rows the longest may be; 0
+                computes the attention of each cache apart.
+        """
+        kinds = [_shape(cache) for cache in caches]
+        self.order = sorted(range(len(caches)), key=lambda row: (kinds[row] or ((), 0), row))
+        parts: list[list[int]] = []
+        for row in self.order:
+            kind, first = kinds[row], kinds[parts[-1][0]] if parts else None
+            if kind and first and kind[0] == first[0] and kind[1] <= padded * first[1]:
+                parts[-1].append(row)
+            else:
+                parts.append([row])
+        rows = [len(part) for part in parts]
+        layers = []
+        for place, layer in enumerate(caches[0].layers):
+            of_all = [cache.layers[place] for cache in caches]
+            if not isinstance(layer, KVLayer):
+                layers.append(in_batch([of_all[row] for row in self.order]))
+                continue
+            held = [[of_all[row] for row in part] for part in parts]
+            whole = [RowsLayer.of(part) if len(part) > 1 else part[0] for part in held]
+            layers.append(BatchedLayer(whole, rows) if len(whole) > 1 else whole[0])
+        super().__init__(layers=layers)
+
+
+def _shape(cache: KVCache) -> tuple[tuple[int, ...], int] | None:
+    """Heads of each layer that attends to the whole prompt, and the positions that all of them
+    hold; None of a cache that cannot be one row of several."""
+    layers = cache.whole_layers()
+    if any(type(layer) is not KVLayer or layer.after_attention is not None for layer in layers):
+        return None
+    return tuple(layer.held()[0].shape[1] for layer in layers), sum(one.length for one in layers)
 
 
 def prune(prefill: Prefill, retention: Retention, room: int) -> KVCache:

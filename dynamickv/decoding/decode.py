@@ -113,9 +113,18 @@ def _stepper(
 @torch.inference_mode()
 def choose(logits: Tensor) -> tuple[int, float]:
     """The most likely token and its natural-log probability."""
-    token_id = int(logits.argmax())
+    return choose_rows(logits[None])[0]
+
+
+@torch.inference_mode()
+def choose_rows(logits: Tensor) -> list[tuple[int, float]]:
+    """`choose` for every row of (rows, vocabulary), with one wait for the device."""
     wide = logits.float()
-    return token_id, float(wide[token_id] - wide.logsumexp(dim=-1))
+    chosen = logits.argmax(dim=-1, keepdim=True)
+    logprobs = wide.gather(1, chosen)[:, 0] - wide.logsumexp(dim=-1)
+    # Both in one transfer; float32 holds every token id.
+    both = torch.stack([chosen[:, 0].float(), logprobs], dim=1).tolist()
+    return [(int(token_id), logprob) for token_id, logprob in both]
 
 
 @torch.inference_mode()
@@ -176,7 +185,8 @@ def has_mkl() -> bool:
 
 
 def feeder(llm: LoadedModel, plain: bool) -> Feed:
-    """The fastest way to feed single tokens without a graph.
+    """The fastest way to feed single tokens without a graph: to several caches where it is
+    `RowSteps`, else to one.
 
     Args:
         plain: whether all caches will be.
@@ -192,7 +202,19 @@ def feeder(llm: LoadedModel, plain: bool) -> Feed:
 def _feed(
     llm: LoadedModel, caches: Sequence[KVCache], token_ids: Sequence[int], positions: Sequence[int]
 ) -> Tensor:
-    cache = caches[0] if len(caches) == 1 else BatchedCache(caches)
+    (cache,) = caches
+    return feed_rows(llm, cache, token_ids, positions)
+
+
+@torch.inference_mode()
+def feed_rows(
+    llm: LoadedModel,
+    cache: KVCache | BatchedCache,
+    token_ids: Sequence[int],
+    positions: Sequence[int],
+) -> Tensor:
+    """One token for every row of a cache, at its true position; next-token logits, (rows,
+    vocabulary)."""
     return _forward(llm, cache, [[token_id] for token_id in token_ids], positions)[:, -1]
 
 

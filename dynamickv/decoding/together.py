@@ -6,28 +6,48 @@ differ in their last bits from those of a run decoded alone, as in any batch.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
-from dynamickv.cache import KVCache
-from dynamickv.decoding.decode import choose, feeder
+import torch
+
+from dynamickv.cache import BatchedCache, KVCache
+from dynamickv.decoding.decode import choose_rows, feed_rows, feeder
+from dynamickv.decoding.decode_step import RowSteps
 from dynamickv.models import LoadedModel
+from dynamickv.reading.observe import MASKED_BACKENDS
 
 
 class Together:
     """Runs that advance in step. Each announces its token; the first to need an answer runs all."""
 
+    PADDED = 8
+    """How many times as long as the shortest cache of a group the longest may be."""
+
     def __init__(self, llm: LoadedModel) -> None:
-        self._feed = feeder(llm, plain=True)
+        self._llm = llm
+        steps = feeder(llm, plain=True)
+        self._steps = steps if isinstance(steps, RowSteps) else None
+        self._masked = llm.attention in MASKED_BACKENDS
         self._members: list[Member] = []
+        self._batch: BatchedCache | None = None
+        self._rows: list[Member] = []
+        """Of the batch, from its first pass to its end: an answer that is over is fed on."""
 
     @property
     def size(self) -> int:
         """Runs that joined."""
         return len(self._members)
 
+    def takes(self, cache: KVCache) -> bool:
+        """Whether a run with this cache may join."""
+        if self._steps is not None:
+            return cache.plain
+        return cache.joinable and (self._masked or not self._llm.geometry.joint)
+
     def join(self, cache: KVCache, position: int) -> Member:
-        """Take in a run whose next token goes to `position`; its cache is `plain`."""
+        """Take in a run whose next token goes to `position`, the same for all."""
         member = Member(self._run, cache, position)
         self._members.append(member)
         return member
@@ -36,17 +56,38 @@ class Together:
         """Feed every announced token."""
         waiting = [member for member in self._members if member.token_id is not None]
         start = time.perf_counter()
-        logits = self._feed(
-            [member.cache for member in waiting if member.cache is not None],
-            [member.token_id for member in waiting if member.token_id is not None],
-            [member.position for member in waiting],
-        )
-        chosen = [choose(row) for row in logits]
+        chosen = self._chosen(waiting)
         seconds = time.perf_counter() - start
         for member, (token_id, logprob) in zip(waiting, chosen, strict=True):
             member.arrived = (token_id, logprob, seconds)
             member.position += 1
             member.token_id = None
+
+    @torch.inference_mode()
+    def _chosen(self, waiting: list[Member]) -> list[tuple[int, float]]:
+        """Tokens after those that were announced, and their log probabilities."""
+        if self._steps is not None:
+            logits = self._steps(
+                [member.cache for member in waiting if member.cache is not None],
+                [member.token_id for member in waiting if member.token_id is not None],
+                [member.position for member in waiting],
+            )
+            return choose_rows(logits)
+        if self._batch is None:
+            caches = [member.cache for member in waiting if member.cache is not None]
+            # Keys that a model makes anew from latents are made of all rows at once.
+            most = math.inf if self._llm.geometry.joint else self.PADDED
+            self._batch = BatchedCache(caches, most if self._masked else 0)
+            self._rows = [waiting[row] for row in self._batch.order]
+        logits = feed_rows(
+            self._llm,
+            self._batch,
+            [member.token_id or 0 for member in self._rows],
+            [waiting[0].position] * len(self._rows),
+        )
+        # Picked here: on the device it would be one more wait.
+        chosen = choose_rows(logits)
+        return [chosen[self._rows.index(member)] for member in waiting]
 
 
 class Member:

@@ -86,6 +86,8 @@ class TurnsExperiment:
         self._llm, self._documents = llm, dict(documents)
         self._max_new_tokens, self._truncate = max_new_tokens, truncate
         self._read: tuple[str, str, Prefill] | None = None
+        self._first: Prefill | None = None
+        """The document with its first question."""
         self._chosen: dict[str, Retention] = {}
 
     @property
@@ -122,17 +124,17 @@ class TurnsExperiment:
         read = self._document(unit["document"], text, methods, stop)
         anew = with_question(self._llm, read, asked.question, stopper(stop))
         most = self._max_new_tokens
-        (full,) = answers(self._llm, anew, [FullKV()], most, stop)
         compressing = [method for method in methods if method.capabilities.capacity]
         reused = [
             Reused(chosen=self._for_first(method, read, listed[0].question, stop))
             for method in compressing
         ]
         runs: dict[str, list[Run]] = {}
+        full, *runs["anew"] = answers(self._llm, anew, [FullKV(), *compressing], most, stop)
         if compressing:
-            runs["first"] = answers(self._llm, read, reused, most, stop, asked.question)
-            runs["blind"] = answers(self._llm, read, compressing, most, stop, asked.question)
-            runs["anew"] = answers(self._llm, anew, compressing, most, stop)
+            without = [*reused, *compressing]
+            both = answers(self._llm, read, without, most, stop, asked.question)
+            runs["first"], runs["blind"] = both[: len(reused)], both[len(reused) :]
         places = {id(method): place for place, method in enumerate(compressing)}
         return {
             "document_tokens": read.length,
@@ -166,7 +168,7 @@ class TurnsExperiment:
         recording = recording_for(methods)
         wanted = key([name, recording])
         if self._read is None or self._read[:2] != (name, wanted):
-            self._read, self._chosen = None, {}
+            self._read, self._first, self._chosen = None, None, {}
             longest = max(
                 (one.question for one in self._documents[name][1]),
                 key=lambda question: len(self._llm.tokenizer(question)["input_ids"]),
@@ -190,8 +192,9 @@ class TurnsExperiment:
         """The places of the document that a method keeps for the first question."""
         name = key([method.name, method.parameters])
         if name not in self._chosen:
-            first = with_question(self._llm, read, question, stopper(stop))
-            self._chosen[name] = chosen_for(method, first, read.length)
+            if self._first is None:
+                self._first = with_question(self._llm, read, question, stopper(stop))
+            self._chosen[name] = chosen_for(method, self._first, read.length)
         return self._chosen[name]
 
 

@@ -6,8 +6,10 @@ transformers' own, where no method compresses; `HybridLayer` where a state goes 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import (
     DynamicLayer,
@@ -108,6 +110,22 @@ def _copied_states(layer: LinearAttentionCacheLayerMixin) -> dict[str, Any]:
         else value
         for name, value in ((name, getattr(layer, name)) for name in names)
     }
+
+
+def in_batch(layers: Sequence[Any]) -> Any:
+    """One layer of all rows of the same layer of several caches that have seen as much; a copy."""
+    whole = copied(layers[0])
+    for name in vars(whole):
+        setattr(whole, name, _joined([getattr(layer, name) for layer in layers]))
+    return whole
+
+
+def _joined(values: Sequence[Any]) -> Any:
+    """Tensors of rows one after another; what is said of every cache, once."""
+    first = values[0]
+    if isinstance(first, dict):
+        return {name: _joined([value[name] for value in values]) for name in first}
+    return torch.cat(list(values)) if isinstance(first, Tensor) and first.dim() else first
 
 
 def state_bytes(layer: Any) -> int:

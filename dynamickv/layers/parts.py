@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dynamickv.layers.kv import AfterAttention, KVLayer
@@ -83,16 +84,20 @@ def stored_heads(num_heads: int, stored: int) -> list[int]:
 
 
 class BatchedLayer(KVLayer):  # type: ignore[no-untyped-call]
-    """The same layer of several caches of one sequence each, of any lengths."""
+    """The same layer of several caches that have seen as much, each of its parts in so many `rows`
+    of the batch."""
 
-    def __init__(self, rows: Sequence[KVLayer]) -> None:
-        super().__init__(rows[0].index)
-        self.rows = rows
+    def __init__(self, parts: Sequence[KVLayer], rows: Sequence[int]) -> None:
+        super().__init__(parts[0].index)
+        self.parts, self.rows = parts, list(rows)
+        self.seen = parts[0].seen
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append each row to its own cache, where the attention function then finds it."""
-        for row, key, value in zip(self.rows, key_states, value_states, strict=True):
-            row.update(key[None], value[None])
+        """Append its rows to each part, where the attention function then finds them."""
+        states = torch.split(key_states, self.rows), torch.split(value_states, self.rows)
+        for part, keys, values in zip(self.parts, *states, strict=True):
+            part.update(keys, values)
+        self.seen += key_states.shape[2]
         return self._tagged(key_states, value_states)

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import LinearAttentionLayer
 
-from dynamickv.layers.kv import AfterAttention, KVLayer, gather
+from dynamickv.layers.kv import BLOCK, AfterAttention, KVLayer, gather
 from dynamickv.layers.other import HybridLayer
 
 
@@ -25,11 +26,45 @@ class RowsLayer(KVLayer):  # type: ignore[no-untyped-call]
         """Slots before each row's first token as it is fed, (rows,)."""
         self._rows: list[Tensor] | None = None
         self._unused: Tensor | None = padding if bool(padding.any()) else None
+        self._added: Tensor | None = None
+
+    @classmethod
+    def of(cls, layers: Sequence[KVLayer]) -> RowsLayer:
+        """A copy of what layers of one row each hold, of as many heads, that have seen as much."""
+        first, longest = layers[0], max(layer.length for layer in layers)
+        rows = cls(first.index, torch.zeros(len(layers), dtype=torch.long))
+        rows.lazy_initialization(*first.held())
+        keys, values = (
+            # Behind the longest there is room to grow.
+            torch.cat([F.pad(held, (0, 0, longest - held.shape[2], BLOCK)) for held in states])
+            for states in zip(*(layer.held() for layer in layers), strict=True)
+        )
+        rows._buffers = keys, values
+        rows._rows = [layer.rows_held()[0][1] for layer in layers]
+        if any(layer.length < longest for layer in layers):
+            unused = [longest - layer.length for layer in layers]
+            rows._unused = torch.tensor(unused, device=keys.device)
+        rows.seen, rows.chosen = first.seen, longest
+        rows.show(longest)
+        return rows
 
     @property
     def unused(self) -> Tensor | None:
         """Slots before each row's first position, (rows,); None where all rows are equally long."""
         return self._unused
+
+    def added(self, held: int, dtype: torch.dtype) -> Tensor | None:
+        """What new tokens add to their logits over the first `held` slots, (rows, 1, 1, held): 0,
+        and the least number where a slot is unused. None where all are used."""
+        if self._unused is None:
+            return None
+        if self._added is None or self._added.shape[3] < held or self._added.dtype != dtype:
+            # Made for later tokens too. CUDA's attention copies a mask of other than round length.
+            room = (held // BLOCK + 2) * BLOCK
+            unused = torch.arange(room, device=self._unused.device) < self._unused[:, None]
+            zeros = torch.zeros(unused.shape, dtype=dtype, device=unused.device)
+            self._added = zeros.masked_fill_(unused, torch.finfo(dtype).min)[:, None, None]
+        return self._added[..., :held]
 
     def _tagged(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """The same, with the slots that are unused in these very keys: layers that share them may
@@ -62,6 +97,7 @@ class RowsLayer(KVLayer):  # type: ignore[no-untyped-call]
         self._rows = kept
         lengths = torch.tensor([held.shape[1] for held in kept], device=keys.device)
         self._unused = longest - lengths if int(lengths.min()) < longest else None
+        self._added = None
         self.show(longest)
         self.chosen = longest
 

@@ -178,17 +178,7 @@ def _observed_attention(
         )
     output: tuple[Tensor, Tensor | None]
     if isinstance(layer, (BatchedLayer, HeadwiseLayer)):
-        by_head = isinstance(layer, HeadwiseLayer)
-        parts = layer.heads if isinstance(layer, HeadwiseLayer) else layer.rows
-        queries = query.chunk(len(parts), dim=1 if by_head else 0)
-        outputs = []
-        for number, (part, asked) in enumerate(zip(parts, queries, strict=True)):
-            held = part.held()
-            given = _of_head(module, kwargs, number, len(parts)) if by_head else (module, kwargs)
-            outputs.append(_continue(backend, attention, part, given, asked, *held)[0])
-            if part.after_attention is not None and not by_head:
-                part.after_attention(part, _attended(asked, *held, kwargs))
-        output = torch.cat(outputs, dim=2 if by_head else 0), None
+        output = _of_parts(backend, attention, layer, (module, kwargs), query), None
     elif query.shape[2] < key.shape[2]:
         output = _continue(backend, attention, layer, (module, kwargs), query, key, value)
     else:
@@ -236,6 +226,40 @@ def _seen(
     return Seen(place, None if layer is None else layer.index, attended, visible)
 
 
+def _of_parts(
+    backend: str,
+    attention: Attention,
+    layer: KVLayer,
+    given: tuple[Any, dict[str, Any]],
+    query: Tensor,
+) -> Tensor:
+    """The backend's attention of new tokens over what a layer holds, part by part where it is made
+    of several."""
+    module, kwargs = given
+    if isinstance(layer, HeadwiseLayer):
+        heads, queries = layer.heads, query.chunk(len(layer.heads), dim=1)
+        own = [_of_head(module, kwargs, head, len(heads)) for head in range(len(heads))]
+        each = zip(heads, own, queries, strict=True)
+        return torch.cat([_of_parts(backend, attention, *head) for head in each], dim=2)
+    if not isinstance(layer, BatchedLayer):
+        return _continue(backend, attention, layer, given, query, *layer.held())[0]
+    outputs = []
+    # Learned sinks and biases have rows where they depend on the query.
+    split = {
+        name: torch.split(value, layer.rows)
+        for name in ("position_bias", "s_aux", "sinks")
+        if isinstance(value := kwargs.get(name), Tensor) and value.dim() > 1
+    }
+    for number, (part, asked) in enumerate(
+        zip(layer.parts, torch.split(query, layer.rows), strict=True)
+    ):
+        of_part = kwargs | {name: values[number] for name, values in split.items()}
+        outputs.append(_of_parts(backend, attention, part, (module, of_part), asked))
+        if part.after_attention is not None:
+            part.after_attention(part, _attended(asked, *part.held(), of_part))
+    return torch.cat(outputs)
+
+
 def _of_head(
     module: Any, kwargs: dict[str, Any], head: int, heads: int
 ) -> tuple[Any, dict[str, Any]]:
@@ -271,7 +295,8 @@ def _continue(
     packed = backend == "sdpa" and mask is not None and kwargs.get("position_bias") is None
     if packed and mask is not None:
         query = query.reshape(rows, key.shape[1], group * new, -1)
-        mask = mask.repeat(1, 1, group, 1)
+        if new > 1:
+            mask = mask.repeat(1, 1, group, 1)
     with _kernels(query):
         module = _stand_in(backend, module, query, key)
         output, shares = attention(module, query, key, value, mask, **kwargs)
@@ -315,6 +340,8 @@ def _continuation_mask(backend: str, layer: KVLayer, query: Tensor, key: Tensor)
                 'load the model with attention="sdpa", or generate the prompts one by one'
             )
         return None
+    if new == 1 and isinstance(layer, RowsLayer) and unused is layer.unused:
+        return layer.added(held, query.dtype)
     visible = torch.ones(new, held, dtype=torch.bool, device=query.device).tril_(held - new)[
         None, None
     ]

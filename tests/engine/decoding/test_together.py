@@ -11,10 +11,17 @@ import pytest
 import torch
 
 import dynamickv as dkv
+from benchmarks.coverage.check import letters
+from benchmarks.coverage.tiny import tiny_model
 from dynamickv.cache import KVCache, prune
 from dynamickv.decoding.cpu_ops import ColumnOps, CpuOps, PackedOps, is_intel
 from dynamickv.decoding.decode import extend, feeder
 from dynamickv.decoding.decode_step import RowSteps
+from dynamickv.layers.kv import KVLayer
+from dynamickv.layers.parts import BatchedLayer
+from dynamickv.reading.observe import _of_parts
+from tests.engine.models.test_coverage import known
+from tests.engine.test_generate_families import IN_ROWS
 from tests.engine.tiny import COMPRESSING, DOCUMENT, FAMILIES, QUESTION, tiny_llm
 
 
@@ -29,6 +36,60 @@ def test_runs_decoded_together_say_what_each_says_alone(family: str, attention: 
         alone = dkv.compare(llm, prefill=prefill, methods=[method], max_new_tokens=8).runs[0]
         assert run.token_ids == alone.token_ids, method
         assert run.logprobs == pytest.approx(alone.logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", IN_ROWS)
+def test_layers_of_every_kind_are_decoded_together(name: str) -> None:
+    """Rows of like and of unlike length, and heads of unlike length where the model has them."""
+    llm = dkv.LoadedModel.wrap(tiny_model(known(name)), letters(), name, "tiny")
+    # The question is fed to each cache by itself, so that their windows and states differ too.
+    prefill = dkv.prefill(llm, DOCUMENT[:90], QUESTION, question_aware=False)
+    small: dict[str, Any] = {"window_size": 4, "kernel_size": 5}
+    methods: list[dkv.CompressionMethod] = [
+        dkv.FullKV(),
+        dkv.SnapKV(capacity=8, **small),
+        dkv.DynamicKV(capacity=24, **small),
+        dkv.PyramidKV(capacity=40, **small),
+    ]
+    # A state beside the whole prompt would have to be in two places.
+    alone = "hybrid" in llm.geometry.kinds
+    if not llm.geometry.joint:
+        methods += [
+            dkv.SnapKV(capacity=size, granularity="query_head", **small) for size in (9, 24)
+        ]
+    if not (alone or takes_the_step(llm)):
+        methods += [dkv.LAVa(capacity=24, **small)]
+    together = compared(llm, prefill, *methods)
+    assert {run.decoded_together for run in together} == {1 if alone else len(methods)}
+    for method, run in zip(methods, together, strict=True):
+        (own,) = compared(llm, prefill, method)
+        assert run.token_ids == own.token_ids, method
+        assert run.logprobs == pytest.approx(own.logprobs, abs=1e-4), method
+
+
+def test_what_is_learned_of_every_query_goes_with_its_row() -> None:
+    """Such as a bias by distance, which every row makes from its own query."""
+    parts = [KVLayer(0) for _ in range(2)]
+    for part in parts:
+        part.hold(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4), seen=3)
+
+    def told(*_: Any, position_bias: torch.Tensor, **__: Any) -> tuple[torch.Tensor, None]:
+        return position_bias, None
+
+    bias = torch.randn(2, 2, 1, 3)
+    given: Any = (object(), {"position_bias": bias})
+    query = torch.zeros(2, 2, 1, 4)
+    assert torch.equal(_of_parts("eager", told, BatchedLayer(parts, [1, 1]), given, query), bias)
+
+
+def compared(
+    llm: dkv.LoadedModel, prefill: dkv.Prefill, *methods: dkv.CompressionMethod
+) -> list[dkv.Run]:
+    """Every method's run; FullKV shares the pass of the others."""
+    events = dkv.compare_stream(
+        llm, prefill=prefill, methods=methods, max_new_tokens=6, full_apart=False
+    )
+    return [event.record for event in events if isinstance(event, dkv.RunFinished)]
 
 
 def test_a_run_that_keeps_everything_is_decoded_alone(llm: dkv.LoadedModel) -> None:
@@ -49,18 +110,12 @@ def test_full_kv_shares_the_pass_when_asked_and_nothing_else_keeps_everything(
     prefill = dkv.prefill(llm, DOCUMENT, QUESTION)
     small = [dkv.SnapKV(capacity=24), dkv.DynamicKV(capacity=24)]
 
-    def runs(*methods: dkv.CompressionMethod) -> list[dkv.Run]:
-        events = dkv.compare_stream(
-            llm, prefill=prefill, methods=methods, max_new_tokens=6, full_apart=False
-        )
-        return [event.record for event in events if isinstance(event, dkv.RunFinished)]
-
-    shared = runs(dkv.FullKV(), dkv.StreamingLLM(capacity=24), *small)
+    shared = compared(llm, prefill, dkv.FullKV(), dkv.StreamingLLM(capacity=24), *small)
     assert [run.decoded_together for run in shared] == [4, 4, 4, 4]
     alone = dkv.compare(llm, prefill=prefill, methods=[dkv.FullKV()], max_new_tokens=6).runs[0]
     assert shared[0].token_ids == alone.token_ids
     assert shared[0].logprobs == pytest.approx(alone.logprobs, abs=1e-4)
-    fits = runs(dkv.FullKV(), dkv.SnapKV(capacity=5000), *small)
+    fits = compared(llm, prefill, dkv.FullKV(), dkv.SnapKV(capacity=5000), *small)
     assert [run.decoded_together for run in fits] == [1, 1, 2, 2]
     assert fits[1].logprobs == fits[0].logprobs
 
