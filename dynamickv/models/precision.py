@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from threading import Thread
 from typing import TYPE_CHECKING
 
 import torch
@@ -48,6 +49,6 @@ def packed_for(
     size: int = model.get_memory_footprint()  # type: ignore[no-untyped-call]
     if free_host_memory() <= size:
         return None
-    # Compiled now, on a machine's first time, so that no prompt waits for it.
-    import_module("dynamickv.fast.kernels")
+    # Loaded meanwhile, on a machine's first time compiled, so that hardly a prompt waits for it.
+    Thread(target=import_module, args=("dynamickv.fast.kernels",)).start()
     return PackedWeights(model)
