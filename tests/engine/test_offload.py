@@ -45,15 +45,28 @@ def offloaded(place: str, folder: Path) -> PreTrainedModel:
 PLACES = ["cpu", "disk", "some layers on disk"]
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("method", SMALL_INSTANCES, ids=method_name)
-def test_a_compressed_generate_answers_alike(place: str, method: Any, tmp_path: Path) -> None:
+def inputs_of(method: Any) -> list[Any]:
+    """One prompt, and rows of unlike length."""
     inputs = [plain(prompts(70)[0])]
     if method.name != "LAVa":  # parts heads, which rows cannot
         inputs.append(left_padded(prompts(*LENGTHS)))
+    return inputs
+
+
+@pytest.fixture(scope="module", params=SMALL_INSTANCES, ids=method_name)
+def in_place(request: pytest.FixtureRequest) -> tuple[Any, list[Any]]:
+    """A method, and what it answers and holds where all weights lie where they work."""
+    method = request.param
+    return method, [compressed(tiny_model(), method, given) for given in inputs_of(method)]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_compressed_generate_answers_alike(
+    place: str, in_place: tuple[Any, list[Any]], tmp_path: Path
+) -> None:
+    method, pairs_in_place = in_place
     model = offloaded(place, tmp_path)
-    for given in inputs:
-        expected, held = compressed(tiny_model(), method, given)
+    for given, (expected, held) in zip(inputs_of(method), pairs_in_place, strict=True):
         answer, cache = compressed(model, method, given)
         assert answer == expected
         assert cache.nbytes == held.nbytes

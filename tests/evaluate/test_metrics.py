@@ -109,6 +109,9 @@ def test_rouge_gives_up_at_the_same_length_however_deep_its_caller_is(depth: int
 
     assert below(depth, 900) > 0.99
     assert below(depth, 1100) == 0.0
+
+
+def test_where_rouge_gives_up_can_be_asked() -> None:
     assert rouge_gives_up(words(1100), words(1100))
     assert not rouge_gives_up(words(900), words(900))
     assert not rouge_gives_up("other words", "none of these")

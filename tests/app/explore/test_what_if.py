@@ -27,8 +27,9 @@ def llm() -> dkv.LoadedModel:
     return tiny_llm()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def page(llm: dkv.LoadedModel) -> Page:
+    """One page: every test asks about a run of its own."""
     host = ModelHost("tiny", loader=lambda name: llm)
     host.get("tiny")
     return Page(host)
@@ -138,6 +139,13 @@ def test_a_new_answer_takes_the_place_of_the_last_what_if(page: Page) -> None:
     assert status["message"] == "DynamicKV with these settings is answered already."
 
 
+@pytest.fixture(scope="module")
+def refused_key(page: Page) -> str:
+    """The key of a run about which only what is refused is asked."""
+    key: str = run(page)["key"]
+    return key
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
@@ -169,8 +177,10 @@ def test_a_new_answer_takes_the_place_of_the_last_what_if(page: Page) -> None:
         ({"settings": {"capacity": 40, "head_budgets": "x"}}, "head_budgets must be"),
     ],
 )
-def test_a_bad_what_if_is_one_sentence(page: Page, changes: dict[str, Any], sentence: str) -> None:
-    asked = ASKED | {"key": run(page)["key"]} | changes
+def test_a_bad_what_if_is_one_sentence(
+    page: Page, refused_key: str, changes: dict[str, Any], sentence: str
+) -> None:
+    asked = ASKED | {"key": refused_key} | changes
     assert sentence in page.explore.what_if.predict(asked)["error"]
     status, *_ = answer(page, asked)
     assert status["state"] == "error"
