@@ -36,9 +36,7 @@ class FastOps(CpuOps):
         """RMS norm over the last dimension, bfloat16."""
         if x.dim() > 2:
             return F.rms_norm(x, weight.shape, weight, eps)
-        out = torch.empty(x.shape, dtype=torch.bfloat16)
-        kernels.norm(x.numpy(), weight.detach().numpy(), eps, bits(out))
-        return out
+        return kernels.normed(x, weight, eps)
 
     def project(self, x: Tensor, *linears: nn.Linear, residual: Tensor | None = None) -> Tensor:
         """Projections of one input in one product, added to the residual in place."""

@@ -284,3 +284,10 @@ def bits(states: Tensor) -> Array:
     narrow = states.dtype == torch.bfloat16
     array: Array = (states.view(torch.uint16) if narrow else states).numpy()
     return array
+
+
+def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMS norm of float32 rows, (rows, size), bfloat16."""
+    out = torch.empty(x.shape, dtype=torch.bfloat16)
+    norm(x.numpy(), weight.detach().numpy(), eps, bits(out))
+    return out

@@ -45,9 +45,7 @@ class PromptOps(Ops[KVLayer]):
         """RMS norm over the last dimension, bfloat16."""
         if x.dim() > 2:
             return super().norm(x, weight, eps)
-        out = torch.empty(x.shape, dtype=torch.bfloat16)
-        kernels.norm(x.numpy(), weight.detach().numpy(), eps, bits(out))
-        return out
+        return kernels.normed(x, weight, eps)
 
     def project(self, x: Tensor, *linears: nn.Linear, residual: Tensor | None = None) -> Tensor:
         """In one product, added to the residual in place."""
