@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 
@@ -55,19 +56,41 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.fail(reason, pytrace=False)
 
 
+LOCKS = pytest.StashKey[tuple[TextIO, TextIO]]()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Tests marked `timed` run while no other worker runs a test."""
+    """No worker runs a test while another measures time."""
     if "PYTEST_XDIST_WORKER" not in os.environ:
         return (yield)
     folder = Path(item.config.option.basetemp).parent  # the worker's own folder is in the run's
-    kind = fcntl.LOCK_EX if item.get_closest_marker("timed") else fcntl.LOCK_SH
     with (folder / "gate").open("w") as gate, (folder / "lock").open("w") as lock:
-        # Who waits to be alone holds the gate, so that others cannot keep passing.
-        fcntl.flock(gate, fcntl.LOCK_EX)
-        fcntl.flock(lock, kind)
-        fcntl.flock(gate, fcntl.LOCK_UN)
+        hold(gate, lock, fcntl.LOCK_SH)
+        item.stash[LOCKS] = gate, lock
         return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Tests marked `timed` run alone; their fixtures need not."""
+    locks = item.stash.get(LOCKS, None)
+    if locks is None or not item.get_closest_marker("timed"):
+        return (yield)
+    hold(*locks, fcntl.LOCK_EX)
+    try:
+        return (yield)
+    finally:
+        fcntl.flock(locks[1], fcntl.LOCK_SH)
+
+
+def hold(gate: TextIO, lock: TextIO, kind: int) -> None:
+    """Who waits to be alone holds the gate, so that others cannot keep passing, and nothing else:
+    two who want to be alone do not wait for each other."""
+    fcntl.flock(lock, fcntl.LOCK_UN)
+    fcntl.flock(gate, fcntl.LOCK_EX)
+    fcntl.flock(lock, kind)
+    fcntl.flock(gate, fcntl.LOCK_UN)
 
 
 @pytest.fixture(scope="session")
