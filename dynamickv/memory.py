@@ -56,6 +56,14 @@ def free_host_memory() -> int:
     return min(left, _container_left(CGROUP) or left)
 
 
+def free_on(device: torch.device) -> int:
+    """Bytes that this process could still take there, what torch holds and does not use counted."""
+    if device.type != "cuda":
+        return free_host_memory()
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + unused
+
+
 def bytes_per_value(device: str) -> int:
     """Bytes of one weight as `load_model` loads it there by default: float32 or bfloat16."""
     return 4 if device == "cpu" else 2

@@ -15,6 +15,7 @@ import torch
 from dynamickv.cache import BatchedCache, KVCache
 from dynamickv.decoding.decode import choose_rows, feed_rows, feeder
 from dynamickv.decoding.decode_step import RowSteps
+from dynamickv.memory import free_on
 from dynamickv.models import LoadedModel
 from dynamickv.reading.observe import MASKED_BACKENDS
 
@@ -75,9 +76,7 @@ class Together:
             return choose_rows(logits)
         if self._batch is None:
             caches = [member.cache for member in waiting if member.cache is not None]
-            # Keys that a model makes anew from latents are made of all rows at once.
-            most = math.inf if self._llm.geometry.joint else self.PADDED
-            self._batch = BatchedCache(caches, most if self._masked else 0)
+            self._batch = BatchedCache(caches, self._padded(caches))
             self._rows = [waiting[row] for row in self._batch.order]
         logits = feed_rows(
             self._llm,
@@ -88,6 +87,15 @@ class Together:
         # Picked here: on the device it would be one more wait.
         chosen = choose_rows(logits)
         return [chosen[self._rows.index(member)] for member in waiting]
+
+    def _padded(self, caches: list[KVCache]) -> float:
+        """What `BatchedCache` takes: attention apart where the copy in rows would not fit."""
+        # Keys that a model makes anew from latents are made of all rows at once.
+        if self._llm.geometry.joint:
+            return math.inf
+        copied = len(caches) * max(cache.nbytes for cache in caches)
+        fits = copied < free_on(self._llm.device)
+        return self.PADDED if self._masked and fits else 0
 
 
 class Member:

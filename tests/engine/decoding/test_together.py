@@ -19,6 +19,7 @@ from dynamickv.decoding.decode import extend, feeder
 from dynamickv.decoding.decode_step import RowSteps
 from dynamickv.layers.kv import KVLayer
 from dynamickv.layers.parts import BatchedLayer
+from dynamickv.layers.rows import RowsLayer
 from dynamickv.reading.observe import _of_parts
 from tests.engine.models.test_coverage import known
 from tests.engine.test_generate_families import IN_ROWS
@@ -65,6 +66,31 @@ def test_layers_of_every_kind_are_decoded_together(name: str) -> None:
         (own,) = compared(llm, prefill, method)
         assert run.token_ids == own.token_ids, method
         assert run.logprobs == pytest.approx(own.logprobs, abs=1e-4), method
+
+
+@pytest.mark.parametrize("free", [0, 10**9])
+def test_caches_are_copied_into_rows_only_where_memory_has_room(
+    free: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied: list[int] = []
+
+    class Copied(RowsLayer):
+        @classmethod
+        def of(cls, layers: Any) -> RowsLayer:
+            copied.append(len(layers))
+            return RowsLayer.of(layers)
+
+    monkeypatch.setattr("dynamickv.cache.RowsLayer", Copied)
+    monkeypatch.setattr("dynamickv.decoding.together.free_on", lambda device: free)
+    llm = tiny_llm(attention="eager")
+    prefill = dkv.prefill(llm, DOCUMENT, QUESTION)
+    methods = [dkv.SnapKV(capacity=size) for size in (24, 28, 32, 36)]
+    together = compared(llm, prefill, *methods)
+    assert bool(copied) == bool(free)
+    assert {run.decoded_together for run in together} == {len(methods)}
+    for method, run in zip(methods, together, strict=True):
+        (own,) = compared(llm, prefill, method)
+        assert run.token_ids == own.token_ids, method
 
 
 def test_what_is_learned_of_every_query_goes_with_its_row() -> None:
