@@ -15,9 +15,6 @@ from dynamickv.fast.decoder import HeadNorms, Ops, Rotation
 from dynamickv.layers.kv import KVLayer
 from dynamickv.records import Attended
 
-LONG = 1024
-"""Positions from which on sharing one head's among the threads pays."""
-
 
 class CpuOps(Ops[Sequence[KVLayer]]):
     """Torch operations in float32 on a row for each of several caches."""
@@ -131,43 +128,3 @@ def show(layer: KVLayer, query: Tensor, keys: Tensor, scaling: float) -> None:
     if layer.after_attention is not None:
         queries = query[None, :, None]
         layer.after_attention(layer, Attended(queries=queries, keys=keys, scaling=scaling))
-
-
-def attend_in_parts(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
-    """Attention to all keys; where they are long and their heads cannot be shared evenly among the
-    threads, in parts whose results are joined by the weight of each.
-
-    Args:
-        query: (heads, group, head_dim).
-        keys: (heads, n, head_dim).
-        values: as keys.
-
-    Returns:
-        (heads, group, head_dim).
-    """
-    heads, length, _ = keys.shape
-    threads = torch.get_num_threads()
-    if length < LONG or heads % threads == 0:
-        out = F.scaled_dot_product_attention(query[None], keys[None], values[None], scale=scaling)
-        return out[0]
-    size = length // threads
-    whole = size * threads
-    halves = [torch.unflatten(held[:, :whole], 1, (threads, size)) for held in (keys, values)]
-    outputs, weights = _attend_apart(query, halves[0], halves[1], scaling)
-    if whole < length:
-        rest = _attend_apart(query, keys[:, None, whole:], values[:, None, whole:], scaling)
-        outputs = torch.cat([outputs, rest[0]], dim=1)
-        weights = torch.cat([weights, rest[1]], dim=1)
-    return (outputs * weights.softmax(dim=1).unsqueeze(-1)).sum(dim=1)
-
-
-def _attend_apart(
-    query: Tensor, keys: Tensor, values: Tensor, scaling: float
-) -> tuple[Tensor, Tensor]:
-    """Attention to each of (heads, parts, n, head_dim) alone: (heads, parts, group, head_dim), and
-    the logarithms of what each part's weights sum to, (heads, parts, group)."""
-    asked = query[:, None].expand(-1, keys.shape[1], -1, -1)
-    result: tuple[Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        asked, keys, values, 0.0, False, scale=scaling
-    )
-    return result

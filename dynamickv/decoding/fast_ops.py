@@ -6,13 +6,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynamickv.decoding.cpu_ops import LONG, CpuOps, attend_in_parts, show
+from dynamickv.decoding.cpu_ops import CpuOps, show
 from dynamickv.fast import kernels
+from dynamickv.fast.attention import attend
 from dynamickv.fast.decoder import HeadNorms, Rotation
 from dynamickv.fast.kernels import bits
 from dynamickv.fast.packed import FEW_ROWS, PackedWeights
@@ -84,17 +84,8 @@ class FastOps(CpuOps):
         """Each row attends to its own cache, long ones in parts that all threads share."""
         rows, heads, dim = query.shape
         out = torch.empty(rows, heads * dim, dtype=torch.bfloat16)
-        written, queries = bits(out), query.numpy()
         for row, layer in enumerate(store):
-            keys, values = layer.held()
-            length = layer.length
-            group = heads // keys.shape[1]
-            if length < LONG:
-                room = np.empty((group, length), np.float32)
-                held = layer.buffers[0].numpy(), layer.buffers[1].numpy()
-                kernels.attend(queries[row], *held, length, scaling, room, written[row])
-            else:
-                grouped = query[row].view(-1, group, dim)
-                out[row] = attend_in_parts(grouped, keys[0], values[0], scaling).reshape(-1)
+            keys, _ = layer.held()
+            out[row] = attend(query[row], *layer.buffers, layer.length, scaling)
             show(layer, query[row], keys, scaling)
         return out

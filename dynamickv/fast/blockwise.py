@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ELEMENTS = 2**20
+ELEMENTS = 3 * 2**19
 """Attention weights computed at a time, which should stay in the cache."""
 ROWS = (32, 256)
 """Least and most queries in a block."""

@@ -3,7 +3,8 @@ products takes torch some forty operations, and each of them longer to start tha
 
 bfloat16 comes and goes as its bits, uint16 (numba has no such number); all that is computed is
 float32. Compiled when a machine first imports this, in some seconds, and kept in Python's cache
-beside this file, or in the user's. One thread each: every caller may be in a thread of its own.
+beside this file, or in the user's. One thread each, as every caller may be in a thread of its own;
+attention.py has what takes several.
 """
 
 from __future__ import annotations
@@ -37,14 +38,19 @@ TURNS = "float32[:, ::1], float32[:, ::1]"
 
 def compiled(*signatures: str) -> Callable[[Function], Function]:
     """A function in machine code for these arguments, kept on disk where Python may write."""
-    options: Any = {"fastmath": True, "nogil": True, "error_model": "numpy"}
+    options = {"fastmath": True, "nogil": True, "error_model": "numpy"}
+    apply: Callable[[Function], Function] = kept_on_disk(numba.njit, list(signatures), **options)
+    return apply
 
-    def apply(function: Function) -> Function:
+
+def kept_on_disk(make: Any, signature: Any, **options: Any) -> Any:
+    """A decorator of numba's that keeps what it makes where Python may write."""
+
+    def apply(function: Any) -> Any:
         try:
-            done: Any = numba.njit(list(signatures), cache=True, **options)(function)
+            return make(signature, cache=True, **options)(function)
         except RuntimeError:  # no folder to keep it in
-            done = numba.njit(list(signatures), **options)(function)
-        return done  # type: ignore[no-any-return]
+            return make(signature, **options)(function)
 
     return apply
 
@@ -68,7 +74,7 @@ def _recast(source: Any, target: Any, bits: Any) -> Any:
 
 
 _bits_of = _recast(types.float32, types.uint32, ir.IntType(32))
-_float_of = _recast(types.uint32, types.float32, ir.FloatType())
+float_of = _recast(types.uint32, types.float32, ir.FloatType())
 
 
 def _widening(context: Any, value: Any) -> Any:
@@ -87,7 +93,7 @@ _wide: Any = intrinsic(_widening)
 
 
 @inlined
-def _narrow(value: Any) -> Any:
+def narrow(value: Any) -> Any:
     """The nearest bfloat16's bits, of two equally near the even ones."""
     bits = _bits_of(value)
     odd = (bits >> np.uint32(16)) & np.uint32(1)
@@ -95,7 +101,7 @@ def _narrow(value: Any) -> Any:
 
 
 @inlined
-def _exp(x: Any) -> Any:
+def exp_of(x: Any) -> Any:
     """exp of a float32 up to 88: 2^n times the series of what is left. numpy's runs one number at
     a time here, this one as many as a register holds."""
     x = max(x, LEAST)
@@ -104,7 +110,7 @@ def _exp(x: Any) -> Any:
     series = np.float32(1 / 720)
     for factor in (1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0):
         series = series * r + np.float32(factor)
-    return series * _float_of(np.uint32(np.int32(n) + np.int32(127)) << np.uint32(23))
+    return series * float_of(np.uint32(np.int32(n) + np.int32(127)) << np.uint32(23))
 
 
 @compiled("void(float32[:, ::1], float32[::1], float64, uint16[:, ::1])")
@@ -123,7 +129,7 @@ def norm(x: Array, weight: Array, eps: float, out: Array) -> None:
             squares += x[row, i] * x[row, i]
         scale = np.float32(1) / np.sqrt(squares / np.float32(size) + np.float32(eps))
         for i in range(size):
-            out[row, i] = _narrow(x[row, i] * scale * weight[i])
+            out[row, i] = narrow(x[row, i] * scale * weight[i])
 
 
 @compiled("void(float32[:, ::1], uint16[:, ::1])", "void(float32[:, ::1], float32[:, ::1])")
@@ -147,8 +153,8 @@ def gate(opened: Array, out: Array) -> None:
     for row in range(rows):
         for i in range(size):
             x = _wide(opened[row, i])
-            silu = x / (np.float32(1) + _exp(min(-x, np.float32(80))))
-            out[row, i] = _narrow(silu * _wide(opened[row, size + i]))
+            silu = x / (np.float32(1) + exp_of(min(-x, np.float32(80))))
+            out[row, i] = narrow(silu * _wide(opened[row, size + i]))
 
 
 @compiled(
@@ -212,71 +218,6 @@ def place(
         first += kv_heads * dim
         for i in range(dim):
             values[0, head, slot, i] = _wide(qkv[first + i])
-
-
-@compiled(f"void(float32[:, ::1], {HELD}, int64, float64, float32[:, ::1], uint16[::1])")
-def attend(
-    query: Array, keys: Array, values: Array, length: int, scaling: float, room: Array, out: Array
-) -> None:
-    """A token's attention to the first `length` positions held.
-
-    Args:
-        query: (query_heads, head_dim) float32.
-        keys: (1, heads, at least length, head_dim) float32; query head h reads head h // group.
-        values: as keys.
-        room: (group, at least length) float32, written over.
-        out: (query_heads * head_dim,) bfloat16, written.
-    """
-    query_heads, dim = query.shape
-    heads = keys.shape[1]
-    group = query_heads // heads
-    total = np.empty(dim, np.float32)
-    for head in range(heads):
-        own_keys, own_values = keys[0, head], values[0, head]
-        for i in range(length):
-            for member in range(group):
-                product = np.float32(0)
-                for j in range(dim):
-                    product += query[head * group + member, j] * own_keys[i, j]
-                room[member, i] = product * np.float32(scaling)
-        for member in range(group):
-            shares = room[member]
-            most = LOWEST
-            for i in range(length):
-                most = max(most, shares[i])
-            weight = np.float32(0)
-            for i in range(length):
-                share = _exp(shares[i] - most)
-                shares[i] = share
-                weight += share
-            for j in range(dim):
-                total[j] = 0
-            # Eight at a time, so that the sums stay in registers for longer than one addition.
-            whole = length // 8 * 8
-            for i in range(0, whole, 8):
-                for j in range(dim):
-                    total[j] += (
-                        (shares[i] * own_values[i, j] + shares[i + 1] * own_values[i + 1, j])
-                        + (
-                            shares[i + 2] * own_values[i + 2, j]
-                            + shares[i + 3] * own_values[i + 3, j]
-                        )
-                    ) + (
-                        (
-                            shares[i + 4] * own_values[i + 4, j]
-                            + shares[i + 5] * own_values[i + 5, j]
-                        )
-                        + (
-                            shares[i + 6] * own_values[i + 6, j]
-                            + shares[i + 7] * own_values[i + 7, j]
-                        )
-                    )
-            for i in range(whole, length):
-                for j in range(dim):
-                    total[j] += shares[i] * own_values[i, j]
-            first = (head * group + member) * dim
-            for j in range(dim):
-                out[first + j] = _narrow(total[j] / weight)
 
 
 def bits(states: Tensor) -> Array:

@@ -50,5 +50,5 @@ def packed_for(
     if free_host_memory() <= size:
         return None
     # Loaded meanwhile, on a machine's first time compiled, so that hardly a prompt waits for it.
-    Thread(target=import_module, args=("dynamickv.fast.kernels",)).start()
+    Thread(target=import_module, args=("dynamickv.fast.attention",)).start()
     return PackedWeights(model)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from dynamickv.fast.decoder import _rotate
 
 kernels = pytest.importorskip("dynamickv.fast.kernels", reason="needs numba")
 bits = kernels.bits
+attention = pytest.importorskip("dynamickv.fast.attention", reason="needs numba")
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -93,20 +95,63 @@ def test_turn_rotates_all_heads_but_the_last_and_puts_positions_together(
     torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("length", [1, 7, 8, 129])
-@pytest.mark.parametrize(("heads", "group", "dim"), [(3, 3, 64), (1, 4, 32), (4, 1, 80)])
-def test_attend_is_attention_to_what_is_held(length: int, heads: int, group: int, dim: int) -> None:
+HEADS = [(3, 3, 64), (1, 4, 32), (4, 1, 80)]
+
+
+def held_of(length: int, heads: int, group: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A token's queries, and keys and values in buffers with room behind `length`."""
     query = random(heads * group, dim) * 5
-    keys, values = random(heads, 140, dim, seed=1), random(heads, 140, dim, seed=2)
-    keys[:, length:] = values[:, length:] = torch.nan
-    out = torch.empty(heads * group * dim, dtype=torch.bfloat16)
-    room = np.empty((group, length), np.float32)
-    memory = keys[None].numpy(), values[None].numpy()
-    kernels.attend(query.numpy(), *memory, length, 0.3, room, bits(out))
-    grouped = query.view(1, heads, group, dim)
-    held = keys[None, :, :length], values[None, :, :length]
-    expected = F.scaled_dot_product_attention(grouped, *held, scale=0.3).reshape(-1)
+    keys, values = random(2, 1, heads, length + 11, dim, seed=length)
+    keys[:, :, length:] = values[:, :, length:] = torch.nan
+    return query, keys, values
+
+
+def attention_of(query: Tensor, keys: Tensor, values: Tensor, length: int) -> Tensor:
+    grouped = query.view(1, keys.shape[1], -1, keys.shape[3])
+    held = keys[:, :, :length], values[:, :, :length]
+    return F.scaled_dot_product_attention(grouped, *held, scale=0.3).reshape(-1)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("length", [1, 7, 8, 129, 511, 512, 1501])
+@pytest.mark.parametrize(("heads", "group", "dim"), HEADS)
+def test_attend_is_attention_to_what_is_held(
+    length: int, heads: int, group: int, dim: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    query, keys, values = held_of(length, heads, group, dim)
+    out = attention.attend(query, keys, values, length, 0.3)
+    expected = attention_of(query, keys, values, length)
     torch.testing.assert_close(out.float(), expected, rtol=2**-7, atol=1e-5)
+
+
+def test_attend_takes_one_thread_where_torch_has_another_runtime(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    query, keys, values = held_of(1501, *HEADS[0])
+    several = attention.attend(query, keys, values, 1501, 0.3)
+    monkeypatch.setattr(attention, "team", lambda: None)
+    alone = attention.attend(query, keys, values, 1501, 0.3)
+    torch.testing.assert_close(alone.float(), several.float(), rtol=2**-7, atol=1e-5)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch has another runtime there")
+def test_the_threads_are_those_of_torch() -> None:
+    assert attention.team() is not None
+
+
+def test_several_callers_attend_at_once() -> None:
+    asked = [held_of(1000 + number, *HEADS[0]) for number in range(4)]
+
+    def attended(number: int) -> None:
+        length = 1000 + number
+        expected = attention_of(*asked[number], length)
+        for _ in range(20):
+            out = attention.attend(*asked[number], length, 0.3)
+            torch.testing.assert_close(out.float(), expected, rtol=2**-7, atol=1e-5)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(attended, range(4)))
 
 
 def test_what_cannot_be_kept_on_disk_is_compiled_all_the_same() -> None:

@@ -11,7 +11,6 @@ from gguf import GGMLQuantizationType as Format
 
 import dynamickv as dkv
 from dynamickv.cache import KVCache, prune
-from dynamickv.decoding.cpu_ops import attend_in_parts
 from dynamickv.decoding.decode import feeder
 from dynamickv.fast.packed import PackedWeights
 from dynamickv.models import precision
@@ -95,21 +94,6 @@ def test_a_fast_model_generates_as_before_and_holds_the_same_weights() -> None:
             model.generate(prompt, max_new_tokens=6, **settings) for model in (exact.model, plain)
         ]
     assert torch.equal(*said)
-
-
-@pytest.mark.parametrize("length", [1, 1023, 1500, 1501])
-@pytest.mark.parametrize("heads", [1, 2, 3])
-def test_attention_in_parts_is_attention(
-    heads: int, length: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    made = torch.Generator().manual_seed(length)
-    query = torch.randn(heads, 3, 16, generator=made)
-    keys, values = torch.randn(2, heads, length + 5, 16, generator=made)[:, :, :length]
-    logits = query @ keys.transpose(1, 2) * 0.25
-    torch.testing.assert_close(
-        attend_in_parts(query, keys, values, 0.25), logits.softmax(-1) @ values
-    )
 
 
 def test_an_unknown_precision_is_named_with_the_known_ones() -> None:
