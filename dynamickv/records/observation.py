@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import reduce
 
 import torch
 from torch import Tensor
 
-from dynamickv.scoring import attention_shares, moments, unlikeness, window_shares
+from dynamickv.scoring import attention_shares, moments, unlikeness
 
 RECALLED = 4
 """Attentions that a `RecallingLayer` keeps: one takes a few per cent of the layer's keys and
 values."""
+Piece = tuple[int, int]
+"""Queries from so many tokens before the prompt's end to so many."""
 QUERIES_AT_ONCE = 16
 """Queries that a CPU sums up together; what they paid, kept, is part of every longer window."""
 
@@ -149,41 +152,54 @@ class LayerObservation:
 
         `attention(window_size)` is what the observation window pays to the prefix.
         """
-        total: Tensor | None = None
-        for far, near in self._pieces(first, last):
-            paid = self._paid(far, near)
-            total = paid if total is None else total[:, : paid.shape[1]] + paid
-        assert total is not None
-        return total
+        columns = self.prompt_length - first
+        added, taken = self._pieces(first, last)
+        total = reduce(torch.add, (self._paid(far, near, columns) for far, near in added))
+        for far, near in taken:
+            total = total - self._paid(far, near, columns)
+        return total.contiguous()
 
-    def _pieces(self, first: int, last: int) -> list[tuple[int, int]]:
-        """The queries from `first` to `last` in the pieces that are summed up, the last ones
-        first."""
+    def _pieces(self, first: int, last: int) -> tuple[list[Piece], list[Piece]]:
+        """The queries from `first` to `last` in pieces, those that are summed up, the last ones
+        first, and those whose part is taken off again: of more than half a piece, the rest."""
         # An accelerator would spend its time on starting the small operations.
         at_once = QUERIES_AT_ONCE if self.keys.device.type == "cpu" else first
-        ends = [*range(last - last % at_once + at_once, first, at_once), first]
-        return list(zip(ends, [last, *ends], strict=False))
+        whole = -(-first // at_once) * at_once
+        more = whole - first
+        end = whole if more < at_once / 2 and whole <= self.queries.shape[1] else first
+        ends = [*range(last - last % at_once + at_once, end, at_once), end]
+        return list(zip(ends, [last, *ends], strict=False)), [(end, first)] if end > first else []
 
-    def _paid(self, first: int, last: int) -> Tensor:
-        """`attention` of one piece."""
-        return self._shares(first, last).sum(dim=1)
+    def _paid(self, first: int, last: int, columns: int) -> Tensor:
+        """What the queries from `first` to `last` pay to each of the first positions,
+        (num_query_heads, columns)."""
+        shares = self._shares(first, last)
+        if self.keys.device.type != "cpu":
+            return shares[..., :columns].sum(dim=1)
+        # All are summed, as for longer windows, so that what is kept is the same to the last bit.
+        return shares.sum(dim=1)[:, :columns]
 
     def moments(self, first: int) -> Tensor:
         """Mean, variance and dispersion of the attention of the last `first` queries, (3,
         num_query_heads, prompt_length - first) float32; see `scoring.moments`."""
-        return moments(self._shares(first, 0))
+        return moments(self._before(first))
 
     def peaks(self, first: int) -> Tensor:
         """The most attention that one of the last `first` queries pays to each position before
         them, (num_query_heads, prompt_length - first) float32."""
-        return self._shares(first, 0).amax(dim=1)
+        return self._before(first).amax(dim=1)
 
     def unlikeness(self) -> Tensor:
         """Negative cosine between each key and the mean of all normalised keys, (heads,
         prompt_length) float32; see `scoring.unlikeness`."""
         return unlikeness(self.keys)
 
+    def _before(self, first: int) -> Tensor:
+        """The shares of the last `first` queries, of the positions before them."""
+        return self._shares(first, 0)[..., : self.prompt_length - first]
+
     def _shares(self, first: int, last: int) -> Tensor:
+        """`attention_shares` of the queries from `first` to `last`."""
         end = self.queries.shape[1] - last
         queries = self.queries[:, end - (first - last) : end]
         keys = self.keys[:, : self.prompt_length - last]
@@ -193,7 +209,7 @@ class LayerObservation:
         sinks = self.sinks
         if sinks is not None and sinks.dim() > 1:
             sinks = sinks[:, end - (first - last) : end]
-        return window_shares(queries, keys, self.scaling, self.softcap, sinks, bias)
+        return attention_shares(queries, keys, self.scaling, self.softcap, sinks, bias)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,7 +223,7 @@ class RecallingLayer(LayerObservation):
         default_factory=OrderedDict, compare=False, repr=False
     )
 
-    pieces: dict[tuple[int, int], Tensor] = field(default_factory=dict, compare=False, repr=False)
+    pieces: dict[Piece, Tensor] = field(default_factory=dict, compare=False, repr=False)
     """What whole pieces of the queries paid, which longer windows are summed up from."""
 
     def attention(self, first: int, last: int = 0) -> Tensor:
@@ -237,25 +253,27 @@ class RecallingLayer(LayerObservation):
         return found
 
     @property
-    def whole_pieces(self) -> list[tuple[int, int]]:
+    def whole_pieces(self) -> list[Piece]:
         """The pieces that are kept: none on an accelerator, which sums up a window at once."""
         if self.keys.device.type != "cpu":
             return []
         whole = self.queries.shape[1] // QUERIES_AT_ONCE * QUERIES_AT_ONCE
-        return self._pieces(whole, 0) if whole else []
+        return self._pieces(whole, 0)[0] if whole else []
 
     def prepare(self) -> None:
         """Sum up what every piece of the queries paid, so that any window is quick."""
         for first, last in self.whole_pieces:
-            self._paid(first, last)
+            self._paid(first, last, 0)
 
-    def _paid(self, first: int, last: int) -> Tensor:
+    def _paid(self, first: int, last: int, columns: int) -> Tensor:
+        if (first, last) not in self.whole_pieces:
+            return LayerObservation._paid(self, first, last, columns)
         found = self.pieces.get((first, last))
         if found is None:
-            found = LayerObservation._paid(self, first, last)
-            if (first, last) in self.whole_pieces:
-                self.pieces[first, last] = found
-        return found
+            # Shorter windows read the positions of longer ones' queries.
+            found = LayerObservation._paid(self, first, last, self.prompt_length - last)
+            self.pieces[first, last] = found
+        return found[:, :columns]
 
 
 def _planes(recalled: Iterable[Tensor]) -> int:

@@ -10,6 +10,7 @@ import torch
 import dynamickv as dkv
 from dynamickv.answer import select
 from dynamickv.records import RECALLED, observation
+from dynamickv.scoring import window_attention
 from tests.engine.tiny import DOCUMENT, QUESTION, tiny_llm
 
 
@@ -41,7 +42,17 @@ def test_keys_are_compared_once_for_all_capacities(
 
 @pytest.mark.parametrize(
     ("first", "last", "asked"),
-    [(16, 0, []), (64, 0, []), (7, 0, [7]), (37, 0, [5]), (64, 8, [8]), (40, 20, [12, 8])],
+    [
+        (16, 0, []),
+        (64, 0, []),
+        (7, 0, [7]),
+        (37, 0, [5]),
+        (64, 8, [8]),
+        (40, 20, [12, 8]),
+        # Summed up to 48, less what one query paid.
+        (47, 0, [1]),
+        (9, 0, [7]),
+    ],
 )
 def test_of_a_prepared_window_only_the_queries_of_no_whole_piece_are_asked(
     prefill: dkv.Prefill,
@@ -55,10 +66,17 @@ def test_of_a_prepared_window_only_the_queries_of_no_whole_piece_are_asked(
     before = prefill.nbytes
     recalling.prepare()
     assert prefill.nbytes == before
-    taken = Mock(wraps=observation.window_shares)
-    monkeypatch.setattr(observation, "window_shares", taken)
+    taken = Mock(wraps=observation.attention_shares)
+    monkeypatch.setattr(observation, "attention_shares", taken)
     assert torch.equal(recalling.attention(first, last), expected)
     assert [call.args[0].shape[1] for call in taken.call_args_list] == asked
+
+
+@pytest.mark.parametrize("window", [8, 9, 15, 24, 31, 40, 47, 57, 63])
+def test_a_window_in_pieces_pays_what_it_pays_at_once(prefill: dkv.Prefill, window: int) -> None:
+    layer = prefill.layers[2]
+    at_once = window_attention(layer.queries[:, -window:], layer.keys, layer.scaling)
+    torch.testing.assert_close(layer.attention(window), at_once, rtol=1e-5, atol=1e-7)
 
 
 def test_what_is_kept_of_the_pieces_is_bounded_and_counted(prefill: dkv.Prefill) -> None:
