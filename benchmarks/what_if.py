@@ -20,7 +20,7 @@ from dynamickv.records import Prefill
 
 LENGTHS = (4096, 8160)
 ROUNDS = 5
-WINDOWS = (16, 47, 64)
+WINDOWS = (16, 44, 47, 64)
 """Two whole numbers of pieces, and one with as many queries besides as there can be."""
 CAPACITIES = (64, 96, 128, 192, 256, 384, 512, 768, 1024)
 

@@ -331,7 +331,9 @@ def share_among_heads(scores: Tensor, budget: int, floor: float) -> list[int]:
     least = int(floor * budget)
     if budget == length:
         return [budget] * heads
-    ranked = scores.sort(dim=-1, descending=True).values[:, least:]
+    # More than these no head can get.
+    most = min(least + (budget - least) * heads, length)
+    ranked = scores.topk(most, dim=-1).values[:, least:]
     if ranked.shape[1] == 0 or budget == least:
         return [budget] * heads
     return [least + count for count in count_global_top(list(ranked), (budget - least) * heads)]

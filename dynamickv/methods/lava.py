@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from dynamickv.methods.capabilities import Capabilities
@@ -65,8 +64,7 @@ class LAVa(ClaimingMethod):
                 "layer"
             )
         attention = self.raw_scores(layer) / self.window_size
-        prefix = layer.values[:, : attention.shape[1]]
-        sizes = torch.linalg.vector_norm(prefix, ord=1, dim=-1, dtype=torch.float32).amax(dim=1)
+        sizes = layer.value_sizes()[:, : attention.shape[1]].amax(dim=1)
         heads = attention.shape[0]
         scores = pool(attention, self.kernel_size, self.pooling)
         scores *= sizes.repeat_interleave(heads // len(sizes))[:, None]

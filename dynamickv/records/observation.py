@@ -17,7 +17,7 @@ RECALLED = 4
 values."""
 Piece = tuple[int, int]
 """Queries from so many tokens before the prompt's end to so many."""
-QUERIES_AT_ONCE = 16
+QUERIES_AT_ONCE = 8
 """Queries that a CPU sums up together; what they paid, kept, is part of every longer window."""
 
 
@@ -194,6 +194,12 @@ class LayerObservation:
         prompt_length) float32; see `scoring.unlikeness`."""
         return unlikeness(self.keys)
 
+    def value_sizes(self) -> Tensor:
+        """L1 norms of the values, which must be recorded, (heads, prompt_length) float32."""
+        assert self.values is not None
+        sizes: Tensor = torch.linalg.vector_norm(self.values, ord=1, dim=-1, dtype=torch.float32)
+        return sizes
+
     def _before(self, first: int) -> Tensor:
         """The shares of the last `first` queries, of the positions before them."""
         return self._shares(first, 0)[..., : self.prompt_length - first]
@@ -241,6 +247,10 @@ class RecallingLayer(LayerObservation):
     def unlikeness(self) -> Tensor:
         """The same tensor as `LayerObservation.unlikeness`, computed once; not to be changed."""
         return self._recall((0, "unlikeness"), lambda: LayerObservation.unlikeness(self))
+
+    def value_sizes(self) -> Tensor:
+        """The same tensor as `LayerObservation.value_sizes`, computed once; not to be changed."""
+        return self._recall((0, "value sizes"), lambda: LayerObservation.value_sizes(self))
 
     def _recall(self, key: tuple[int, int | str], compute: Callable[[], Tensor]) -> Tensor:
         # Taken out and put back, so that threads which ask at once never find it half done.

@@ -45,13 +45,13 @@ def test_keys_are_compared_once_for_all_capacities(
     [
         (16, 0, []),
         (64, 0, []),
-        (7, 0, [7]),
-        (37, 0, [5]),
-        (64, 8, [8]),
-        (40, 20, [12, 8]),
-        # Summed up to 48, less what one query paid.
+        (3, 0, [3]),
+        (36, 0, [4]),
+        (64, 4, [4]),
+        (40, 20, [4]),
+        # Summed up to 48 and 16, less what one query paid and three did.
         (47, 0, [1]),
-        (9, 0, [7]),
+        (13, 0, [3]),
     ],
 )
 def test_of_a_prepared_window_only_the_queries_of_no_whole_piece_are_asked(
@@ -83,7 +83,7 @@ def test_what_is_kept_of_the_pieces_is_bounded_and_counted(prefill: dkv.Prefill)
     for window_size in range(1, 65):
         dkv.preview(dkv.SnapKV(capacity=70, window_size=window_size), prefill)
     for layer in prefill.recalling:
-        assert sorted(layer.pieces) == [(16, 0), (32, 16), (48, 32), (64, 48)]
+        assert sorted(layer.pieces) == [(end, end - 8) for end in range(8, 65, 8)]
     held = sum(
         tensor.nbytes
         for layer in prefill.recalling
