@@ -229,6 +229,11 @@ class ScoredMethod(EvictingMethod):
             f"{self.name} has no re-allocation; override allocate together with updates_after"
         )
 
+    def most_later(self, scores: Sequence[Tensor], num_layers: int) -> list[int]:
+        """Prefix tokens that the last layers seen can keep at the next update, at most: a layer
+        being read need not hold more. None of them unless overridden."""
+        return []
+
     def choose_again(self, layers: Sequence[HeldLayer]) -> list[Tensor]:
         """The best of what is held before the window, and the window."""
         scores = [self.score(layer) for layer in layers]

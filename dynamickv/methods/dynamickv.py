@@ -3,8 +3,8 @@ arXiv:2412.14838).
 
 Every layer first keeps up to `r_max` times the mean budget. After every `update_interval` layers
 the scores of all layers seen are ranked together, each layer's share of the best becomes its
-budget, and all of them are cut to it. With `progressive=False` this happens once, after the last
-layer, and exactly.
+budget, and all of them are cut to it; on a CPU a waiting layer holds no more than it can keep then.
+With `progressive=False` this happens once, after the last layer, and exactly.
 """
 
 from __future__ import annotations
@@ -90,6 +90,26 @@ class DynamicKV(ScoredMethod):
         seen, (heads, prefix_length) = len(scores), scores[0].shape
         counts = count_global_top(scores, self.mean_budget * heads * seen)
         return self.settle(counts, heads, prefix_length, num_layers).budgets
+
+    def most_later(self, scores: Sequence[Tensor], num_layers: int) -> list[int]:
+        """Of the layers that wait for an update: those to come can only take from the number of
+        their best scores. Roundings are counted in the layer's favour, so that budgets are what
+        they would be.
+        """
+        # An accelerator would have to wait for the host.
+        if not self.progressive or self.edited or scores[0].device.type != "cpu":
+            return []
+        seen, (heads, prefix_length) = len(scores), scores[0].shape
+        later = min(-(-seen // self.update_interval) * self.update_interval, num_layers)
+        # `settle` loses less than one count and less than one token a layer to rounding.
+        counted = self.mean_budget * heads - later
+        claimed = self.first_budget(0, num_layers, prefix_length) - later
+        if counted <= 0 or claimed <= 0:
+            return []
+        best = count_global_top(scores, self.mean_budget * heads * later)
+        total = self.mean_budget * num_layers * (1 + later / claimed) * 1.001
+        waiting = seen % self.update_interval
+        return [int(total * (count // later) / counted) + 1 for count in best[-waiting:]]
 
     def settle(
         self, counts: Sequence[int], heads: int, prefix_length: int, num_layers: int

@@ -133,7 +133,11 @@ class ScoredSelection(Selection):
         first = self.method.first_budget(layer, self.num_layers, scores.shape[1])
         self.held.append(min(first, scores.shape[1]))
         if not self.method.updates_after(layer, self.num_layers):
-            return range(layer, layer + 1)
+            most = self.method.most_later(self.scores, self.num_layers)
+            waiting = range(min(layer, layer + 1 - len(most)), layer + 1)
+            for index, budget in zip(reversed(waiting), reversed(most), strict=False):
+                self.held[index] = min(self.held[index], budget)
+            return waiting
         budgets = self.method.allocate(self.scores, self.num_layers)
         self.history.append(tuple(budgets))
         self.held = [min(held, budget) for held, budget in zip(self.held, budgets, strict=True)]
