@@ -85,7 +85,7 @@ class FastOps(CpuOps):
         rows, heads, dim = query.shape
         out = torch.empty(rows, heads * dim, dtype=torch.bfloat16)
         for row, layer in enumerate(store):
-            keys, _ = layer.held()
-            out[row] = attend(query[row], *layer.buffers, layer.length, scaling)
-            show(layer, query[row], keys, scaling)
+            attend(query[row], *layer.buffers, layer.length, scaling, out[row])
+            if layer.after_attention is not None:
+                show(layer, query[row], layer.held()[0], scaling)
         return out

@@ -36,15 +36,17 @@ from dynamickv.fast.kernels import (
     narrow,
 )
 
-BLOCK = 128
+BLOCK = 256
 """Positions whose weights are computed before their values are summed."""
 AHEAD = 64
 """Positions by which keys and values are asked for before they are read: the processor's own
 guesses leave a third of the memory's speed unused."""
 SHARED = 512
 """Positions from which on the threads share."""
-PARTS = 4
-"""Parts for each thread; who is disturbed by a neighbour takes fewer."""
+TOLD = 12
+"""Numbers that say what the threads share; the first is the next part to take."""
+PARTS = 3
+"""Least parts of all heads for each thread: one that a neighbour disturbs takes fewer."""
 SIGNATURE = "float32[:, ::1], float32[:, ::1], float32[:, ::1]"
 
 
@@ -216,26 +218,37 @@ def attend_alone(
         _join(totals, weights, head, 1, out)
 
 
-@compiled("void(float32[:, :, ::1], float32[:, :, ::1], int64, uint16[::1])")
-def _join_all(totals: Array, weights: Array, parts: int, out: Array) -> None:
-    for head in range(len(totals) // parts):
-        _join(totals, weights, head, parts, out)
+@inlined
+def _laid_out(told: Any) -> Any:
+    """Of what `attend` wrote at an address: totals and weights of all parts, and a room for each of
+    them, which lie behind the numbers."""
+    heads, group, dim, parts = told[1], told[2], told[3], told[6]
+    items = heads * parts
+    totals = carray(_floats_at(told[11]), (items, group, dim))
+    weights = carray(_floats_at(told[11] + 4 * items * group * dim), (items, group, 2))
+    rooms = carray(_floats_at(told[11] + 4 * items * group * (dim + 2)), (items, group, BLOCK))
+    return totals, weights, rooms
+
+
+@compiled("void(int64[::1], uint16[::1])")
+def _join_all(told: Array, out: Array) -> None:
+    totals, weights, _ = _laid_out(told)
+    for head in range(told[1]):
+        _join(totals, weights, head, told[6], out)
 
 
 @kept_on_disk(cfunc, "void(CPointer(int64))")
-def _share(told: Any) -> None:
-    """One thread's share of what `attend` describes: parts, as long as there are any."""
-    numbers = carray(told, (14,))
-    heads, group, dim, size = numbers[1], numbers[2], numbers[3], numbers[4]
-    length, parts, scaling = numbers[5], numbers[6], float_of(np.uint32(numbers[7]))
-    query = carray(_floats_at(numbers[8]), (heads, group, dim))
-    keys = carray(_floats_at(numbers[9]), (heads, size, dim))
-    values = carray(_floats_at(numbers[10]), (heads, size, dim))
-    rooms = carray(_floats_at(numbers[11]), (heads * parts, group, BLOCK))
-    totals = carray(_floats_at(numbers[12]), (heads * parts, group, dim))
-    weights = carray(_floats_at(numbers[13]), (heads * parts, group, 2))
+def _share(address: Any) -> None:
+    """One thread's share of what `attend` wrote there: parts, as long as there are any."""
+    told = carray(address, (TOLD,))
+    heads, group, dim, size = told[1], told[2], told[3], told[4]
+    length, parts, scaling = told[5], told[6], float_of(np.uint32(told[7]))
+    query = carray(_floats_at(told[8]), (heads, group, dim))
+    keys = carray(_floats_at(told[9]), (heads, size, dim))
+    values = carray(_floats_at(told[10]), (heads, size, dim))
+    totals, weights, rooms = _laid_out(told)
     each = (length + parts - 1) // parts
-    part = _take(told)
+    part = _take(address)
     while part < heads * parts:
         head, first = part // parts, part % parts * each
         last = min(first + each, length)
@@ -243,7 +256,7 @@ def _share(told: Any) -> None:
             query[head], keys[head], values[head], first, last, scaling,
             rooms[part], totals[part], weights[part],
         )  # fmt: skip
-        part = _take(told)
+        part = _take(address)
 
 
 @cache
@@ -259,37 +272,31 @@ def team() -> Any:
     return found
 
 
-def attend(query: Tensor, keys: Tensor, values: Tensor, length: int, scaling: float) -> Tensor:
+def attend(
+    query: Tensor, keys: Tensor, values: Tensor, length: int, scaling: float, out: Tensor
+) -> None:
     """A token's attention to the first `length` positions held.
 
     Args:
         query: (query_heads, head_dim) float32.
         keys: (1, heads, at least length, head_dim) float32; query head h reads head h // group.
         values: as keys.
-
-    Returns:
-        (query_heads * head_dim,) bfloat16.
+        out: (query_heads * head_dim,) bfloat16, written.
     """
-    out = torch.empty(query.numel(), dtype=torch.bfloat16)
     threads = torch.get_num_threads()
     run = team() if threads > 1 and length >= SHARED else None
     if run is None:
         attend_alone(query.numpy(), keys.numpy(), values.numpy(), length, scaling, bits(out))
-        return out
-    heads, size, dim = keys.shape[1:]
+        return
+    _, heads, size, dim = keys.shape
     group = len(query) // heads
-    parts = -(-PARTS * threads // heads)
-    rooms = np.empty((heads * parts, group, BLOCK), np.float32)
-    totals = np.empty((heads * parts, group, dim), np.float32)
-    weights = np.empty((heads * parts, group, 2), np.float32)
-    told = np.array(
-        [
-            0, heads, group, dim, size, length, parts, np.float32(scaling).view(np.uint32),
-            query.data_ptr(), keys.data_ptr(), values.data_ptr(),
-            rooms.ctypes.data, totals.ctypes.data, weights.ctypes.data,
-        ],
-        np.int64,
+    parts = threads * -(-PARTS // heads)
+    # In one piece: what is told, and behind it what the threads write.
+    told = np.empty(TOLD + heads * parts * group * (dim + 2 + BLOCK) // 2 + 1, np.int64)
+    address = told.ctypes.data
+    told[:TOLD] = (
+        0, heads, group, dim, size, length, parts, np.float32(scaling).view(np.uint32),
+        query.data_ptr(), keys.data_ptr(), values.data_ptr(), address + 8 * TOLD,
     )  # fmt: skip
-    run(_share.address, told.ctypes.data, threads, 0)
-    _join_all(totals, weights, parts, bits(out))
-    return out
+    run(_share.address, address, threads, 0)
+    _join_all(told, bits(out))
