@@ -2,7 +2,7 @@
 
 GNU OpenMP's threads spin for milliseconds by default. Where other processes want the same cores,
 the one that is waited for then does not run: a step of small products took 20 to 30 times as long
-beside others as with threads that soon yield. OpenMP reads the setting when torch
+beside others as with threads that spin for some microseconds. OpenMP reads the setting when torch
 loads, and Python imports this package, hence torch, before its `__main__`: so the package imports
 this module first of all. A program that uses the package as a library decides for itself.
 """
@@ -10,9 +10,8 @@ this module first of all. A program that uses the package as a library decides f
 import os
 import sys
 
-SPINS = "10000"
-"""Rounds of waiting, some tenths of a millisecond: longer than what lies between two products of a
-step, whose threads would have to be woken again for each (a step then takes a sixth longer)."""
+SPINS = "1000"
+"""Rounds of waiting; OpenMP's own number for when there are more threads than cores."""
 
 
 def is_command_line() -> bool:

@@ -17,7 +17,7 @@ ASK = "import sys, os, app.threads; print('torch' in sys.modules, os.environ.get
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({}, "False 10000"),
+        ({}, "False 1000"),
         ({"GOMP_SPINCOUNT": "7"}, "False 7"),
         ({"OMP_WAIT_POLICY": "ACTIVE"}, "False None"),
     ],

@@ -28,8 +28,8 @@ sys.meta_path.insert(0, Spy())
 @pytest.mark.parametrize(
     ("program", "settings", "found"),
     [
-        (["-m", "dynamickv", "models"], {}, "10000"),
-        (["-mdynamickv", "models"], {}, "10000"),
+        (["-m", "dynamickv", "models"], {}, "1000"),
+        (["-mdynamickv", "models"], {}, "1000"),
         (["-m", "dynamickv", "models"], {"GOMP_SPINCOUNT": "7"}, "7"),
         (["-m", "dynamickv", "models"], {"OMP_WAIT_POLICY": "ACTIVE"}, "None"),
         (["-c", "import dynamickv"], {}, "None"),
