@@ -17,7 +17,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from dynamickv.layers.kv import AfterAttention, KVLayer, gather
+from dynamickv.layers.kv import BLOCK, AfterAttention, KVLayer, gather
 from dynamickv.layers.other import HybridLayer, copied, in_batch, layer_bytes, own_layer
 from dynamickv.layers.parts import BatchedLayer, HeadwiseLayer, stored_heads
 from dynamickv.layers.rows import RowsLayer
@@ -170,6 +170,16 @@ class BatchedCache(Cache):
             whole = [RowsLayer.of(part) if len(part) > 1 else part[0] for part in held]
             layers.append(BatchedLayer(whole, rows) if len(whole) > 1 else whole[0])
         super().__init__(layers=layers)
+
+
+def rows_bytes(caches: Sequence[KVCache]) -> int:
+    """What a copy of caches in rows takes at most: every layer as long as its longest, and room."""
+    copied = 0
+    of_all = [cache.whole_layers() for cache in caches if _shape(cache) is not None]
+    for layers in zip(*of_all, strict=True):
+        places = max(layer.length for layer in layers) + BLOCK
+        copied += sum(places * layer.nbytes // max(layer.length, 1) for layer in layers)
+    return copied
 
 
 def _shape(cache: KVCache) -> tuple[tuple[int, ...], int] | None:

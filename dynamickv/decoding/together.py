@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from dynamickv.cache import BatchedCache, KVCache
+from dynamickv.cache import BatchedCache, KVCache, rows_bytes
 from dynamickv.decoding.decode import choose_rows, feed_rows, feeder
 from dynamickv.decoding.decode_step import RowSteps
 from dynamickv.memory import free_on
@@ -93,8 +93,7 @@ class Together:
         # Keys that a model makes anew from latents are made of all rows at once.
         if self._llm.geometry.joint:
             return math.inf
-        copied = len(caches) * max(cache.nbytes for cache in caches)
-        fits = copied < free_on(self._llm.device)
+        fits = rows_bytes(caches) < free_on(self._llm.device)
         return self.PADDED if self._masked and fits else 0
 
 

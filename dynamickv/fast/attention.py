@@ -284,7 +284,11 @@ def attend(
         out: (query_heads * head_dim,) bfloat16, written.
     """
     threads = torch.get_num_threads()
-    run = team() if threads > 1 and length >= SHARED else None
+    # The threads are told addresses alone; what they cannot read the compiled function refuses.
+    plain = all(
+        held.dtype == torch.float32 and held.is_contiguous() for held in (query, keys, values)
+    )
+    run = team() if threads > 1 and length >= SHARED and plain else None
     if run is None:
         attend_alone(query.numpy(), keys.numpy(), values.numpy(), length, scaling, bits(out))
         return

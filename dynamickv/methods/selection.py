@@ -35,6 +35,11 @@ class Selection(ABC):
     def observe(self, observation: LayerObservation) -> range:
         """Take in the next layer; the layers whose holdings changed."""
 
+    def tighten(self) -> range:
+        """Where a cache is cut while the prompt is read: let layers hold no more than they can keep
+        in the end; the layers, the last one seen among them if there are any."""
+        return range(0)
+
     @abstractmethod
     def positions(self, layer: int) -> Heads:
         """What a layer holds now, LongTensor (heads, held) ascending, window included."""
@@ -133,15 +138,22 @@ class ScoredSelection(Selection):
         first = self.method.first_budget(layer, self.num_layers, scores.shape[1])
         self.held.append(min(first, scores.shape[1]))
         if not self.method.updates_after(layer, self.num_layers):
-            most = self.method.most_later(self.scores, self.num_layers)
-            waiting = range(min(layer, layer + 1 - len(most)), layer + 1)
-            for index, budget in zip(reversed(waiting), reversed(most), strict=False):
-                self.held[index] = min(self.held[index], budget)
-            return waiting
+            return range(layer, layer + 1)
         budgets = self.method.allocate(self.scores, self.num_layers)
         self.history.append(tuple(budgets))
         self.held = [min(held, budget) for held, budget in zip(self.held, budgets, strict=True)]
         return range(layer + 1)
+
+    def tighten(self) -> range:
+        """As `Selection` does, by what the method says."""
+        seen = len(self.scores)
+        if self.method.updates_after(seen - 1, self.num_layers):
+            return range(0)
+        most = self.method.most_later(self.scores, self.num_layers)
+        waiting = range(seen - len(most), seen)
+        for layer, budget in zip(waiting, most, strict=True):
+            self.held[layer] = min(self.held[layer], budget)
+        return waiting
 
     def positions(self, layer: int) -> Heads:
         """What a layer holds now, (heads, held + window) ascending."""

@@ -85,7 +85,8 @@ class PromptRow:
             return range(self.observed - 1, self.observed)
         if self._selection is None:
             self._selection = self._method.start(self._num_layers)
-        return self._selection.observe(observation)
+        changed = self._selection.observe(observation)
+        return self._selection.tighten() or changed
 
     def _needs_mass(self, length: int) -> bool:
         return self._method.needs_mass and (self._keeps_masses or not self._method.fits(length))

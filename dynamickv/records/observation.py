@@ -156,7 +156,8 @@ class LayerObservation:
         added, taken = self._pieces(first, last)
         total = reduce(torch.add, (self._paid(far, near, columns) for far, near in added))
         for far, near in taken:
-            total = total - self._paid(far, near, columns)
+            # Attention is never less than none, whatever rounding leaves.
+            total = (total - self._paid(far, near, columns)).clamp_(min=0)
         return total.contiguous()
 
     def _pieces(self, first: int, last: int) -> tuple[list[Piece], list[Piece]]:

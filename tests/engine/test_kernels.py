@@ -146,6 +146,13 @@ def test_the_threads_are_those_of_torch() -> None:
     assert attention.team() is not None
 
 
+@pytest.mark.parametrize("spoil", [Tensor.bfloat16, lambda keys: keys.transpose(2, 3)])
+def test_threads_are_not_let_at_keys_that_they_cannot_read(spoil: Any) -> None:
+    query, keys, values = held_of(1500, 3, 3, 1511)
+    with pytest.raises(TypeError, match=r"argument|BFloat16"):
+        attended_by_us(query, spoil(keys), values, 1500, 0.3)
+
+
 def test_several_callers_attend_at_once() -> None:
     asked = [held_of(1000 + number, *HEADS[0]) for number in range(4)]
 

@@ -13,7 +13,7 @@ import torch
 import dynamickv as dkv
 from benchmarks.coverage.check import letters
 from benchmarks.coverage.tiny import tiny_model
-from dynamickv.cache import KVCache, prune
+from dynamickv.cache import BatchedCache, KVCache, prune, rows_bytes
 from dynamickv.decoding.cpu_ops import ColumnOps, CpuOps, PackedOps, is_intel
 from dynamickv.decoding.decode import extend, feeder
 from dynamickv.decoding.decode_step import RowSteps
@@ -91,6 +91,15 @@ def test_caches_are_copied_into_rows_only_where_memory_has_room(
     for method, run in zip(methods, together, strict=True):
         (own,) = compared(llm, prefill, method)
         assert run.token_ids == own.token_ids, method
+
+
+def test_a_copy_in_rows_takes_no_more_than_was_counted() -> None:
+    """Caches whose long layers are others: each layer is as long as its longest."""
+    prefill = dkv.prefill(tiny_llm(), DOCUMENT, QUESTION)
+    caches = caches_of(prefill, [dkv.SnapKV(capacity=30), dkv.PyramidKV(capacity=30)])
+    rows = BatchedCache(caches, 8)
+    taken = sum(layer.reserved_bytes for layer in rows.layers)
+    assert sum(cache.nbytes for cache in caches) < taken <= rows_bytes(caches)
 
 
 def test_what_is_learned_of_every_query_goes_with_its_row() -> None:

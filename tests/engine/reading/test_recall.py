@@ -79,6 +79,16 @@ def test_a_window_in_pieces_pays_what_it_pays_at_once(prefill: dkv.Prefill, wind
     torch.testing.assert_close(layer.attention(window), at_once, rtol=1e-5, atol=1e-7)
 
 
+def test_what_is_taken_off_leaves_no_attention_below_none() -> None:
+    """Else the entropy that LAVa shares the budget by is no number."""
+    torch.manual_seed(0)
+    layer = dkv.LayerObservation(
+        queries=8 * torch.randn(6, 64, 16), keys=torch.randn(6, 3000, 16), scaling=1.0
+    )
+    for window in range(1, 65):
+        assert not (layer.attention(window) < 0).any(), window
+
+
 def test_what_is_kept_of_the_pieces_is_bounded_and_counted(prefill: dkv.Prefill) -> None:
     for window_size in range(1, 65):
         dkv.preview(dkv.SnapKV(capacity=70, window_size=window_size), prefill)
