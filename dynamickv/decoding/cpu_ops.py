@@ -55,7 +55,7 @@ class CpuOps(Ops[Sequence[KVLayer]]):
             grouped = query[row].view(1, keys.shape[1], -1, dim)
             attended = F.scaled_dot_product_attention(grouped, keys, values, scale=scaling)
             output[row] = attended.reshape(-1)
-            show(layer, query[row], keys, scaling)
+            show(layer, query[row], scaling)
         return output
 
 
@@ -123,8 +123,8 @@ class PackedOps(CpuOps):
         return out
 
 
-def show(layer: KVLayer, query: Tensor, keys: Tensor, scaling: float) -> None:
+def show(layer: KVLayer, query: Tensor, scaling: float) -> None:
     """Let a layer that asks for it see the query of its token, (query_heads, head_dim)."""
     if layer.after_attention is not None:
-        queries = query[None, :, None]
+        queries, (keys, _) = query[None, :, None], layer.held()
         layer.after_attention(layer, Attended(queries=queries, keys=keys, scaling=scaling))

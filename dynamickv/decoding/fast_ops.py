@@ -86,6 +86,5 @@ class FastOps(CpuOps):
         out = torch.empty(rows, heads * dim, dtype=torch.bfloat16)
         for row, layer in enumerate(store):
             attend(query[row], *layer.buffers, layer.length, scaling, out[row])
-            if layer.after_attention is not None:
-                show(layer, query[row], layer.held()[0], scaling)
+            show(layer, query[row], scaling)
         return out
