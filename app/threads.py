@@ -7,8 +7,10 @@ beside others as with threads that spin for some microseconds.
 
 import os
 
-SPINS = "1000"
-"""Rounds of waiting; OpenMP's own number for when there are more threads than cores."""
+TELLS = os.path.exists("/proc/self/schedstat")
+"""Whether the system says that others want the cores; threads then sleep, see neighbours.py."""
+SPINS = "10000" if TELLS else "1000"
+"""Rounds of waiting: enough to meet the next small operation, or the few of a full machine."""
 
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", SPINS)

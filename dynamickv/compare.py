@@ -19,6 +19,7 @@ from dynamickv.methods import METHODS, CompressionMethod
 from dynamickv.methods.decoding import Decoding, require_decodable
 from dynamickv.models import LoadedModel
 from dynamickv.models.geometry import require_choosable
+from dynamickv.neighbours import give_back_threads
 from dynamickv.reading.prefill import prefill_prompt, prompt_to_read, whole_prompt
 from dynamickv.reading.prefill_stream import prefill_stream
 from dynamickv.reading.prompt import require_text
@@ -205,6 +206,7 @@ def compare_stream(
     finally:
         # Closed outside of any block, Python 3.12 would keep all this as long as the generator.
         answers.clear()
+        give_back_threads()
 
 
 def _validate(

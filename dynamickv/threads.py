@@ -10,8 +10,10 @@ this module first of all. A program that uses the package as a library decides f
 import os
 import sys
 
-SPINS = "1000"
-"""Rounds of waiting; OpenMP's own number for when there are more threads than cores."""
+TELLS = os.path.exists("/proc/self/schedstat")
+"""Whether the system says that others want the cores; threads then sleep, see neighbours.py."""
+SPINS = "10000" if TELLS else "1000"
+"""Rounds of waiting: enough to meet the next small operation, or the few of a full machine."""
 
 
 def is_command_line() -> bool:

@@ -18,6 +18,7 @@ from app.examples import EXAMPLE_KEY, Example
 from app.form import decoding_for
 from app.record.payload import predicted_payload
 from app.serving.shelf import Held, Shelf
+from dynamickv.neighbours import give_back_threads
 
 
 class Predictions:
@@ -26,13 +27,13 @@ class Predictions:
     def __init__(self, shelf: Shelf, examples: Mapping[str, Example]) -> None:
         self.shelf = shelf
         self.examples = examples
-        # One thread that stays: torch starts its workers anew in every thread it is called from.
         self._chooser = ThreadPoolExecutor(1, thread_name_prefix="what-if")
 
     def prepare(self, prefill: dkv.Prefill) -> None:
         """Make any observation window quick, while nobody waits for it."""
         for layer in prefill.recalling:
             self._chooser.submit(layer.prepare)
+        self._chooser.submit(give_back_threads)
 
     def predict(self, asked: Any) -> dict[str, Any]:
         """What a method would keep of a stored prompt, as the page draws it.
@@ -48,7 +49,9 @@ class Predictions:
         require_mass(method, prefill)
         start = time.perf_counter()
         length = held.trace.prompt.length
-        choice = self._chooser.submit(dkv.preview, method, prefill, length).result()
+        chosen = self._chooser.submit(dkv.preview, method, prefill, length)
+        self._chooser.submit(give_back_threads)
+        choice = chosen.result()
         run = {
             "method": method.name,
             "parameters": method.parameters,

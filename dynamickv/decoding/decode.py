@@ -25,6 +25,7 @@ from dynamickv.decoding.forgetting import Forgetting
 from dynamickv.fast.decoder import steppable
 from dynamickv.fast.packed import FastProducts
 from dynamickv.models import LoadedModel
+from dynamickv.neighbours import Neighbours
 from dynamickv.reading.observe import cache_argument, observed
 
 Feed = Callable[[Sequence[KVCache], Sequence[int], Sequence[int]], Tensor]
@@ -103,7 +104,10 @@ def _stepper(
         def step(token_id: int) -> tuple[int, float]:
             return choose(feed([cache], [token_id], [next(positions)])[0])
 
+    neighbours = Neighbours(llm.device)
+
     def advance(token_id: int) -> tuple[int, float, float]:
+        neighbours.look()
         start = time.perf_counter()
         return *step(token_id), time.perf_counter() - start
 

@@ -17,6 +17,7 @@ from dynamickv.decoding.decode import choose_rows, feed_rows, feeder
 from dynamickv.decoding.decode_step import RowSteps
 from dynamickv.memory import free_on
 from dynamickv.models import LoadedModel
+from dynamickv.neighbours import Neighbours
 from dynamickv.reading.observe import MASKED_BACKENDS
 
 
@@ -31,6 +32,7 @@ class Together:
         steps = feeder(llm, plain=True)
         self._steps = steps if isinstance(steps, RowSteps) else None
         self._masked = llm.attention in MASKED_BACKENDS
+        self._neighbours = Neighbours(llm.device)
         self._members: list[Member] = []
         self._batch: BatchedCache | None = None
         self._rows: list[Member] = []
@@ -56,6 +58,7 @@ class Together:
     def _run(self) -> None:
         """Feed every announced token."""
         waiting = [member for member in self._members if member.token_id is not None]
+        self._neighbours.look()
         start = time.perf_counter()
         chosen = self._chosen(waiting)
         seconds = time.perf_counter() - start

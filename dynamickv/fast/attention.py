@@ -10,8 +10,6 @@ another runtime, such as on Windows, one thread does it all.
 
 from __future__ import annotations
 
-import ctypes
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -35,6 +33,7 @@ from dynamickv.fast.kernels import (
     kept_on_disk,
     narrow,
 )
+from dynamickv.neighbours import openmp
 
 BLOCK = 256
 """Positions whose weights are computed before their values are summed."""
@@ -259,19 +258,6 @@ def _share(address: Any) -> None:
         part = _take(address)
 
 
-@cache
-def team() -> Any:
-    """Runs a function on several threads: the GNU OpenMP function of that name in torch's own
-    runtime, or None."""
-    try:
-        found = ctypes.CDLL(torch._C.__file__).GOMP_parallel
-    except (AttributeError, OSError):
-        return None
-    found.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-    found.restype = None
-    return found
-
-
 def attend(
     query: Tensor, keys: Tensor, values: Tensor, length: int, scaling: float, out: Tensor
 ) -> None:
@@ -288,8 +274,8 @@ def attend(
     plain = all(
         held.dtype == torch.float32 and held.is_contiguous() for held in (query, keys, values)
     )
-    run = team() if threads > 1 and length >= SHARED and plain else None
-    if run is None:
+    runtime = openmp() if threads > 1 and length >= SHARED and plain else None
+    if runtime is None:
         attend_alone(query.numpy(), keys.numpy(), values.numpy(), length, scaling, bits(out))
         return
     _, heads, size, dim = keys.shape
@@ -302,5 +288,5 @@ def attend(
         0, heads, group, dim, size, length, parts, np.float32(scaling).view(np.uint32),
         query.data_ptr(), keys.data_ptr(), values.data_ptr(), address + 8 * TOLD,
     )  # fmt: skip
-    run(_share.address, address, threads, 0)
+    runtime.GOMP_parallel(_share.address, address, threads, 0)
     _join_all(told, bits(out))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dynamickv.cache import KVCache
 from dynamickv.layers.kv import KVLayer
+from dynamickv.neighbours import Neighbours
 from dynamickv.reading.observe import cache_argument, observed
 from dynamickv.reading.prompt import encode_prompt, encode_text
 from dynamickv.records import Attended, EncodedPrompt, LayerObservation, Prefill
@@ -174,8 +175,11 @@ def prefill_prompt(
     read: list[int] = []
     mass_seconds = watched = 0.0
 
+    neighbours = Neighbours(llm.device)
+
     def record(layer: KVLayer, attended: Attended) -> None:
         nonlocal mass_seconds, watched
+        neighbours.look()
         received = None if fast is None else fast.take_received()
         if mass and received is None:
             llm.synchronize()

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dynamickv.fast.decoder import _rotate
+from dynamickv.neighbours import openmp
 
 kernels = pytest.importorskip("dynamickv.fast.kernels", reason="needs numba")
 bits = kernels.bits
@@ -136,14 +137,14 @@ def test_attend_takes_one_thread_where_torch_has_another_runtime(
 ) -> None:
     query, keys, values = held_of(1501, *HEADS[0])
     several = attended_by_us(query, keys, values, 1501, 0.3)
-    monkeypatch.setattr(attention, "team", lambda: None)
+    monkeypatch.setattr(attention, "openmp", lambda: None)
     alone = attended_by_us(query, keys, values, 1501, 0.3)
     torch.testing.assert_close(alone.float(), several.float(), rtol=2**-7, atol=1e-5)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="torch has another runtime there")
 def test_the_threads_are_those_of_torch() -> None:
-    assert attention.team() is not None
+    assert openmp() is not None
 
 
 @pytest.mark.parametrize("spoil", [Tensor.bfloat16, lambda keys: keys.transpose(2, 3)])
