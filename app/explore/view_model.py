@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import dynamickv as dkv
@@ -16,7 +17,6 @@ from app.serving.model_host import PromptSize
 from app.settings import CAPACITIES, offered_methods
 from app.wording import count, mebibytes, percent
 
-BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def counted(document: str, size: PromptSize | None) -> dict[str, Any]:
@@ -114,9 +114,11 @@ def cache_bytes_per_token(model: Mapping[str, int], heads: int | None = None) ->
     )
 
 
-def bytes_per_value(dtype: str, otherwise: int) -> int:
-    """Bytes of one number in the cache; weights may be packed ("float32 with 4bit weights")."""
-    return BYTES_PER_VALUE.get(dtype.partition(" ")[0], otherwise)
+def bytes_per_value(trace: dkv.Trace) -> int:
+    """Bytes of one number in a record's caches."""
+    model = asdict(trace.model) | {"bytes_per_value": 1}
+    numbers = cache_bytes_per_token(model) * trace.prompt.length
+    return round(trace.runs[0].kv_bytes_full / numbers)
 
 
 def tokens_of(counted: str | None) -> int | None:

@@ -42,7 +42,7 @@ class CpuOps(Ops[Sequence[KVLayer]]):
         query, key, value = self.split(qkv, rotation, norms, query_heads)
         keys, values = key.unsqueeze(2), value.unsqueeze(2)
         for row, layer in enumerate(store):
-            layer.update(keys[row : row + 1], values[row : row + 1])
+            layer.append(keys[row : row + 1], values[row : row + 1])
         return query
 
     def attend(self, query: Tensor, store: Sequence[KVLayer], scaling: float) -> Tensor:

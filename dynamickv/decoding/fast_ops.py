@@ -76,7 +76,7 @@ class FastOps(CpuOps):
         rows, queries = bits(qkv), query.numpy()
         for row, layer in enumerate(store):
             slot = layer.advance(1)
-            keys, values = (held.numpy() for held in layer.buffers)
+            keys, values = (bits(held) for held in layer.buffers)
             kernels.place(rows[row], cos[row], sin[row], queries[row], keys, values, slot)
         return query
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from dynamickv.fast.kernels import (
     HELD,
     LOWEST,
+    NUMBERS,
     Array,
     bits,
     compiled,
@@ -32,6 +33,7 @@ from dynamickv.fast.kernels import (
     inlined,
     kept_on_disk,
     narrow,
+    wide,
 )
 from dynamickv.neighbours import openmp
 
@@ -42,20 +44,25 @@ AHEAD = 64
 guesses leave a third of the memory's speed unused."""
 SHARED = 512
 """Positions from which on the threads share."""
-TOLD = 12
+TOLD = 13
 """Numbers that say what the threads share; the first is the next part to take."""
 PARTS = 3
 """Least parts of all heads for each thread: one that a neighbour disturbs takes fewer."""
-SIGNATURE = "float32[:, ::1], float32[:, ::1], float32[:, ::1]"
+ROWS = "float32[:, ::1]"
+KEPT = "{0}[:, ::1], {0}[:, ::1]"
+"""Keys and values of one head."""
 
 
-def _pointer(context: Any, address: Any) -> Any:
-    """The float32 numbers at an address."""
+def _pointer_to(number: Any) -> Any:
+    """What finds numbers of a kind at an address."""
 
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+    def typed(context: Any, address: Any) -> Any:
+        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
 
-    return types.CPointer(types.float32)(types.int64), code
+        return types.CPointer(number)(types.int64), code
+
+    return intrinsic(typed)
 
 
 def _fetching(context: Any, rows: Any, row: Any, column: Any) -> Any:
@@ -88,12 +95,18 @@ def _taking(context: Any, counter: Any) -> Any:
     return types.int64(counter), code
 
 
-_floats_at: Any = intrinsic(_pointer)
+_floats_at: Any = _pointer_to(types.float32)
+_bits_at: Any = _pointer_to(types.uint16)
 _fetch: Any = intrinsic(_fetching)
 _take: Any = intrinsic(_taking)
 
 
-@compiled(f"void({SIGNATURE}, int64, int64, float32, {SIGNATURE})")
+@compiled(
+    *(
+        f"void({ROWS}, {KEPT.format(number)}, int64, int64, float32, {ROWS}, {ROWS}, {ROWS})"
+        for number in NUMBERS
+    )
+)
 def _attend_part(
     query: Array,
     keys: Array,
@@ -109,7 +122,7 @@ def _attend_part(
 
     Args:
         query: (group, head_dim).
-        keys: (at least last, head_dim); values likewise.
+        keys: (at least last, head_dim), float32 or bfloat16; values likewise.
         room: (group, BLOCK), written over.
         total: (group, head_dim), written: values times exp(logit - greatest logit), summed.
         weights: (group, 2), written: the greatest logit, and the sum of those exponentials.
@@ -128,7 +141,7 @@ def _attend_part(
             for member in range(group):
                 product = np.float32(0)
                 for j in range(dim):
-                    product += query[member, j] * keys[start + i, j]
+                    product += query[member, j] * wide(keys[start + i, j])
                 room[member, i] = product * scaling
         for member in range(group):
             before = weights[member, 0]
@@ -157,25 +170,28 @@ def _attend_part(
             for member in range(group):
                 for j in range(dim):
                     total[member, j] += (
-                        (room[member, i] * values[at, j] + room[member, i + 1] * values[at + 1, j])
+                        (
+                            room[member, i] * wide(values[at, j])
+                            + room[member, i + 1] * wide(values[at + 1, j])
+                        )
                         + (
-                            room[member, i + 2] * values[at + 2, j]
-                            + room[member, i + 3] * values[at + 3, j]
+                            room[member, i + 2] * wide(values[at + 2, j])
+                            + room[member, i + 3] * wide(values[at + 3, j])
                         )
                     ) + (
                         (
-                            room[member, i + 4] * values[at + 4, j]
-                            + room[member, i + 5] * values[at + 5, j]
+                            room[member, i + 4] * wide(values[at + 4, j])
+                            + room[member, i + 5] * wide(values[at + 5, j])
                         )
                         + (
-                            room[member, i + 6] * values[at + 6, j]
-                            + room[member, i + 7] * values[at + 7, j]
+                            room[member, i + 6] * wide(values[at + 6, j])
+                            + room[member, i + 7] * wide(values[at + 7, j])
                         )
                     )
         for i in range(whole, count):
             for member in range(group):
                 for j in range(dim):
-                    total[member, j] += room[member, i] * values[start + i, j]
+                    total[member, j] += room[member, i] * wide(values[start + i, j])
 
 
 @inlined
@@ -199,7 +215,7 @@ def _join(totals: Any, weights: Any, head: int, parts: int, out: Any) -> None:
             out[(head * group + member) * dim + j] = narrow(attended / whole)
 
 
-@compiled(f"void(float32[:, ::1], {HELD}, int64, float32, uint16[::1])")
+@compiled(*(f"void({ROWS}, {held}, int64, float32, uint16[::1])" for held in HELD))
 def attend_alone(
     query: Array, keys: Array, values: Array, length: int, scaling: float, out: Array
 ) -> None:
@@ -243,18 +259,26 @@ def _share(address: Any) -> None:
     heads, group, dim, size = told[1], told[2], told[3], told[4]
     length, parts, scaling = told[5], told[6], float_of(np.uint32(told[7]))
     query = carray(_floats_at(told[8]), (heads, group, dim))
-    keys = carray(_floats_at(told[9]), (heads, size, dim))
-    values = carray(_floats_at(told[10]), (heads, size, dim))
     totals, weights, rooms = _laid_out(told)
     each = (length + parts - 1) // parts
     part = _take(address)
     while part < heads * parts:
         head, first = part // parts, part % parts * each
         last = min(first + each, length)
-        _attend_part(
-            query[head], keys[head], values[head], first, last, scaling,
-            rooms[part], totals[part], weights[part],
-        )  # fmt: skip
+        if told[12]:
+            _attend_part(
+                query[head],
+                carray(_bits_at(told[9]), (heads, size, dim))[head],
+                carray(_bits_at(told[10]), (heads, size, dim))[head],
+                first, last, scaling, rooms[part], totals[part], weights[part],
+            )  # fmt: skip
+        else:
+            _attend_part(
+                query[head],
+                carray(_floats_at(told[9]), (heads, size, dim))[head],
+                carray(_floats_at(told[10]), (heads, size, dim))[head],
+                first, last, scaling, rooms[part], totals[part], weights[part],
+            )  # fmt: skip
         part = _take(address)
 
 
@@ -265,18 +289,19 @@ def attend(
 
     Args:
         query: (query_heads, head_dim) float32.
-        keys: (1, heads, at least length, head_dim) float32; query head h reads head h // group.
-        values: as keys.
+        keys: (1, heads, at least length, head_dim), float32 or bfloat16; query head h reads head
+            h // group.
+        values: as keys, in the same format.
         out: (query_heads * head_dim,) bfloat16, written.
     """
     threads = torch.get_num_threads()
     # The threads are told addresses alone; what they cannot read the compiled function refuses.
-    plain = all(
-        held.dtype == torch.float32 and held.is_contiguous() for held in (query, keys, values)
-    )
+    plain = query.dtype == torch.float32 and keys.dtype in (torch.float32, torch.bfloat16)
+    plain = plain and keys.dtype == values.dtype
+    plain = plain and all(held.is_contiguous() for held in (query, keys, values))
     runtime = openmp() if threads > 1 and length >= SHARED and plain else None
     if runtime is None:
-        attend_alone(query.numpy(), keys.numpy(), values.numpy(), length, scaling, bits(out))
+        attend_alone(query.numpy(), bits(keys), bits(values), length, scaling, bits(out))
         return
     _, heads, size, dim = keys.shape
     group = len(query) // heads
@@ -287,6 +312,7 @@ def attend(
     told[:TOLD] = (
         0, heads, group, dim, size, length, parts, np.float32(scaling).view(np.uint32),
         query.data_ptr(), keys.data_ptr(), values.data_ptr(), address + 8 * TOLD,
+        keys.dtype == torch.bfloat16,
     )  # fmt: skip
     runtime.GOMP_parallel(_share.address, address, threads, 0)
     _join_all(told, bits(out))

@@ -29,7 +29,8 @@ def causal_attention(
 
     Args:
         queries: (num_query_heads, n, head_dim) float32.
-        keys: (num_kv_heads, n, head_dim) float32; query head h reads KV head h // group.
+        keys: (num_kv_heads, n, head_dim), float32 or bfloat16; query head h reads KV head
+            h // group.
         values: as keys.
         scaling: factor on the query-key products.
         mass: also sum up what every position receives; in blocks on every CPU.
@@ -40,19 +41,20 @@ def causal_attention(
     # The same vector taken from all keys moves all logits of a query alike, which softmax does not
     # see; what is left is smaller, and so is what rounding does to it (SageAttention,
     # arXiv:2410.02367).
-    narrow = (keys - keys.mean(dim=1, keepdim=True)).to(torch.bfloat16)
-    wide_values = values.to(torch.bfloat16)
+    wide_keys = keys.float()
+    narrow_keys = (wide_keys - wide_keys.mean(dim=1, keepdim=True)).to(torch.bfloat16)
+    narrow_values = values.to(torch.bfloat16)
     if has_tiles() and not mass:
         context = F.scaled_dot_product_attention(
             queries.to(torch.bfloat16)[None],
-            narrow[None],
-            wide_values[None],
+            narrow_keys[None],
+            narrow_values[None],
             is_causal=True,
             scale=scaling,
             enable_gqa=True,
         )
         return context[0].transpose(0, 1), None
-    return _in_blocks((queries * scaling).to(torch.bfloat16), narrow, wide_values, mass)
+    return _in_blocks((queries * scaling).to(torch.bfloat16), narrow_keys, narrow_values, mass)
 
 
 def _in_blocks(

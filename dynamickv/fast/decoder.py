@@ -215,6 +215,17 @@ def steppable(llm: LoadedModel) -> bool:
     return written_out(llm) and all(p.device == llm.device for p in llm.model.parameters())
 
 
+def packed_throughout(llm: LoadedModel) -> bool:
+    """Whether a prompt and its answers go through packed weights alone, operation by operation."""
+    return llm.packed is not None and llm.attention == "sdpa" and steppable(llm)
+
+
+def held_dtype(llm: LoadedModel) -> torch.dtype:
+    """The number format in which keys and values of this model are held."""
+    computed: torch.dtype = llm.model.dtype
+    return torch.bfloat16 if packed_throughout(llm) else computed
+
+
 def written_out(llm: LoadedModel) -> bool:
     """Whether `through` computes what this model does: a class in FAMILIES, full attention in every
     layer, rotary embeddings in ROPE_TYPES, a SiLU MLP without biases, unpacked weights."""

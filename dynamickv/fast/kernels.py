@@ -29,8 +29,11 @@ LN_2 = np.float32(0.6931471805599453)
 LEAST = np.float32(-87)
 """Below it exp is 0 in float32, near enough."""
 LOWEST = np.float32(-1e30)
-HELD = "float32[:, :, :, ::1], float32[:, :, :, ::1]"
+NUMBERS = "float32", "uint16"
+"""What keys and values may be held in: float32, or bfloat16 as its bits."""
+HELD = tuple(f"{number}[:, :, :, ::1], {number}[:, :, :, ::1]" for number in NUMBERS)
 """Keys and values."""
+STORED = "uint16[:, :, ::1]"
 TURN = "float32[::1], float32[::1]"
 """A position's cosines and sines."""
 TURNS = "float32[:, ::1], float32[:, ::1]"
@@ -90,7 +93,7 @@ def _widening(context: Any, value: Any) -> Any:
     return types.float32(value), code
 
 
-_wide: Any = intrinsic(_widening)
+wide: Any = intrinsic(_widening)
 
 
 @inlined
@@ -99,6 +102,24 @@ def narrow(value: Any) -> Any:
     bits = _bits_of(value)
     odd = (bits >> np.uint32(16)) & np.uint32(1)
     return np.uint16((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+
+
+def _fitting(context: Any, value: Any, like: Any) -> Any:
+    """A float32 as an array like this one holds it, float32 or the nearest bfloat16's bits."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if like == types.float32:
+            return arguments[0]
+        word = ir.IntType(32)
+        bits = builder.bitcast(arguments[0], word)
+        odd = builder.and_(builder.lshr(bits, ir.Constant(word, 16)), ir.Constant(word, 1))
+        nearest = builder.add(builder.add(bits, ir.Constant(word, 0x7FFF)), odd)
+        return builder.trunc(builder.lshr(nearest, ir.Constant(word, 16)), ir.IntType(16))
+
+    return like(types.float32, like), code
+
+
+_fit: Any = intrinsic(_fitting)
 
 
 @inlined
@@ -139,7 +160,7 @@ def add(x: Array, more: Array) -> None:
     rows, size = x.shape
     for row in range(rows):
         for i in range(size):
-            x[row, i] += _wide(more[row, i])
+            x[row, i] += wide(more[row, i])
 
 
 @compiled("void(uint16[:, ::1], uint16[:, ::1])")
@@ -153,40 +174,53 @@ def gate(opened: Array, out: Array) -> None:
     rows, size = out.shape
     for row in range(rows):
         for i in range(size):
-            x = _wide(opened[row, i])
+            x = wide(opened[row, i])
             silu = x / (np.float32(1) + exp_of(min(-x, np.float32(80))))
-            out[row, i] = narrow(silu * _wide(opened[row, size + i]))
+            out[row, i] = narrow(silu * wide(opened[row, size + i]))
 
 
 @compiled(
-    f"void(uint16[:, ::1], {TURNS}, int64, float32[:, :, ::1])",
-    f"void(float32[:, ::1], {TURNS}, int64, float32[:, :, ::1])",
+    *(
+        f"void({number}[:, ::1], {TURNS}, float32[:, :, ::1], {STORED}, {STORED})"
+        for number in NUMBERS
+    )
 )
-def turn(qkv: Array, cos: Array, sin: Array, turning: int, out: Array) -> None:
-    """Put every head's positions together; rotate the first `turning` heads.
+def turn(qkv: Array, cos: Array, sin: Array, query: Array, keys: Array, values: Array) -> None:
+    """Put every head's positions together; rotate queries and keys.
 
     Args:
-        qkv: (n, heads * head_dim), bfloat16 or float32.
+        qkv: (n, all heads * head_dim), queries, keys and values, bfloat16 or float32.
         cos: (n, head_dim) float32; sin likewise.
-        out: (heads, n, head_dim) float32, written.
+        query: (query_heads, n, head_dim) float32, written.
+        keys: (kv_heads, n, head_dim) bfloat16, written; values likewise.
     """
-    heads, length, dim = out.shape
+    query_heads, length, dim = query.shape
+    kv_heads = keys.shape[0]
     half = dim // 2
     for row in range(length):
-        for head in range(turning):
+        for head in range(query_heads):
             first = head * dim
             for i in range(half):
-                a, b = _wide(qkv[row, first + i]), _wide(qkv[row, first + half + i])
-                out[head, row, i] = a * cos[row, i] - b * sin[row, i]
-                out[head, row, half + i] = b * cos[row, half + i] + a * sin[row, half + i]
-        for head in range(turning, heads):
+                a, b = wide(qkv[row, first + i]), wide(qkv[row, first + half + i])
+                query[head, row, i] = a * cos[row, i] - b * sin[row, i]
+                query[head, row, half + i] = b * cos[row, half + i] + a * sin[row, half + i]
+        for head in range(kv_heads):
+            first = (query_heads + head) * dim
+            for i in range(half):
+                a, b = wide(qkv[row, first + i]), wide(qkv[row, first + half + i])
+                keys[head, row, i] = narrow(a * cos[row, i] - b * sin[row, i])
+                keys[head, row, half + i] = narrow(b * cos[row, half + i] + a * sin[row, half + i])
+            first += kv_heads * dim
             for i in range(dim):
-                out[head, row, i] = _wide(qkv[row, head * dim + i])
+                values[head, row, i] = narrow(wide(qkv[row, first + i]))
 
 
 @compiled(
-    f"void(uint16[::1], {TURN}, float32[:, ::1], {HELD}, int64)",
-    f"void(float32[::1], {TURN}, float32[:, ::1], {HELD}, int64)",
+    *(
+        f"void({number}[::1], {TURN}, float32[:, ::1], {held}, int64)"
+        for number in NUMBERS
+        for held in HELD
+    )
 )
 def place(
     qkv: Array, cos: Array, sin: Array, query: Array, keys: Array, values: Array, slot: int
@@ -197,8 +231,8 @@ def place(
         qkv: (all heads * head_dim,), queries, keys and values, bfloat16 or float32.
         cos: (head_dim,) float32; sin likewise.
         query: (query_heads, head_dim) float32, written.
-        keys: (1, held heads, room, head_dim) float32, written at `slot`; each of several heads for
-            one of the token's has a copy. values likewise.
+        keys: (1, held heads, room, head_dim), float32 or bfloat16, written at `slot`; each of
+            several heads for one of the token's has a copy. values likewise, in the same format.
     """
     query_heads, dim = query.shape
     half = dim // 2
@@ -207,18 +241,19 @@ def place(
     for head in range(query_heads):
         first = head * dim
         for i in range(half):
-            a, b = _wide(qkv[first + i]), _wide(qkv[first + half + i])
+            a, b = wide(qkv[first + i]), wide(qkv[first + half + i])
             query[head, i] = a * cos[i] - b * sin[i]
             query[head, half + i] = b * cos[half + i] + a * sin[half + i]
     for head in range(held):
         first = (query_heads + head * kv_heads // held) * dim
         for i in range(half):
-            a, b = _wide(qkv[first + i]), _wide(qkv[first + half + i])
-            keys[0, head, slot, i] = a * cos[i] - b * sin[i]
-            keys[0, head, slot, half + i] = b * cos[half + i] + a * sin[half + i]
+            a, b = wide(qkv[first + i]), wide(qkv[first + half + i])
+            near, far = a * cos[i] - b * sin[i], b * cos[half + i] + a * sin[half + i]
+            keys[0, head, slot, i] = _fit(near, keys[0, head, slot, i])
+            keys[0, head, slot, half + i] = _fit(far, keys[0, head, slot, half + i])
         first += kv_heads * dim
         for i in range(dim):
-            values[0, head, slot, i] = _wide(qkv[first + i])
+            values[0, head, slot, i] = _fit(wide(qkv[first + i]), values[0, head, slot, i])
 
 
 def bits(states: Tensor) -> Array:

@@ -101,19 +101,24 @@ class KVLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append, and return all keys and values held, tagged with this layer for the attention
-        function."""
+        function: in the format of what came, whatever they are held in."""
+        self.append(key_states, value_states)
+        keys, values = self.held()
+        return self._tagged(keys.to(key_states.dtype), values.to(value_states.dtype))
+
+    def append(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Hold (1, heads, n, head_dim) tensors behind what is held, in its format."""
         new = key_states.shape[2]
         if self.keys is None or self.values is None or self._buffers is None:
             self.hold(key_states, value_states, new)
-        else:
-            group = self.keys.shape[1] // key_states.shape[1]
-            if group > 1:
-                key_states = key_states.repeat_interleave(group, dim=1)
-                value_states = value_states.repeat_interleave(group, dim=1)
-            start = self.advance(new)
-            self.keys[:, :, start:] = key_states
-            self.values[:, :, start:] = value_states
-        return self._tagged(*self.held())
+            return
+        group = self.keys.shape[1] // key_states.shape[1]
+        if group > 1:
+            key_states = key_states.repeat_interleave(group, dim=1)
+            value_states = value_states.repeat_interleave(group, dim=1)
+        start = self.advance(new)
+        self.keys[:, :, start:] = key_states
+        self.values[:, :, start:] = value_states
 
     @property
     def buffers(self) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dynamickv.cache import KVCache
 from dynamickv.fast import kernels
 from dynamickv.fast.blockwise import causal_attention
-from dynamickv.fast.decoder import HeadNorms, Ops, Rotation, linears_of, next_logits, steppable
+from dynamickv.fast.decoder import HeadNorms, Ops, Rotation, linears_of, next_logits, packed_throughout
 from dynamickv.fast.kernels import bits
 from dynamickv.fast.packed import FastProducts, PackedWeights
 from dynamickv.layers.kv import KVLayer
@@ -68,22 +68,23 @@ class PromptOps(Ops[KVLayer]):
         store: KVLayer,
         query_heads: int,
     ) -> Tensor:
-        """Hold the whole prompt's keys and values."""
+        """Hold the whole prompt's keys and values, in bfloat16."""
         cos, sin = rotation
         length, dim = len(qkv), cos.shape[-1]
-        heads = qkv.shape[1] // dim
-        states = torch.empty(heads, length, dim)
+        kv_heads = (qkv.shape[1] // dim - query_heads) // 2
+        query = torch.empty(query_heads, length, dim)
+        keys = torch.empty(kv_heads, length, dim, dtype=torch.bfloat16)
+        values = torch.empty_like(keys)
         if norms is None:
             turns = cos[:, 0].numpy(), sin[:, 0].numpy()
-            kernels.turn(bits(qkv), *turns, (heads + query_heads) // 2, states.numpy())
+            kernels.turn(bits(qkv), *turns, query.numpy(), bits(keys), bits(values))
         else:
             for start in range(0, length, ROWS):
                 rows = slice(start, start + ROWS)
                 parts = self.split(qkv[rows].float(), (cos[rows], sin[rows]), norms, query_heads)
-                states[:, rows] = torch.cat(parts, dim=1).transpose(0, 1)
-        kv_heads = (heads - query_heads) // 2
-        query, key, value = torch.split(states, [query_heads, kv_heads, kv_heads])
-        store.hold(key[None].clone(), value[None].clone(), length)
+                for whole, part in zip((query, keys, values), parts, strict=True):
+                    whole[:, rows] = part.transpose(0, 1)
+        store.hold(keys[None], values[None], length)
         return query
 
     def attend(self, query: Tensor, store: KVLayer, scaling: float) -> Tensor:
@@ -108,7 +109,7 @@ class FastReading:
 
     def __init__(self, llm: LoadedModel, packed: PackedWeights, mass: bool) -> None:
         self._llm = llm
-        whole = llm.attention == "sdpa" and steppable(llm)
+        whole = packed_throughout(llm)
         if whole:
             packed.prepare(linears_of(llm), few=False)
         self._by: PromptOps | FastProducts = (PromptOps if whole else FastProducts)(packed, mass)

@@ -18,6 +18,7 @@ from app.serving.shown import Shown
 from app.serving.speed import MASS_RATIO
 from app.serving.status import idle
 from app.uploads import read_text_upload
+from dynamickv.fast.decoder import held_dtype
 
 PICKED = ("cards", "store", "status", *FIELDS)
 """What an example changes, by the widgets' names."""
@@ -77,11 +78,11 @@ class FormHandlers:
         """Sizes of the model, or of the recorded runs' model until it is loaded."""
         llm = self._models.ready(model)
         if llm is not None:
-            return asdict(llm.geometry) | {"bytes_per_value": vm.bytes_per_value(llm.dtype, 2)}
+            return asdict(llm.geometry) | {"bytes_per_value": held_dtype(llm).itemsize}
         trace = next((e.trace for e in self._examples.values() if e.trace), None)
         if trace is None:
             return None
-        return asdict(trace.model) | {"bytes_per_value": vm.bytes_per_value(trace.model.dtype, 4)}
+        return asdict(trace.model) | {"bytes_per_value": vm.bytes_per_value(trace)}
 
     def pick(self, example_id: str, request: gr.Request = None) -> list[Any]:  # type: ignore[assignment]
         """Show an example; outputs: `PICKED`. While a run is on it comes into the form alone, and
