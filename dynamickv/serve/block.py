@@ -60,10 +60,14 @@ def compress(
 
     prompt_logits: Tensor | None = None
 
+    # Torch tells a hook nothing by name before it has registered it whole: what comes in that
+    # moment, or while it is removed, is another thread's pass with another cache.
     def before(
-        module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]
+        module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any] | None = None
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         nonlocal prompt_logits
+        if named is None:
+            return None
         call = generate_call()
         given = next((named[name] for name in CACHE_NAMES if named.get(name) is not None), None)
         if given is None and call is not None and call.cache is cache:
@@ -105,11 +109,9 @@ def compress(
         cache.begin_pass(call, ids, rows, width, mask, positions)
         return arguments if "input_ids" not in named else (), named
 
-    def after(
-        module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any
-    ) -> Any:
+    def after(module: nn.Module, arguments: tuple[Any, ...], named: Any, output: Any = None) -> Any:
         nonlocal prompt_logits
-        if not any(named.get(name) is cache for name in CACHE_NAMES):
+        if output is None or not any(named.get(name) is cache for name in CACHE_NAMES):
             return None
         cache.end_pass()
         if prompt_logits is not None:
