@@ -8,7 +8,7 @@ attention mass in float32, so they may be compared across heads and layers, as D
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -362,6 +362,12 @@ def count_global_top(scores: Sequence[Tensor], count: int) -> list[int]:
         One number per layer; they sum to min(count, all scores). Scores equal at the cut go to the
         earlier layer.
     """
+    return counting_global_top(scores, count)()
+
+
+def counting_global_top(scores: Sequence[Tensor], count: int) -> Callable[[], list[int]]:
+    """`count_global_top`, begun: what is given waits for the device to have counted, and for none
+    of the work that it was given since."""
     device = scores[0].device
     longest = max(layer.shape[-1] for layer in scores)
     padded = [
@@ -371,16 +377,38 @@ def count_global_top(scores: Sequence[Tensor], count: int) -> list[int]:
         for layer in scores
     ]
     table = torch.stack([layer.to(device).reshape(-1) for layer in padded])
+    layers, each = table.shape
     if count >= table.numel():
-        return [table.shape[1]] * table.shape[0]
+        return lambda: [each] * layers
     threshold = _least_of_best(table.reshape(-1), count)
     above, equal = (table > threshold).sum(dim=1), (table == threshold).sum(dim=1)
-    counts: list[int]
-    ties: list[int]
-    counts, ties = torch.stack([above, equal]).tolist()
-    room = count - sum(counts)
-    for layer, tied in enumerate(ties):
-        taken = min(tied, room)
-        counts[layer] += taken
-        room -= taken
-    return counts
+    arriving = _sent(torch.stack([above, equal]))
+
+    def counted() -> list[int]:
+        counts, ties = arriving()
+        room = count - sum(counts)
+        for layer, tied in enumerate(ties):
+            taken = min(tied, room)
+            counts[layer] += taken
+            room -= taken
+        return counts
+
+    return counted
+
+
+def _sent(numbers: Tensor) -> Callable[[], list[list[int]]]:
+    """Send a small table to the host; what is given waits for it to arrive."""
+    if not numbers.is_cuda:
+        return numbers.tolist
+    # Into other memory the copy would wait for all that the device was given by then.
+    there = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+    there.copy_(numbers, non_blocking=True)
+    arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    arrived.record(torch.cuda.current_stream(numbers.device))  # type: ignore[no-untyped-call]
+
+    def rows() -> list[list[int]]:
+        arrived.synchronize()  # type: ignore[no-untyped-call]
+        found: list[list[int]] = there.tolist()
+        return found
+
+    return rows

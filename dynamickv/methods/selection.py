@@ -35,6 +35,15 @@ class Selection(ABC):
     def observe(self, observation: LayerObservation) -> range:
         """Take in the next layer; the layers whose holdings changed."""
 
+    def observe_ahead(self, observation: LayerObservation) -> range:
+        """`observe` without waiting for the device: what would have to be waited for is left to
+        `catch_up`, and until then layers hold more. What they hold after it is the same."""
+        return self.observe(observation)
+
+    def catch_up(self) -> range:
+        """Do what `observe_ahead` left undone; the layers whose holdings changed."""
+        return range(0)
+
     def tighten(self) -> range:
         """Where a cache is cut while the prompt is read: let layers hold no more than they can keep
         in the end; the layers, the last one seen among them if there are any."""
