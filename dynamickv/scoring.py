@@ -404,10 +404,10 @@ def _sent(numbers: Tensor) -> Callable[[], list[list[int]]]:
     there = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
     there.copy_(numbers, non_blocking=True)
     arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    arrived.record(torch.cuda.current_stream(numbers.device))  # type: ignore[no-untyped-call]
+    arrived.record(torch.cuda.current_stream(numbers.device))
 
     def rows() -> list[list[int]]:
-        arrived.synchronize()  # type: ignore[no-untyped-call]
+        arrived.synchronize()
         found: list[list[int]] = there.tolist()
         return found
 
