@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dynamickv.transfer import sent
+
 _BLOCK_ELEMENTS = (2**26, 2**20)
 """Attention weights computed at a time: on accelerators, and on CPUs, where they should stay in
 the cache."""
@@ -382,9 +384,11 @@ def counting_global_top(scores: Sequence[Tensor], count: int) -> Callable[[], li
         return lambda: [each] * layers
     threshold = _least_of_best(table.reshape(-1), count)
     above, equal = (table > threshold).sum(dim=1), (table == threshold).sum(dim=1)
-    arriving = _sent(torch.stack([above, equal]))
+    arriving = sent(torch.stack([above, equal]))
 
     def counted() -> list[int]:
+        counts: list[int]
+        ties: list[int]
         counts, ties = arriving()
         room = count - sum(counts)
         for layer, tied in enumerate(ties):
@@ -394,21 +398,3 @@ def counting_global_top(scores: Sequence[Tensor], count: int) -> Callable[[], li
         return counts
 
     return counted
-
-
-def _sent(numbers: Tensor) -> Callable[[], list[list[int]]]:
-    """Send a small table to the host; what is given waits for it to arrive."""
-    if not numbers.is_cuda:
-        return numbers.tolist
-    # Into other memory the copy would wait for all that the device was given by then.
-    there = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-    there.copy_(numbers, non_blocking=True)
-    arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    arrived.record(torch.cuda.current_stream(numbers.device))
-
-    def rows() -> list[list[int]]:
-        arrived.synchronize()
-        found: list[list[int]] = there.tolist()
-        return found
-
-    return rows

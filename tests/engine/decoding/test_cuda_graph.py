@@ -65,13 +65,15 @@ def plain(llm: dkv.LoadedModel, method: Any) -> list[tuple[int, float]]:
 
 
 @torch.inference_mode()
-def stepped(llm: dkv.LoadedModel, method: Any, ops: PlainOps) -> list[tuple[int, float]]:
-    """The same from `DecodeStep`, run eagerly."""
+def stepped(
+    llm: dkv.LoadedModel, method: Any, ops: PlainOps, tokens: list[int | None] | None = None
+) -> list[tuple[int, float]]:
+    """The same from `DecodeStep`, run eagerly, fed these tokens; None is the one chosen last."""
     cache, prefill = pruned(llm, method)
     step = DecodeStep(llm, cache, prefill.length, STEPS, ops)
     answer = [choose(prefill.logits)]
-    for _ in range(STEPS):
-        step.token.fill_(answer[-1][0])
+    for token in tokens or [None] * STEPS:
+        step.token.fill_(answer[-1][0] if token is None else token)
         step()
         token_id, logprob = step.chosen.tolist()
         answer.append((int(token_id), logprob))
@@ -122,6 +124,100 @@ def test_stages_pass_on_what_one_step_computes(family: str) -> None:
         answer.append(graph.advance(answer[-1][0]))
     assert answer == stepped(llm, method, PlainOps())
     assert [layer.seen for layer in cache.layers] == [prefill.length + STEPS] * len(cache.layers)
+
+
+# Steps that are begun before the token that they feed is read.
+
+
+class Counted(Computed):
+    """A stage that counts how often it was replayed."""
+
+    replayed = 0
+
+    def replay(self) -> None:
+        self.replayed += 1
+        super().replay()
+
+
+@torch.inference_mode()
+def fed(
+    llm: dkv.LoadedModel, method: Any, tokens: list[int | None], ahead: bool, remember: int = 0
+) -> tuple[Any, KVCache, dkv.Prefill, DecodeGraph]:
+    """What a graph chose after each token, None being what it chose last, and what it left."""
+    cache, prefill = pruned(llm, method)
+    graph = DecodeGraph(
+        llm, cache, prefill.length, STEPS, PlainOps(), remember, capture=Counted, ahead=ahead
+    )
+    chosen = [choose(prefill.logits)]
+    for token in tokens:
+        chosen.append(graph.advance(chosen[-1][0] if token is None else token))
+    return chosen, cache, prefill, graph
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        [None] * STEPS,
+        [None] * 7,
+        [5, 6, 7, 8, 9, 5],
+        [None, None, 5, None, 7, 7, None, None, None],
+        [5] * STEPS,
+    ],
+    ids=["to the end", "ended early", "forced", "forced now and then", "forced to the end"],
+)
+def test_steps_begun_ahead_choose_and_leave_the_same(method: Any, tokens: list[int | None]) -> None:
+    llm = tiny_llm()
+    expected, theirs, prefill, _ = fed(llm, method, tokens, ahead=False)
+    chosen, ours, _, _ = fed(llm, method, tokens, ahead=True)
+    assert chosen == expected == stepped(llm, method, PlainOps(), tokens)
+    for cache in (ours, theirs):
+        assert [layer.seen for layer in cache.layers] == [prefill.length + len(tokens)] * len(
+            cache.layers
+        )
+    for one, other in zip(ours.whole_layers(), theirs.whole_layers(), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one.held(), other.held(), strict=True))
+    later = [extend(llm, c, [9, 8], prefill.length + len(tokens)) for c in (ours, theirs)]
+    assert torch.equal(*later)
+
+
+@families
+def test_every_family_begins_steps_ahead(family: str) -> None:
+    llm, method = tiny_llm(family), dkv.DynamicKV(capacity=24)
+    chosen = fed(llm, method, [None] * STEPS, ahead=True)[0]
+    assert chosen == stepped(llm, method, PlainOps())
+
+
+@pytest.mark.parametrize("count", [1, 7, STEPS - 1, STEPS])
+def test_one_step_is_begun_ahead_and_none_that_there_is_no_room_for(count: int) -> None:
+    llm, method = tiny_llm(), dkv.DynamicKV(capacity=24)
+    *_, graph = fed(llm, method, [None] * count, ahead=True)
+    assert graph._stages[0].replayed == min(count + 1, STEPS)  # type: ignore[attr-defined]
+    *_, graph = fed(llm, method, [None] * count, ahead=False)
+    assert graph._stages[0].replayed == count  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("remember", [1, 4, STEPS])
+@pytest.mark.parametrize("tokens", [[None] * 3, [None] * 9, [None, 5] * 4, [None] * STEPS])
+def test_queries_of_steps_begun_in_vain_are_not_remembered(
+    tokens: list[int | None], remember: int
+) -> None:
+    llm, method = tiny_llm(), dkv.DynamicKV(capacity=24)
+    ours, theirs = (fed(llm, method, tokens, ahead, remember)[3].asked() for ahead in (True, False))
+    for layer, queries in theirs.items():
+        assert queries.shape[1] == min(remember, len(tokens))
+        assert torch.equal(ours[layer], queries)
+
+
+def test_a_decoder_in_parts_begins_nothing_ahead() -> None:
+    llm, method = tiny_llm(), dkv.DynamicKV(capacity=24)
+    cache, prefill = pruned(llm, method)
+    parts = parted(llm.geometry.num_layers)
+    graph = DecodeGraph(
+        llm, cache, prefill.length, STEPS, PlainOps(), capture=Counted, parts=parts, ahead=True
+    )
+    graph.advance(5)
+    assert [stage.replayed for stage in graph._stages] == [1, 1, 1]  # type: ignore[attr-defined]
 
 
 def test_a_model_on_one_device_is_one_stage() -> None:
@@ -239,7 +335,11 @@ LONG = 40
 
 @torch.inference_mode()
 def forgetting_answer(
-    llm: dkv.LoadedModel, method: Any, ops: PlainOps | None, capture: Any = None
+    llm: dkv.LoadedModel,
+    method: Any,
+    ops: PlainOps | None,
+    capture: Any = None,
+    ahead: bool = False,
 ) -> tuple[list[int], list[tuple[int, list[Any]]], list[float]]:
     """Tokens, what every choice left, and the most stored per layer and head: from graphs, or
     without `ops` from the model's own pass."""
@@ -258,7 +358,7 @@ def forgetting_answer(
     assert forgetting is not None
     graphs = None
     if ops is not None:
-        graphs = ForgettingGraphs(llm, cache, prefill.length, LONG, forgetting, ops, capture)
+        graphs = ForgettingGraphs(llm, cache, prefill.length, LONG, forgetting, ops, capture, ahead)
     tokens, stored = [choose(prefill.logits)[0]], []
     for position in range(prefill.length, prefill.length + LONG):
         forgetting.make_room(1)
@@ -272,10 +372,11 @@ def forgetting_answer(
     return tokens, kept, stored
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("method", FORGETTING, ids=str)
-def test_graphs_choose_again_and_answer_like_the_model(method: Any) -> None:
+def test_graphs_choose_again_and_answer_like_the_model(method: Any, ahead: bool) -> None:
     llm = tiny_llm()
-    tokens, kept, stored = forgetting_answer(llm, method, PlainOps(), Computed)
+    tokens, kept, stored = forgetting_answer(llm, method, PlainOps(), Computed, ahead)
     expected, theirs, _ = forgetting_answer(llm, method, None)
     assert tokens == expected
     assert len(set(tokens)) > 3
@@ -319,7 +420,7 @@ def test_an_answer_takes_graphs_where_they_pay_and_bring_what_a_choice_reads(
     made: list[str] = []
 
     def stand_in(name: str) -> Any:
-        def make(llm: dkv.LoadedModel, cache: KVCache, position: int, *_: Any) -> Any:
+        def make(llm: dkv.LoadedModel, cache: KVCache, position: int, *_: Any, **__: Any) -> Any:
             made.append(name)
             positions = itertools.count(position)
             return SimpleNamespace(
