@@ -209,6 +209,8 @@ class CompressedCache(KVCache):
         if self._rows and self._rows[0].done and not self._rows[0].settled:
             # Now the device has the rest of the last layer to work on.
             self._settle()
+        # Later passes only add, and counting after each of their layers took as long as the layers.
+        self.peak_bytes = max(self.peak_bytes, self.nbytes)
 
     @torch.no_grad()
     def _settle(self) -> None:
@@ -250,11 +252,11 @@ class CompressedCache(KVCache):
 
     @torch.no_grad()
     def _after_attention(self, layer: KVLayer, attended: Attended) -> None:
-        self.peak_bytes = max(self.peak_bytes, self.nbytes)
         if self._forgetting is not None:
             self._forgetting.saw(layer, attended)
         if not self._rows or self._rows[0].done:
             return
+        self.peak_bytes = max(self.peak_bytes, self.nbytes)
         stored = 1 if self._geometry.joint else layer.held()[0].shape[1]
         if layer.seen < self.prompt_end:
             for number, row in enumerate(self._rows):

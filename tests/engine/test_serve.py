@@ -575,3 +575,25 @@ def test_an_update_is_read_once_the_next_layer_is_under_way(
         *["layer 0", "begun 2", "layer 1", "read 2", "layer 2", "begun 4", "layer 3"],
         *["read 4", "layer 4", "begun 6", "layer 5", "read 6"],
     ]
+
+
+def test_a_step_counts_each_layer_once(
+    prompt: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[Any] = []
+
+    def noted(layer: Any) -> int:
+        counted.append(layer)
+        return int(layer.nbytes)
+
+    monkeypatch.setattr("dynamickv.cache.layer_bytes", noted)
+    model, peaks, counts = tiny_model(), [], []
+    for tokens in (1, NEW_TOKENS):
+        counted.clear()
+        with dkv.compress(model, dkv.SnapKV(capacity=prompt.shape[1])) as cache:
+            generated(model, prompt, past_key_values=cache, max_new_tokens=tokens)
+        counts.append(len(counted))
+        peaks.append(cache.peak_bytes)
+        assert cache.peak_bytes == cache.nbytes
+    assert counts[1] - counts[0] == NUM_LAYERS * (NEW_TOKENS - 1)
+    assert peaks[1] - peaks[0] == NUM_LAYERS * (2 * 2 * 8 * 4) * (NEW_TOKENS - 1)
