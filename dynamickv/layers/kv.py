@@ -6,6 +6,7 @@ which is the next token's position however much was dropped. Decides nothing abo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any
@@ -308,9 +309,9 @@ def gather(states: Tensor, kept: Tensor, room: int) -> Tensor:
 
 
 def gather_at_once(states: Tensor, kept: Tensor, out: Tensor) -> None:
-    """Rows `kept`, (heads, count), of (heads, n, head_dim) into `out`, (heads, count, head_dim), in
-    one launch instead of one per head."""
-    if all(_in_words(tensor) for tensor in (states, out)):
+    """Rows `kept`, (heads, count), of (heads, n, head_dim) into `out`, the first ones of a
+    contiguous (heads, at least count, head_dim), in one launch instead of one per head."""
+    if _in_words(states):
         # Eight bytes at a time: the device takes a thread for every number it copies.
         states, out = states.view(torch.int64), out.view(torch.int64)
     torch.gather(states, 1, kept.unsqueeze(-1).expand(-1, -1, states.shape[2]), out=out)
@@ -319,8 +320,8 @@ def gather_at_once(states: Tensor, kept: Tensor, out: Tensor) -> None:
 def _in_words(states: Tensor) -> bool:
     """Whether every row begins and ends at a multiple of eight bytes."""
     *strides, last = states.stride()
-    sizes = [*strides, states.shape[-1], states.storage_offset()]
-    return last == 1 and all(size * states.element_size() % 8 == 0 for size in sizes)
+    common = math.gcd(*strides, states.shape[-1], states.storage_offset())
+    return last == 1 and common * states.element_size() % 8 == 0
 
 
 def _owned(states: Tensor) -> Tensor:
