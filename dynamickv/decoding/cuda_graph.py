@@ -197,6 +197,8 @@ class ForgettingGraphs:
         self._forgetting = forgetting
         self._position, self._left = position, steps
         self._graph: DecodeGraph | None = None
+        if forgetting.before_choice is not None:
+            forgetting.before_choice()  # an earlier answer's
         forgetting.before_choice = self._bring
 
     def advance(self, token_id: int) -> tuple[int, float]:

@@ -386,6 +386,47 @@ def test_graphs_choose_again_and_answer_like_the_model(method: Any, ahead: bool)
 
 
 @torch.inference_mode()
+def conversation(method: Any, graphs: bool, between: int, ahead: bool = False) -> list[Any]:
+    """What choices left while answers, from graphs or the model's own pass, and as many tokens of
+    questions took turns."""
+    llm = tiny_llm()
+    prefill = dkv.prefill(llm, DOCUMENT, QUESTION, mass=method.needs_mass)
+    cache = prune(prefill, DECODING.of_prompt(method).select(prefill.layers), 0)
+    kept: list[Any] = []
+    forgetting = forgetting_of(
+        method,
+        DECODING,
+        prefill,
+        cache,
+        lambda choice: kept.append([layer.rows_held()[0][1].tolist() for layer in cache.layers]),
+    )
+    assert forgetting is not None
+    position = prefill.length
+    for _ in range(6):
+        answer = ForgettingGraphs(llm, cache, position, 20, forgetting, PlainOps(), Computed, ahead)
+        for token in range(5):
+            forgetting.make_room(1)
+            if graphs:
+                answer.advance(5 + token)
+            else:
+                extend(llm, cache, [5 + token], position + token)
+        extend(llm, cache, list(range(7, 7 + between)), position + 5, forgetting)
+        position += 5 + between
+    return kept
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("between", [1, 3])
+@pytest.mark.parametrize("method", FORGETTING, ids=str)
+def test_a_choice_reads_an_answers_queries_before_those_of_what_follows(
+    method: Any, between: int, ahead: bool
+) -> None:
+    kept = conversation(method, True, between, ahead)
+    assert len(kept) >= 2
+    assert kept == conversation(method, False, between)
+
+
+@torch.inference_mode()
 def test_the_last_graph_takes_memory_for_the_tokens_that_still_come(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
