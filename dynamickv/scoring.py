@@ -286,18 +286,28 @@ def _places(kept: Tensor, total: int) -> Tensor:
     return found[:, -1]
 
 
-def top_positions_of_layers(scores: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
-    """`top_positions` of several layers, all of one shape, with a count for each.
+def top_positions_of_layers(
+    scores: Sequence[Tensor], counts: Sequence[int], behind: int = 0
+) -> list[Tensor]:
+    """`top_positions` of several layers, all of one shape, with a count for each, and as many
+    positions more that lie behind those that are scored.
 
     On one accelerator in one pass: launching a layer's small operations takes longer than they do.
     """
     devices = {layer.device for layer in scores}
     if len(scores) > 1 and len(devices) == 1 and scores[0].device.type != "cpu":
-        return top_positions_at_once(scores, counts)
-    return [top_positions(layer, count) for layer, count in zip(scores, counts, strict=True)]
+        return top_positions_at_once(scores, counts, behind)
+    best = [top_positions(layer, count) for layer, count in zip(scores, counts, strict=True)]
+    if behind == 0:
+        return best
+    heads, length = scores[0].shape
+    last = torch.arange(length, length + behind, device=scores[0].device).expand(heads, -1)
+    return [torch.cat([kept, last.to(kept.device)], dim=1) for kept in best]
 
 
-def top_positions_at_once(scores: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
+def top_positions_at_once(
+    scores: Sequence[Tensor], counts: Sequence[int], behind: int = 0
+) -> list[Tensor]:
     """`top_positions_of_layers` without a loop over the layers."""
     heads, length = scores[0].shape
     wanted = [min(max(count, 0), length) for count in counts]
@@ -305,10 +315,11 @@ def top_positions_at_once(scores: Sequence[Tensor], counts: Sequence[int]) -> li
     count = torch.tensor(wanted).to(table.device, non_blocking=True)[:, None, None]
     best = table.topk(max(max(wanted), 1), dim=-1).values
     threshold = best.gather(-1, (count - 1).clamp_min(0).expand(-1, heads, 1))
-    kept = _best(table, threshold, count) & (count > 0)
-    places = _places(kept, heads * sum(wanted))
-    positions = torch.split(places, [heads * number for number in wanted])
-    return [layer.view(heads, number) for layer, number in zip(positions, wanted, strict=True)]
+    kept = F.pad(_best(table, threshold, count) & (count > 0), (0, behind), value=True)
+    numbers = [number + behind for number in wanted]
+    places = _places(kept, heads * sum(numbers))
+    positions = torch.split(places, [heads * number for number in numbers])
+    return [layer.view(heads, number) for layer, number in zip(positions, numbers, strict=True)]
 
 
 def share_among_heads(scores: Tensor, budget: int, floor: float) -> list[int]:

@@ -171,16 +171,16 @@ class ScoredSelection(Selection):
     def positions_of(self, layers: Sequence[int]) -> list[Heads]:
         """What several layers hold now."""
         scores = [self.scores[layer] for layer in layers]
-        heads, prefix_length = scores[0].shape
-        window = torch.arange(
-            prefix_length, prefix_length + self.method.window_size, device=scores[0].device
-        )
         budgets = [self.held[layer] for layer in layers]
         if self.method.edited:
             return [
                 self._edited(layer, budget) for layer, budget in zip(scores, budgets, strict=True)
             ]
         if self.method.head_budgets == "adaptive":
+            prefix_length = scores[0].shape[1]
+            window = torch.arange(
+                prefix_length, prefix_length + self.method.window_size, device=scores[0].device
+            )
             return [
                 tuple(
                     torch.cat([top_positions(head[None], count)[0], window.to(head.device)])
@@ -190,9 +190,7 @@ class ScoredSelection(Selection):
                 )
                 for layer, budget in zip(scores, budgets, strict=True)
             ]
-        chosen = top_positions_of_layers(scores, budgets)
-        rows = window.expand(heads, -1)
-        return [torch.cat([kept, rows.to(kept.device)], dim=1) for kept in chosen]
+        return list(top_positions_of_layers(scores, budgets, self.method.window_size))
 
     def _edited(self, scores: Tensor, budget: int) -> Heads:
         """One layer's positions where a person pinned or evicted some."""
