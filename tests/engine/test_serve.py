@@ -597,3 +597,20 @@ def test_a_step_counts_each_layer_once(
         assert cache.peak_bytes == cache.nbytes
     assert counts[1] - counts[0] == NUM_LAYERS * (NEW_TOKENS - 1)
     assert peaks[1] - peaks[0] == NUM_LAYERS * (2 * 2 * 8 * 4) * (NEW_TOKENS - 1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("interval", [1, 2, 4])
+def test_a_gpu_reads_updates_later_and_keeps_the_same(prompt: torch.Tensor, interval: int) -> None:
+    model = tiny_model().to("cuda")
+    method = dkv.DynamicKV(capacity=24, update_interval=interval, r_max=3.0)
+    caches, answers = [], []
+    for ahead in (False, None):
+        with dkv.compress(model, method) as cache:
+            cache.reads_ahead = ahead
+            answers.append(generated(model, prompt.cuda(), past_key_values=cache))
+        caches.append(cache.retention())
+    assert answers[0] == answers[1]
+    assert caches[0].budget_history == caches[1].budget_history
+    for one, other in zip(caches[0].indices, caches[1].indices, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))

@@ -539,11 +539,12 @@ def to_cuda(llm: dkv.LoadedModel) -> dkv.LoadedModel:
 @needs_cuda
 @families
 @pytest.mark.parametrize("granularity", ["kv_head", "query_head"])
-def test_graph_decodes_like_the_model(family: str, granularity: str) -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_graph_decodes_like_the_model(family: str, granularity: str, ahead: bool) -> None:
     llm = to_cuda(tiny_llm(family))
     method = dkv.DynamicKV(capacity=24, granularity=granularity)
     cache, prefill = pruned(llm, method)
-    graph = DecodeGraph(llm, cache, prefill.length, STEPS)
+    graph = DecodeGraph(llm, cache, prefill.length, STEPS, ahead=ahead)
     answer = [choose(prefill.logits)]
     for _ in range(STEPS):
         answer.append(graph.advance(answer[-1][0]))
@@ -565,10 +566,29 @@ def test_decode_takes_the_graph_and_answers_in_turns() -> None:
 
 
 @needs_cuda
+@pytest.mark.parametrize("tokens", [[None] * STEPS, [None, None, 5, None, 7, 7, None, None]])
+def test_captured_steps_begun_ahead_choose_and_leave_the_same(tokens: list[int | None]) -> None:
+    llm, method = to_cuda(tiny_llm()), dkv.DynamicKV(capacity=24)
+    answers, held = [], []
+    for ahead in (False, True):
+        cache, prefill = pruned(llm, method)
+        graph = DecodeGraph(llm, cache, prefill.length, STEPS, ahead=ahead)
+        chosen = [choose(prefill.logits)]
+        for token in tokens:
+            chosen.append(graph.advance(chosen[-1][0] if token is None else token))
+        answers.append(chosen)
+        held.append(torch.stack([layer.held()[0].sum() for layer in cache.whole_layers()]))
+        assert cache.layers[0].seen == prefill.length + len(tokens)
+    assert answers[0] == answers[1]
+    assert torch.equal(*held)
+
+
+@needs_cuda
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("method", FORGETTING, ids=str)
-def test_captured_graphs_choose_again_like_the_model(method: Any) -> None:
+def test_captured_graphs_choose_again_like_the_model(method: Any, ahead: bool) -> None:
     llm = to_cuda(tiny_llm())
-    tokens, kept, stored = forgetting_answer(llm, method, fastest_ops(llm.device))
+    tokens, kept, stored = forgetting_answer(llm, method, fastest_ops(llm.device), ahead=ahead)
     expected, theirs, _ = forgetting_answer(llm, method, None)
     assert tokens == expected
     assert [seen for seen, _ in kept] == [seen for seen, _ in theirs]
