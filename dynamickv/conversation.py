@@ -112,6 +112,7 @@ class Conversation:
             self._position,
             max_new_tokens,
             forgetting=self._forgetting,
+            ahead=True,
         )
         for step in steps:
             text.push(step.token_id, final=step.last is not None)

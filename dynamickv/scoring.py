@@ -8,11 +8,13 @@ attention mass in float32, so they may be compared across heads and layers, as D
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from dynamickv.transfer import sent
 
 _BLOCK_ELEMENTS = (2**26, 2**20)
 """Attention weights computed at a time: on accelerators, and on CPUs, where they should stay in
@@ -284,18 +286,28 @@ def _places(kept: Tensor, total: int) -> Tensor:
     return found[:, -1]
 
 
-def top_positions_of_layers(scores: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
-    """`top_positions` of several layers, all of one shape, with a count for each.
+def top_positions_of_layers(
+    scores: Sequence[Tensor], counts: Sequence[int], behind: int = 0
+) -> list[Tensor]:
+    """`top_positions` of several layers, all of one shape, with a count for each, and as many
+    positions more that lie behind those that are scored.
 
     On one accelerator in one pass: launching a layer's small operations takes longer than they do.
     """
     devices = {layer.device for layer in scores}
     if len(scores) > 1 and len(devices) == 1 and scores[0].device.type != "cpu":
-        return top_positions_at_once(scores, counts)
-    return [top_positions(layer, count) for layer, count in zip(scores, counts, strict=True)]
+        return top_positions_at_once(scores, counts, behind)
+    best = [top_positions(layer, count) for layer, count in zip(scores, counts, strict=True)]
+    if behind == 0:
+        return best
+    heads, length = scores[0].shape
+    last = torch.arange(length, length + behind, device=scores[0].device).expand(heads, -1)
+    return [torch.cat([kept, last.to(kept.device)], dim=1) for kept in best]
 
 
-def top_positions_at_once(scores: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
+def top_positions_at_once(
+    scores: Sequence[Tensor], counts: Sequence[int], behind: int = 0
+) -> list[Tensor]:
     """`top_positions_of_layers` without a loop over the layers."""
     heads, length = scores[0].shape
     wanted = [min(max(count, 0), length) for count in counts]
@@ -303,10 +315,11 @@ def top_positions_at_once(scores: Sequence[Tensor], counts: Sequence[int]) -> li
     count = torch.tensor(wanted).to(table.device, non_blocking=True)[:, None, None]
     best = table.topk(max(max(wanted), 1), dim=-1).values
     threshold = best.gather(-1, (count - 1).clamp_min(0).expand(-1, heads, 1))
-    kept = _best(table, threshold, count) & (count > 0)
-    places = _places(kept, heads * sum(wanted))
-    positions = torch.split(places, [heads * number for number in wanted])
-    return [layer.view(heads, number) for layer, number in zip(positions, wanted, strict=True)]
+    kept = F.pad(_best(table, threshold, count) & (count > 0), (0, behind), value=True)
+    numbers = [number + behind for number in wanted]
+    places = _places(kept, heads * sum(numbers))
+    positions = torch.split(places, [heads * number for number in numbers])
+    return [layer.view(heads, number) for layer, number in zip(positions, numbers, strict=True)]
 
 
 def share_among_heads(scores: Tensor, budget: int, floor: float) -> list[int]:
@@ -362,6 +375,12 @@ def count_global_top(scores: Sequence[Tensor], count: int) -> list[int]:
         One number per layer; they sum to min(count, all scores). Scores equal at the cut go to the
         earlier layer.
     """
+    return counting_global_top(scores, count)()
+
+
+def counting_global_top(scores: Sequence[Tensor], count: int) -> Callable[[], list[int]]:
+    """`count_global_top`, begun: what is given waits for the device to have counted, and for none
+    of the work that it was given since."""
     device = scores[0].device
     longest = max(layer.shape[-1] for layer in scores)
     padded = [
@@ -371,16 +390,22 @@ def count_global_top(scores: Sequence[Tensor], count: int) -> list[int]:
         for layer in scores
     ]
     table = torch.stack([layer.to(device).reshape(-1) for layer in padded])
+    layers, each = table.shape
     if count >= table.numel():
-        return [table.shape[1]] * table.shape[0]
+        return lambda: [each] * layers
     threshold = _least_of_best(table.reshape(-1), count)
     above, equal = (table > threshold).sum(dim=1), (table == threshold).sum(dim=1)
-    counts: list[int]
-    ties: list[int]
-    counts, ties = torch.stack([above, equal]).tolist()
-    room = count - sum(counts)
-    for layer, tied in enumerate(ties):
-        taken = min(tied, room)
-        counts[layer] += taken
-        room -= taken
-    return counts
+    arriving = sent(torch.stack([above, equal]))
+
+    def counted() -> list[int]:
+        counts: list[int]
+        ties: list[int]
+        counts, ties = arriving()
+        room = count - sum(counts)
+        for layer, tied in enumerate(ties):
+            taken = min(tied, room)
+            counts[layer] += taken
+            room -= taken
+        return counts
+
+    return counted

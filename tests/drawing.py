@@ -33,6 +33,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "fast",
         "memory",
         "threads",
+        "transfer",
         "version",
     ),
 }

@@ -15,6 +15,7 @@ without a graph.
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import lru_cache, partial
@@ -29,6 +30,7 @@ from dynamickv.decoding.forgetting import Forgetting
 from dynamickv.fast.decoder import Stage as Part
 from dynamickv.fast.decoder import stages, steppable
 from dynamickv.models import LoadedModel
+from dynamickv.transfer import sent
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +66,7 @@ class DecodeGraph:
         remember: int = 0,
         capture: Capture | None = None,
         parts: Sequence[Part] | None = None,
+        ahead: bool = False,
     ) -> None:
         """Capture a step; nothing is decoded yet.
 
@@ -75,23 +78,41 @@ class DecodeGraph:
             remember: how many of the last queries of every layer stay, see `asked`.
             capture: what makes a step one that is replayed; by default a CUDA graph.
             parts: what of the decoder is one stage each; by default what lies on one device.
+            ahead: begin every step before the token that it feeds is read, so that the device need
+                not wait for the host: one that is fed another token, or no more, began in vain.
+                `logits` are then not to be read. Nothing changes for a decoder in parts.
         """
         self._cache = cache
         self._steps = 0
+        self._room = room
+        self._remember = remember
+        self._coming: deque[Callable[[], list[float]]] = deque()
+        """What steps chose that were begun and not asked for yet, in order."""
+        self._fed: int | None = None
+        """The token that the next step feeds, where the last one left it there."""
         make = capture or CapturedStage
         self._stages = [
             make(
                 DecodeStep(
-                    llm, cache, position, room, ops or fastest_ops(part.device), part, remember
+                    llm,
+                    cache,
+                    position,
+                    room,
+                    ops or fastest_ops(part.device),
+                    part,
+                    # A step begun in vain takes the place of one query.
+                    remember + 1 if ahead and remember else remember,
                 )
             )
             for part in (parts or stages(llm))
         ]
+        self._whole = self._stages[0].step.whole
+        self._ahead = ahead and self._whole
 
     def asked(self) -> dict[int, Tensor]:
         """By layer the last queries that are remembered, (query_heads, any number, head_dim)."""
         return {
-            layer: queries
+            layer: queries[:, -self._remember :]
             for stage in self._stages
             for layer, queries in zip(
                 stage.step.stage.layers, stage.step.asked(self._steps), strict=True
@@ -106,6 +127,7 @@ class DecodeGraph:
     @torch.inference_mode()
     def replay(self) -> None:
         """Enqueue a step; the host waits for nothing."""
+        self._fed = None
         message = None
         for stage in self._stages:
             if message is not None:
@@ -117,13 +139,33 @@ class DecodeGraph:
     @torch.inference_mode()
     def advance(self, token_id: int) -> tuple[int, float]:
         """Feed a token; the most likely next one and its natural-log probability."""
-        self._stages[0].step.token.fill_(token_id)
-        self.replay()
+        if token_id != self._fed:
+            self._feed(token_id)
+        if not self._coming:
+            self._begin()
+        if self._ahead and self._steps + 1 < self._room:
+            self._begin()
         self._steps += 1
         for layer in self._cache.whole_layers():
             layer.grow_in_place()
-        next_id, logprob = self._stages[-1].step.chosen.tolist()
-        return int(next_id), logprob
+        chosen, logprob = self._coming.popleft()()
+        next_id = int(chosen)
+        self._fed = next_id if self._whole else None
+        return next_id, logprob
+
+    def _feed(self, token_id: int) -> None:
+        """Let the next step feed this token."""
+        first = self._stages[0].step
+        if self._coming:
+            # What was begun fed another one.
+            self._coming.clear()
+            first.rewind(self._steps)
+        first.token.fill_(token_id)
+
+    def _begin(self) -> None:
+        """Enqueue a step, and what it chooses on its way to the host."""
+        self.replay()
+        self._coming.append(sent(self._stages[-1].step.chosen))
 
 
 class ForgettingGraphs:
@@ -141,6 +183,7 @@ class ForgettingGraphs:
         forgetting: Forgetting,
         ops: PlainOps | None = None,
         capture: Capture | None = None,
+        ahead: bool = False,
     ) -> None:
         """Nothing is captured yet.
 
@@ -148,11 +191,14 @@ class ForgettingGraphs:
             cache: as for `DecodeGraph`.
             forgetting: of that cache; it is asked to make room before every step.
             steps: most steps that will come.
+            ahead: as for `DecodeGraph`.
         """
-        self._make = partial(DecodeGraph, llm, cache, ops=ops, capture=capture)
+        self._make = partial(DecodeGraph, llm, cache, ops=ops, capture=capture, ahead=ahead)
         self._forgetting = forgetting
         self._position, self._left = position, steps
         self._graph: DecodeGraph | None = None
+        if forgetting.before_choice is not None:
+            forgetting.before_choice()  # an earlier answer's
         forgetting.before_choice = self._bring
 
     def advance(self, token_id: int) -> tuple[int, float]:

@@ -53,6 +53,7 @@ def decode(
     max_new_tokens: int,
     advance: Advance | None = None,
     forgetting: Forgetting | None = None,
+    ahead: bool = False,
 ) -> Iterator[Step]:
     """Yield greedy tokens until the end of the answer, `max_new_tokens` or the model's last
     position.
@@ -67,6 +68,9 @@ def decode(
         advance: feeds tokens in another way, such as together with other runs.
         forgetting: of a cache whose method chooses again; the caller asks it for room after every
             step but the last.
+        ahead: let a captured graph begin a step before the token that it feeds is asked for. The
+            device then works while the caller does, and a step's seconds are those that were
+            waited for it; not for runs that take turns, which would wait for each other's.
     """
     count = 0
     most = min(max_new_tokens, llm.geometry.max_positions - position + 1)
@@ -83,20 +87,25 @@ def decode(
         yield Step(token_id, logprob, seconds, last)
         if last is not None:
             return
-        advance = advance or _stepper(llm, cache, position, most - 1, forgetting)
+        advance = advance or _stepper(llm, cache, position, most - 1, forgetting, ahead)
         token_id, logprob, seconds = advance(token_id)
 
 
 def _stepper(
-    llm: LoadedModel, cache: KVCache, position: int, steps: int, forgetting: Forgetting | None
+    llm: LoadedModel,
+    cache: KVCache,
+    position: int,
+    steps: int,
+    forgetting: Forgetting | None,
+    ahead: bool,
 ) -> Advance:
     """Feed tokens one after another from `position` on."""
     captured = steps >= LEAST_STEPS and cache.plain and graphable(llm)
     if captured and forgetting is not None and forgetting.buffer >= LEAST_STEPS:
-        step = ForgettingGraphs(llm, cache, position, steps, forgetting).advance
+        step = ForgettingGraphs(llm, cache, position, steps, forgetting, ahead=ahead).advance
     # A graph's launches are fixed, and it shows no queries to whoever observes a layer.
     elif captured and all(layer.after_attention is None for layer in cache.whole_layers()):
-        step = DecodeGraph(llm, cache, position, steps).advance
+        step = DecodeGraph(llm, cache, position, steps, ahead=ahead).advance
     else:
         feed = feeder(llm, cache.plain)
         positions = itertools.count(position)

@@ -182,7 +182,8 @@ class DecodeStep:
     the last come the next token id and its log-probability, and between them goes a `message`.
 
     For capture: all that changes from step to step lives on the device: `token`, `position`,
-    `slots`, `message`. Calling it enqueues the same work every time.
+    `slots`, `message`. Calling it enqueues the same work every time. A stage that is the whole
+    decoder leaves the token that it chose in `token`, so that it can be called again at once.
     """
 
     def __init__(
@@ -237,11 +238,18 @@ class DecodeStep:
         self._remember = remember
         self.rewind()
 
-    def rewind(self) -> None:
-        """Back to the first step; what was written since is overwritten by the next steps."""
-        self.slots.copy_(self._first_slots)
-        self.position.fill_(self._first_position)
-        self._turn.zero_()
+    @property
+    def whole(self) -> bool:
+        """Whether the stage is the whole decoder."""
+        return self.stage.embeds and self.stage.speaks
+
+    def rewind(self, steps: int = 0) -> None:
+        """Back to after so many steps, with token 0; what was written since is overwritten by the
+        next steps."""
+        torch.add(self._first_slots, steps, out=self.slots)
+        self.position.fill_(self._first_position + steps)
+        self._turn.fill_(steps % max(self._remember, 1))
+        self.token.zero_()
 
     def asked(self, steps: int) -> list[Tensor]:
         """The last queries that are remembered after so many steps, per layer of the stage,
@@ -274,6 +282,8 @@ class DecodeStep:
         logits = self._ops.project(x, self._llm.model.lm_head)
         token_id = logits.argmax()
         wide = logits.float()
+        if self.whole:
+            self.token.copy_(token_id.view(1))
         self.chosen[0] = token_id
         self.chosen[1] = wide.index_select(0, token_id.view(1))[0] - wide.logsumexp(dim=-1)
         return logits

@@ -133,6 +133,8 @@ class Forgetting:
         Raises:
             ValueError: attention that depends on more than queries, keys and sinks.
         """
+        if self.before_choice is not None:
+            self.before_choice()  # these come after what was kept elsewhere
         self._traits[layer.index] = _traits_of(attended)
         queries = attended.queries
         if not self._layers:

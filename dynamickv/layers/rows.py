@@ -95,8 +95,8 @@ class RowsLayer(KVLayer):  # type: ignore[no-untyped-call]
             _gathered(values, places, longest, room),
         )
         self._rows = kept
-        lengths = torch.tensor([held.shape[1] for held in kept], device=keys.device)
-        self._unused = longest - lengths if int(lengths.min()) < longest else None
+        unused = [longest - held.shape[1] for held in kept]
+        self._unused = torch.tensor(unused, device=keys.device) if any(unused) else None
         self._added = None
         self.show(longest)
         self.chosen = longest

@@ -65,7 +65,8 @@ class CompressionMethod(ABC):
         """Choose the positions to keep in every layer; everything if the prompt fits."""
         selection = self.begin(len(observations), observations[0].prompt_length)
         for layer in observations:
-            selection.observe(layer)
+            selection.observe_ahead(layer)
+        selection.catch_up()
         return selection.retention()
 
 

@@ -9,8 +9,9 @@ With `progressive=False` this happens once, after the last layer, and exactly.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -18,8 +19,9 @@ from torch import Tensor
 
 from dynamickv.methods.base import ScoredMethod
 from dynamickv.methods.parameters import require_integer, require_positive
-from dynamickv.records import HeldLayer
-from dynamickv.scoring import count_global_top
+from dynamickv.methods.selection import ScoredSelection, Selection
+from dynamickv.records import HeldLayer, LayerObservation
+from dynamickv.scoring import count_global_top, counting_global_top
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +71,10 @@ class DynamicKV(ScoredMethod):
         if not isinstance(self.progressive, bool):
             raise ValueError(f"progressive must be True or False, got {self.progressive!r}")
 
+    def start(self, num_layers: int) -> Selection:
+        """Score, allocate every few layers, cut."""
+        return UpdatedSelection(self, num_layers)
+
     def first_budget(self, layer: int, num_layers: int, prefix_length: int) -> int:
         """r_max times the mean budget, or the whole prefix."""
         return int(min(self.r_max * self.mean_budget, prefix_length))
@@ -85,11 +91,15 @@ class DynamicKV(ScoredMethod):
         The roundings are the reference's, in its number formats, so that budgets match it to the
         token.
         """
+        return self.allocating(scores, num_layers)()
+
+    def allocating(self, scores: Sequence[Tensor], num_layers: int) -> Callable[[], list[int]]:
+        """`allocate`, begun: what is given waits for the device to have counted."""
         if not self.progressive:
-            return self._exact_budgets(scores)
+            return partial(self._exact_budgets, list(scores))
         seen, (heads, prefix_length) = len(scores), scores[0].shape
-        counts = count_global_top(scores, self.mean_budget * heads * seen)
-        return self.settle(counts, heads, prefix_length, num_layers).budgets
+        counting = counting_global_top(scores, self.mean_budget * heads * seen)
+        return lambda: self.settle(counting(), heads, prefix_length, num_layers).budgets
 
     def most_later(self, scores: Sequence[Tensor], num_layers: int) -> list[int]:
         """Of the layers that wait for an update: those to come can only take from the number of
@@ -183,3 +193,42 @@ class DynamicKV(ScoredMethod):
             return [0] * len(shares)
         fractions = np.asarray(shares, np.float32) / np.float32(sum(shares))
         return [int(claim) for claim in np.float32(most) * fractions]
+
+
+class UpdatedSelection(ScoredSelection):
+    """One prompt's walk through the layers, of which an update's numbers may be read later."""
+
+    method: DynamicKV
+
+    def __init__(self, method: DynamicKV, num_layers: int) -> None:
+        super().__init__(method, num_layers)
+        self._updates: list[Callable[[], list[int]]] = []
+        """Budgets that were begun and not read yet, in order."""
+
+    def observe(self, observation: LayerObservation) -> range:
+        """As `ScoredSelection` does."""
+        changed = self.observe_ahead(observation)
+        return self.catch_up() or changed
+
+    def observe_ahead(self, observation: LayerObservation) -> range:
+        """Score the next layer and begin an update if its turn has come; the layer, which holds its
+        first budget."""
+        layer = len(self.scores)
+        scores = self.method.score(observation)
+        self.scores.append(scores)
+        first = self.method.first_budget(layer, self.num_layers, scores.shape[1])
+        self.held.append(min(first, scores.shape[1]))
+        if self.method.updates_after(layer, self.num_layers):
+            self._updates.append(self.method.allocating(self.scores, self.num_layers))
+        return range(layer, layer + 1)
+
+    def catch_up(self) -> range:
+        """Cut all layers that were seen at the updates to their budgets; these layers."""
+        changed = range(0)
+        for update in self._updates:
+            budgets = update()
+            changed = range(len(budgets))
+            self.history.append(tuple(budgets))
+            self.held[: len(budgets)] = map(min, self.held, budgets)
+        self._updates.clear()
+        return changed

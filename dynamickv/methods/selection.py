@@ -35,6 +35,15 @@ class Selection(ABC):
     def observe(self, observation: LayerObservation) -> range:
         """Take in the next layer; the layers whose holdings changed."""
 
+    def observe_ahead(self, observation: LayerObservation) -> range:
+        """`observe` without waiting for the device: what would have to be waited for is left to
+        `catch_up`, and until then layers hold more. What they hold after it is the same."""
+        return self.observe(observation)
+
+    def catch_up(self) -> range:
+        """Do what `observe_ahead` left undone; the layers whose holdings changed."""
+        return range(0)
+
     def tighten(self) -> range:
         """Where a cache is cut while the prompt is read: let layers hold no more than they can keep
         in the end; the layers, the last one seen among them if there are any."""
@@ -162,16 +171,16 @@ class ScoredSelection(Selection):
     def positions_of(self, layers: Sequence[int]) -> list[Heads]:
         """What several layers hold now."""
         scores = [self.scores[layer] for layer in layers]
-        heads, prefix_length = scores[0].shape
-        window = torch.arange(
-            prefix_length, prefix_length + self.method.window_size, device=scores[0].device
-        )
         budgets = [self.held[layer] for layer in layers]
         if self.method.edited:
             return [
                 self._edited(layer, budget) for layer, budget in zip(scores, budgets, strict=True)
             ]
         if self.method.head_budgets == "adaptive":
+            prefix_length = scores[0].shape[1]
+            window = torch.arange(
+                prefix_length, prefix_length + self.method.window_size, device=scores[0].device
+            )
             return [
                 tuple(
                     torch.cat([top_positions(head[None], count)[0], window.to(head.device)])
@@ -181,9 +190,7 @@ class ScoredSelection(Selection):
                 )
                 for layer, budget in zip(scores, budgets, strict=True)
             ]
-        chosen = top_positions_of_layers(scores, budgets)
-        rows = window.expand(heads, -1)
-        return [torch.cat([kept, rows.to(kept.device)], dim=1) for kept in chosen]
+        return list(top_positions_of_layers(scores, budgets, self.method.window_size))
 
     def _edited(self, scores: Tensor, budget: int) -> Heads:
         """One layer's positions where a person pinned or evicted some."""

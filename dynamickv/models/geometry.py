@@ -110,14 +110,15 @@ class Geometry:
         Raises:
             ValueError: if the model is not a decoder with attention layers that can be compressed.
         """
-        require_compressible(config)
+        kinds = require_compressible(config)
         config = config.get_text_config(decoder=True)
-        kinds = kinds_of(config)
-        own = getattr(config, "per_layer_config", None) or [config] * len(kinds)
-        layers = tuple(
-            _layer(kind, config if part is None else part)
-            for kind, part in zip(kinds, own, strict=False)
-        )
+        own = list(getattr(config, "per_layer_config", None) or [config] * len(kinds))
+        # Reading a config takes its time, and most layers share one.
+        sizes: dict[tuple[str, int], LayerGeometry] = {}
+        for kind, part in zip(kinds, own, strict=False):
+            if (kind, id(part)) not in sizes:
+                sizes[kind, id(part)] = _layer(kind, config if part is None else part)
+        layers = tuple(sizes[kind, id(part)] for kind, part in zip(kinds, own, strict=False))
         place = next(place for place, kind in enumerate(kinds) if KINDS[kind].compressed)
         first, part = layers[place], own[place]
         return cls(
@@ -168,9 +169,9 @@ def _switch(config: Any) -> int | None:
     )
 
 
-def require_compressible(config: Any) -> None:
+def require_compressible(config: Any) -> tuple[str, ...]:
     """Raise ValueError unless the model is a decoder whose layers are all of known kinds, some of
-    them attending to the whole prompt."""
+    them attending to the whole prompt; the kinds."""
     # transformers is imported where it is used: that takes seconds.
     from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
@@ -221,6 +222,7 @@ def require_compressible(config: Any) -> None:
             f"{name} names no longest sequence (max_position_embeddings); "
             "choose a model with rotary positions"
         )
+    return kinds
 
 
 class Choosable(Protocol):

@@ -21,19 +21,15 @@ def forget_longer_sequences(model: nn.Module) -> list[RemovableHandle]:
     Returns:
         What takes this back, one handle per embedding.
     """
-    return [
-        module.register_forward_pre_hook(_start_afresh) for module in _dynamic_embeddings(model)
-    ]
+    return _started_afresh(_dynamic_embeddings(model))
 
 
 @contextmanager
 def longer_sequences_forgotten(model: nn.Module) -> Iterator[None]:
     """`forget_longer_sequences` inside the block; afterwards the model is as it was."""
-    before = [
-        (module, module.inv_freq, module.max_seq_len_cached)
-        for module in _dynamic_embeddings(model)
-    ]
-    handles = forget_longer_sequences(model)
+    embeddings = _dynamic_embeddings(model)
+    before = [(module, module.inv_freq, module.max_seq_len_cached) for module in embeddings]
+    handles = _started_afresh(embeddings)
     try:
         yield
     finally:
@@ -60,7 +56,12 @@ def stretch(config: Any) -> Fraction:
 
 
 def _dynamic_embeddings(model: nn.Module) -> list[Any]:
-    return [module for module in model.modules() if getattr(module, "rope_type", None) == "dynamic"]
+    # A module's `getattr` takes its time over what is not there: two microseconds for each module.
+    return [module for module in model.modules() if vars(module).get("rope_type") == "dynamic"]
+
+
+def _started_afresh(embeddings: list[Any]) -> list[RemovableHandle]:
+    return [module.register_forward_pre_hook(_start_afresh) for module in embeddings]
 
 
 def _start_afresh(module: Any, _: Any) -> None:

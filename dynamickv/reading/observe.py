@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers  # its parts load when named, which takes seconds: the page is up before
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dynamickv.layers.kv import KVLayer, attended_layer
 from dynamickv.layers.parts import BatchedLayer, HeadwiseLayer
@@ -318,12 +317,19 @@ def _bias_of_held(bias: Tensor, layer: KVLayer, query: Tensor) -> Tensor:
 def _kernels(query: Tensor) -> AbstractContextManager[None]:
     """Keep cuDNN's attention away from decoding: it builds a plan for every new shape, and every
     length of every layer is one (measured on an H200: 1 s per token; 30 ms without)."""
-    if not query.is_cuda:
-        return nullcontext()
-    context: AbstractContextManager[None] = sdpa_kernel(
-        [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    )
-    return context
+    return without_cudnn() if query.is_cuda else nullcontext()
+
+
+@contextmanager
+def without_cudnn() -> Iterator[None]:
+    """No attention by cuDNN inside the block; what torch's `sdpa_kernel` does, in a twentieth of
+    its time, which every layer of every step takes."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def _continuation_mask(backend: str, layer: KVLayer, query: Tensor, key: Tensor) -> Tensor | None:

@@ -208,7 +208,7 @@ def prefill_prompt(
             on_layer(len(layers))
 
     cache = KVCache.of(llm.model.config, record)
-    token_ids = torch.from_numpy(np.array([prompt.token_ids])).to(llm.device)
+    token_ids = torch.from_numpy(np.array(prompt.token_ids, np.int64)[None]).to(llm.device)
     fast = None
     if llm.packed is not None:
         # Numba takes a second to load, which only this precision should wait for.

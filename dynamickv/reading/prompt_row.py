@@ -43,6 +43,11 @@ class PromptRow:
         """Whether the prompt has gone through all layers."""
         return self.observed == self._num_layers
 
+    @property
+    def settled(self) -> bool:
+        """Whether all layers hold what they are to hold."""
+        return self._retention is not None
+
     def read_on(self, layer: int, attended: Attended, row: int, length: int) -> None:
         """Remember of a chunk of the prompt, which has `length` tokens, what the choice needs
         later."""
@@ -54,13 +59,21 @@ class PromptRow:
             self._masses[layer] = self._mass(layer, attended, row, queries, 0, None)
 
     def observe(
-        self, layer: int, attended: Attended, row: int, stored: int, first: int, last: int
+        self,
+        layer: int,
+        attended: Attended,
+        row: int,
+        stored: int,
+        first: int,
+        last: int,
+        ahead: bool = False,
     ) -> range:
         """Take in a layer once its whole prompt, positions `first` to `last`, was read; the layers
         whose holdings changed.
 
         Args:
             stored: heads that the cache stores.
+            ahead: leave what the device has to be waited for to `catch_up`.
         """
         behind = attended.keys.shape[2] - last
         queries = attended.queries[row, :, : attended.queries.shape[2] - behind]
@@ -85,8 +98,14 @@ class PromptRow:
             return range(self.observed - 1, self.observed)
         if self._selection is None:
             self._selection = self._method.start(self._num_layers)
+        if ahead:
+            return self._selection.observe_ahead(observation)
         changed = self._selection.observe(observation)
         return self._selection.tighten() or changed
+
+    def catch_up(self) -> range:
+        """What `observe` left undone; the layers whose holdings changed."""
+        return range(0) if self._selection is None else self._selection.catch_up()
 
     def _needs_mass(self, length: int) -> bool:
         return self._method.needs_mass and (self._keeps_masses or not self._method.fits(length))

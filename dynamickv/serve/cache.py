@@ -1,8 +1,9 @@
 """The cache that `compress` gives: cut layer by layer while the prompt is read.
 
 Each layer is cut as soon as its attention is computed, and DynamicKV's layers again one layer after
-every update of the budgets, so the full cache never exists. Uses the same selection code as a
-finished prefill; knows nothing about prompts' text.
+every update of the budgets, so the full cache never exists. On an accelerator the update itself is
+read that much later, when the device has the next layer to work on while the host waits. Uses the
+same selection code as a finished prefill; knows nothing about prompts' text.
 """
 
 from __future__ import annotations
@@ -63,8 +64,11 @@ class CompressedCache(KVCache):
         """Options of the `generate` that feeds this cache now."""
         self._order: list[int] = []
         """Places of the layers to compress, as they were read."""
-        self._waiting: list[int] = []
+        self._waiting: Sequence[int] = range(0)
         """Layers that an update changed and that are not cut yet."""
+        self.reads_ahead: bool | None = None
+        """Whether updates are read one layer later. None: on accelerators; what is kept is the
+        same either way."""
         self._reading = False
         """Whether the model is in the middle of a pass, as it is after one that broke off."""
         self._ended = False
@@ -75,7 +79,7 @@ class CompressedCache(KVCache):
         Raises:
             ValueError: before a prompt has gone through all layers, or a row that is not there.
         """
-        if not self._rows or not self._rows[0].done:
+        if not self._rows or not self._rows[0].settled:
             raise ValueError("no prompt has gone through this cache yet; call generate first")
         if not 0 <= row < len(self._rows):
             raise ValueError(f"row must be from 0 to {len(self._rows) - 1}, got {row!r}")
@@ -101,7 +105,7 @@ class CompressedCache(KVCache):
         self._forgetting = self._fresh_forgetting()
         self.layers = fresh_layers(self._config, self._after_attention)
         self._rows, self.prompt_end, self._seen = [], 0, 0
-        self._fed, self._call, self._order, self._waiting = [], None, [], []
+        self._fed, self._call, self._order, self._waiting = [], None, [], range(0)
         self._reading = False
 
     def update(
@@ -202,6 +206,27 @@ class CompressedCache(KVCache):
                 f"{self._rows[0].observed} were observed, so nothing is sure to be compressed; "
                 "choose another model"
             )
+        if self._rows and self._rows[0].done and not self._rows[0].settled:
+            # Now the device has the rest of the last layer to work on.
+            self._settle()
+        # Later passes only add, and counting after each of their layers took as long as the layers.
+        self.peak_bytes = max(self.peak_bytes, self.nbytes)
+
+    @torch.no_grad()
+    def _settle(self) -> None:
+        """All layers were read: cut those that still hold more than they are to."""
+        self._cut(self._late())
+        for row in self._rows:
+            row.settle()
+        if self._forgetting is not None:
+            masses = {
+                place: [row.masses[place] for row in self._rows]
+                for place in (self._order if self._forgetting.needs_mass else ())
+            }
+            layers = [self.layers[place] for place in self._order]
+            self._forgetting.begin(layers, self._padding.tolist(), masses)
+            for row in self._rows:
+                row.masses.clear()
 
     def _start(
         self,
@@ -227,40 +252,37 @@ class CompressedCache(KVCache):
 
     @torch.no_grad()
     def _after_attention(self, layer: KVLayer, attended: Attended) -> None:
-        self.peak_bytes = max(self.peak_bytes, self.nbytes)
         if self._forgetting is not None:
             self._forgetting.saw(layer, attended)
         if not self._rows or self._rows[0].done:
             return
+        self.peak_bytes = max(self.peak_bytes, self.nbytes)
         stored = 1 if self._geometry.joint else layer.held()[0].shape[1]
         if layer.seen < self.prompt_end:
             for number, row in enumerate(self._rows):
                 row.read_on(layer.index, attended, number, self.prompt_end)
             return
         self._order.append(layer.index)
+        older, ahead = self._late(), self.reads_ahead
+        if ahead is None:
+            ahead = attended.keys.device.type != "cpu"
         changed = range(0)
         for number, row in enumerate(self._rows):
             first = int(self._padding[number])
-            seen = row.observe(layer.index, attended, number, stored, first, self.prompt_end)
+            seen = row.observe(layer.index, attended, number, stored, first, self.prompt_end, ahead)
             changed = max(changed, seen, key=len)
-        # An update makes the host wait for the device. The layers before this one are cut with the
-        # next, so that the host can prepare it while the device works.
-        older, self._waiting = self._waiting, list(changed[:-1])
+        # Where this makes the host wait for the device, the layers before it are cut with
+        # the next, so that the host can prepare it while the device works.
+        self._waiting = changed[:-1]
         self._cut(changed[-1:])
         self._cut(older)
-        if self._rows[0].done:
-            self._cut(self._waiting)
-            for row in self._rows:
-                row.settle()
-            if self._forgetting is not None:
-                masses = {
-                    place: [row.masses[place] for row in self._rows]
-                    for place in (self._order if self._forgetting.needs_mass else ())
-                }
-                layers = [self.layers[place] for place in self._order]
-                self._forgetting.begin(layers, self._padding.tolist(), masses)
-                for row in self._rows:
-                    row.masses.clear()
+        if self._rows[0].done and not ahead:
+            self._settle()
+
+    def _late(self) -> Sequence[int]:
+        """The layers that an earlier one's update changed and that are not cut yet."""
+        read = [row.catch_up() for row in self._rows]
+        return max([self._waiting, *read], key=len)
 
     def _cut(self, layers: Sequence[int]) -> None:
         """Let layers hold no more than they are to hold now."""

@@ -178,11 +178,15 @@ def test_budgets_of_every_update_sum_to_the_whole_models_prefix_budget(
         assert min(update) >= 0
 
 
-def test_layers_cut_at_once_equal_layers_cut_one_by_one() -> None:
+@pytest.mark.parametrize("behind", [0, 3])
+def test_layers_cut_at_once_equal_layers_cut_one_by_one(behind: int) -> None:
     """Ties, nothing, everything and more than there is."""
     generator = torch.Generator().manual_seed(3)
     counts = [0, 1, 7, 19, 40, 41, 13]
     scores = [torch.randint(0, 6, (2, 40), generator=generator).float() for _ in range(len(counts))]
-    at_once = scoring.top_positions_at_once(scores, counts)
-    for layer, count, kept in zip(scores, counts, at_once, strict=True):
-        assert torch.equal(kept, scoring.top_positions(layer, count))
+    at_once = scoring.top_positions_at_once(scores, counts, behind)
+    one_by_one = scoring.top_positions_of_layers(scores, counts, behind)
+    last = torch.arange(40, 40 + behind).expand(2, -1)
+    for layer, count, *kept in zip(scores, counts, at_once, one_by_one, strict=True):
+        expected = torch.cat([scoring.top_positions(layer, count), last], dim=1)
+        assert all(torch.equal(positions, expected) for positions in kept)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from transformers import (
 )
 
 import dynamickv as dkv
+from dynamickv.serve import CompressedCache
 from tests.engine.tiny import (
     COMPRESSING,
     DOCUMENT,
@@ -468,3 +470,147 @@ def test_dynamic_scaling_starts_afresh_and_leaves_no_trace(method: Any) -> None:
         answer = generated(model, prompt, past_key_values=cache)
     assert answer == explored.runs[0].token_ids
     assert (rotary.inv_freq.tolist(), rotary.max_seq_len_cached, traces(model)) == before
+
+
+AHEAD = [
+    *(
+        dkv.DynamicKV(capacity=24, update_interval=interval, r_max=r_max, **settings)
+        for interval in (1, 2, 4, 6)
+        for r_max in (1.5, 3.0)
+        for settings in ({}, {"head_budgets": "adaptive"}, {"granularity": "query_head"})
+    ),
+    dkv.DynamicKV(capacity=24, progressive=False),
+    dkv.DynamicKV(capacity=24, pinned=((3, 9),), evicted=((60, 70),)),
+    *SMALL_INSTANCES,
+]
+
+
+def read(
+    prompt: torch.Tensor, method: Any, ahead: bool, **settings: Any
+) -> tuple[CompressedCache, list[int]]:
+    model = tiny_model()
+    with dkv.compress(model, method) as cache:
+        cache.reads_ahead = ahead
+        return cache, generated(model, prompt, past_key_values=cache, **settings)
+
+
+@pytest.mark.parametrize("settings", [{}, {"prefill_chunk_size": 50}], ids=["whole", "chunks"])
+@pytest.mark.parametrize("method", AHEAD, ids=repr)
+def test_an_update_that_is_read_a_layer_later_keeps_and_answers_the_same(
+    prompt: torch.Tensor, method: Any, settings: dict[str, int]
+) -> None:
+    at_once, expected = read(prompt, method, False, **settings)
+    later, answer = read(prompt, method, True, **settings)
+    assert answer == expected
+    assert later.retention().budget_history == at_once.retention().budget_history
+    for ours, theirs in zip(later.retention().indices, at_once.retention().indices, strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+    assert later.nbytes == at_once.nbytes
+
+
+class Waiting(dkv.DynamicKV):
+    """DynamicKV as on an accelerator, where what waits for an update is not cut before."""
+
+    def most_later(self, scores: Any, num_layers: int) -> list[int]:
+        return []
+
+
+@pytest.mark.parametrize("interval", [1, 2, 4])
+def test_reading_updates_a_layer_later_holds_less_than_a_layer_more(
+    prompt: torch.Tensor, interval: int
+) -> None:
+    method = Waiting(capacity=24, update_interval=interval, r_max=3.0)
+    at_once, later = (read(prompt, method, ahead)[0].peak_bytes for ahead in (False, True))
+    assert at_once <= later < at_once + 2 * 2 * 8 * 4 * prompt.shape[1] / 2
+
+
+@pytest.mark.parametrize("interval", [1, 2, 4])
+def test_rows_whose_updates_are_read_a_layer_later_keep_the_same(
+    prompt: torch.Tensor, interval: int
+) -> None:
+    model, kept = tiny_model(), []
+    rows = torch.cat([prompt, prompt.flip(1), prompt])
+    mask = torch.ones_like(rows)
+    mask[1, :30] = 0
+    mask[2, :-20] = 0  # it fits
+    for ahead in (False, True):
+        method = dkv.DynamicKV(capacity=24, update_interval=interval, r_max=3.0)
+        with dkv.compress(model, method) as cache:
+            cache.reads_ahead = ahead
+            with torch.inference_mode():
+                answer = model.generate(rows, attention_mask=mask, past_key_values=cache, **ANSWER)
+        kept.append((answer, [cache.retention(row) for row in range(3)]))
+    (expected, theirs), (answer, ours) = kept
+    assert torch.equal(answer, expected)
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.budget_history == other.budget_history
+        assert all(torch.equal(a, b) for a, b in zip(one.indices, other.indices, strict=True))
+
+
+def test_an_update_is_read_once_the_next_layer_is_under_way(
+    prompt: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    allocating = dkv.DynamicKV.allocating
+
+    def telling(method: Any, scores: Any, num_layers: int) -> Callable[[], list[int]]:
+        counted, seen = allocating(method, scores, num_layers), len(scores)
+        told.append(f"begun {seen}")
+
+        def read() -> list[int]:
+            told.append(f"read {seen}")
+            return counted()
+
+        return read
+
+    monkeypatch.setattr(dkv.DynamicKV, "allocating", telling)
+    model = tiny_model()
+    method = dkv.DynamicKV(capacity=24, update_interval=2, r_max=3.0)
+    with dkv.compress(model, method) as cache:
+        cache.reads_ahead = True
+        for place, layer in enumerate(model.model.layers):
+            layer.register_forward_hook(lambda *_, place=place: told.append(f"layer {place}"))
+        generated(model, prompt, past_key_values=cache, max_new_tokens=1)
+    assert told == [
+        *["layer 0", "begun 2", "layer 1", "read 2", "layer 2", "begun 4", "layer 3"],
+        *["read 4", "layer 4", "begun 6", "layer 5", "read 6"],
+    ]
+
+
+def test_a_step_counts_each_layer_once(
+    prompt: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[Any] = []
+
+    def noted(layer: Any) -> int:
+        counted.append(layer)
+        return int(layer.nbytes)
+
+    monkeypatch.setattr("dynamickv.cache.layer_bytes", noted)
+    model, peaks, counts = tiny_model(), [], []
+    for tokens in (1, NEW_TOKENS):
+        counted.clear()
+        with dkv.compress(model, dkv.SnapKV(capacity=prompt.shape[1])) as cache:
+            generated(model, prompt, past_key_values=cache, max_new_tokens=tokens)
+        counts.append(len(counted))
+        peaks.append(cache.peak_bytes)
+        assert cache.peak_bytes == cache.nbytes
+    assert counts[1] - counts[0] == NUM_LAYERS * (NEW_TOKENS - 1)
+    assert peaks[1] - peaks[0] == NUM_LAYERS * (2 * 2 * 8 * 4) * (NEW_TOKENS - 1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("interval", [1, 2, 4])
+def test_a_gpu_reads_updates_later_and_keeps_the_same(prompt: torch.Tensor, interval: int) -> None:
+    model = tiny_model().to("cuda")
+    method = dkv.DynamicKV(capacity=24, update_interval=interval, r_max=3.0)
+    caches, answers = [], []
+    for ahead in (False, None):
+        with dkv.compress(model, method) as cache:
+            cache.reads_ahead = ahead
+            answers.append(generated(model, prompt.cuda(), past_key_values=cache))
+        caches.append(cache.retention())
+    assert answers[0] == answers[1]
+    assert caches[0].budget_history == caches[1].budget_history
+    for one, other in zip(caches[0].indices, caches[1].indices, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))

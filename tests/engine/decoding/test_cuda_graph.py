@@ -65,13 +65,15 @@ def plain(llm: dkv.LoadedModel, method: Any) -> list[tuple[int, float]]:
 
 
 @torch.inference_mode()
-def stepped(llm: dkv.LoadedModel, method: Any, ops: PlainOps) -> list[tuple[int, float]]:
-    """The same from `DecodeStep`, run eagerly."""
+def stepped(
+    llm: dkv.LoadedModel, method: Any, ops: PlainOps, tokens: list[int | None] | None = None
+) -> list[tuple[int, float]]:
+    """The same from `DecodeStep`, run eagerly, fed these tokens; None is the one chosen last."""
     cache, prefill = pruned(llm, method)
     step = DecodeStep(llm, cache, prefill.length, STEPS, ops)
     answer = [choose(prefill.logits)]
-    for _ in range(STEPS):
-        step.token.fill_(answer[-1][0])
+    for token in tokens or [None] * STEPS:
+        step.token.fill_(answer[-1][0] if token is None else token)
         step()
         token_id, logprob = step.chosen.tolist()
         answer.append((int(token_id), logprob))
@@ -122,6 +124,100 @@ def test_stages_pass_on_what_one_step_computes(family: str) -> None:
         answer.append(graph.advance(answer[-1][0]))
     assert answer == stepped(llm, method, PlainOps())
     assert [layer.seen for layer in cache.layers] == [prefill.length + STEPS] * len(cache.layers)
+
+
+# Steps that are begun before the token that they feed is read.
+
+
+class Counted(Computed):
+    """A stage that counts how often it was replayed."""
+
+    replayed = 0
+
+    def replay(self) -> None:
+        self.replayed += 1
+        super().replay()
+
+
+@torch.inference_mode()
+def fed(
+    llm: dkv.LoadedModel, method: Any, tokens: list[int | None], ahead: bool, remember: int = 0
+) -> tuple[Any, KVCache, dkv.Prefill, DecodeGraph]:
+    """What a graph chose after each token, None being what it chose last, and what it left."""
+    cache, prefill = pruned(llm, method)
+    graph = DecodeGraph(
+        llm, cache, prefill.length, STEPS, PlainOps(), remember, capture=Counted, ahead=ahead
+    )
+    chosen = [choose(prefill.logits)]
+    for token in tokens:
+        chosen.append(graph.advance(chosen[-1][0] if token is None else token))
+    return chosen, cache, prefill, graph
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        [None] * STEPS,
+        [None] * 7,
+        [5, 6, 7, 8, 9, 5],
+        [None, None, 5, None, 7, 7, None, None, None],
+        [5] * STEPS,
+    ],
+    ids=["to the end", "ended early", "forced", "forced now and then", "forced to the end"],
+)
+def test_steps_begun_ahead_choose_and_leave_the_same(method: Any, tokens: list[int | None]) -> None:
+    llm = tiny_llm()
+    expected, theirs, prefill, _ = fed(llm, method, tokens, ahead=False)
+    chosen, ours, _, _ = fed(llm, method, tokens, ahead=True)
+    assert chosen == expected == stepped(llm, method, PlainOps(), tokens)
+    for cache in (ours, theirs):
+        assert [layer.seen for layer in cache.layers] == [prefill.length + len(tokens)] * len(
+            cache.layers
+        )
+    for one, other in zip(ours.whole_layers(), theirs.whole_layers(), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one.held(), other.held(), strict=True))
+    later = [extend(llm, c, [9, 8], prefill.length + len(tokens)) for c in (ours, theirs)]
+    assert torch.equal(*later)
+
+
+@families
+def test_every_family_begins_steps_ahead(family: str) -> None:
+    llm, method = tiny_llm(family), dkv.DynamicKV(capacity=24)
+    chosen = fed(llm, method, [None] * STEPS, ahead=True)[0]
+    assert chosen == stepped(llm, method, PlainOps())
+
+
+@pytest.mark.parametrize("count", [1, 7, STEPS - 1, STEPS])
+def test_one_step_is_begun_ahead_and_none_that_there_is_no_room_for(count: int) -> None:
+    llm, method = tiny_llm(), dkv.DynamicKV(capacity=24)
+    *_, graph = fed(llm, method, [None] * count, ahead=True)
+    assert graph._stages[0].replayed == min(count + 1, STEPS)  # type: ignore[attr-defined]
+    *_, graph = fed(llm, method, [None] * count, ahead=False)
+    assert graph._stages[0].replayed == count  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("remember", [1, 4, STEPS])
+@pytest.mark.parametrize("tokens", [[None] * 3, [None] * 9, [None, 5] * 4, [None] * STEPS])
+def test_queries_of_steps_begun_in_vain_are_not_remembered(
+    tokens: list[int | None], remember: int
+) -> None:
+    llm, method = tiny_llm(), dkv.DynamicKV(capacity=24)
+    ours, theirs = (fed(llm, method, tokens, ahead, remember)[3].asked() for ahead in (True, False))
+    for layer, queries in theirs.items():
+        assert queries.shape[1] == min(remember, len(tokens))
+        assert torch.equal(ours[layer], queries)
+
+
+def test_a_decoder_in_parts_begins_nothing_ahead() -> None:
+    llm, method = tiny_llm(), dkv.DynamicKV(capacity=24)
+    cache, prefill = pruned(llm, method)
+    parts = parted(llm.geometry.num_layers)
+    graph = DecodeGraph(
+        llm, cache, prefill.length, STEPS, PlainOps(), capture=Counted, parts=parts, ahead=True
+    )
+    graph.advance(5)
+    assert [stage.replayed for stage in graph._stages] == [1, 1, 1]  # type: ignore[attr-defined]
 
 
 def test_a_model_on_one_device_is_one_stage() -> None:
@@ -239,7 +335,11 @@ LONG = 40
 
 @torch.inference_mode()
 def forgetting_answer(
-    llm: dkv.LoadedModel, method: Any, ops: PlainOps | None, capture: Any = None
+    llm: dkv.LoadedModel,
+    method: Any,
+    ops: PlainOps | None,
+    capture: Any = None,
+    ahead: bool = False,
 ) -> tuple[list[int], list[tuple[int, list[Any]]], list[float]]:
     """Tokens, what every choice left, and the most stored per layer and head: from graphs, or
     without `ops` from the model's own pass."""
@@ -258,7 +358,7 @@ def forgetting_answer(
     assert forgetting is not None
     graphs = None
     if ops is not None:
-        graphs = ForgettingGraphs(llm, cache, prefill.length, LONG, forgetting, ops, capture)
+        graphs = ForgettingGraphs(llm, cache, prefill.length, LONG, forgetting, ops, capture, ahead)
     tokens, stored = [choose(prefill.logits)[0]], []
     for position in range(prefill.length, prefill.length + LONG):
         forgetting.make_room(1)
@@ -272,16 +372,58 @@ def forgetting_answer(
     return tokens, kept, stored
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("method", FORGETTING, ids=str)
-def test_graphs_choose_again_and_answer_like_the_model(method: Any) -> None:
+def test_graphs_choose_again_and_answer_like_the_model(method: Any, ahead: bool) -> None:
     llm = tiny_llm()
-    tokens, kept, stored = forgetting_answer(llm, method, PlainOps(), Computed)
+    tokens, kept, stored = forgetting_answer(llm, method, PlainOps(), Computed, ahead)
     expected, theirs, _ = forgetting_answer(llm, method, None)
     assert tokens == expected
     assert len(set(tokens)) > 3
     assert len(kept) >= 3
     assert kept == theirs
     assert max(stored) <= DECODING.most
+
+
+@torch.inference_mode()
+def conversation(method: Any, graphs: bool, between: int, ahead: bool = False) -> list[Any]:
+    """What choices left while answers, from graphs or the model's own pass, and as many tokens of
+    questions took turns."""
+    llm = tiny_llm()
+    prefill = dkv.prefill(llm, DOCUMENT, QUESTION, mass=method.needs_mass)
+    cache = prune(prefill, DECODING.of_prompt(method).select(prefill.layers), 0)
+    kept: list[Any] = []
+    forgetting = forgetting_of(
+        method,
+        DECODING,
+        prefill,
+        cache,
+        lambda choice: kept.append([layer.rows_held()[0][1].tolist() for layer in cache.layers]),
+    )
+    assert forgetting is not None
+    position = prefill.length
+    for _ in range(6):
+        answer = ForgettingGraphs(llm, cache, position, 20, forgetting, PlainOps(), Computed, ahead)
+        for token in range(5):
+            forgetting.make_room(1)
+            if graphs:
+                answer.advance(5 + token)
+            else:
+                extend(llm, cache, [5 + token], position + token)
+        extend(llm, cache, list(range(7, 7 + between)), position + 5, forgetting)
+        position += 5 + between
+    return kept
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("between", [1, 3])
+@pytest.mark.parametrize("method", FORGETTING, ids=str)
+def test_a_choice_reads_an_answers_queries_before_those_of_what_follows(
+    method: Any, between: int, ahead: bool
+) -> None:
+    kept = conversation(method, True, between, ahead)
+    assert len(kept) >= 2
+    assert kept == conversation(method, False, between)
 
 
 @torch.inference_mode()
@@ -319,7 +461,7 @@ def test_an_answer_takes_graphs_where_they_pay_and_bring_what_a_choice_reads(
     made: list[str] = []
 
     def stand_in(name: str) -> Any:
-        def make(llm: dkv.LoadedModel, cache: KVCache, position: int, *_: Any) -> Any:
+        def make(llm: dkv.LoadedModel, cache: KVCache, position: int, *_: Any, **__: Any) -> Any:
             made.append(name)
             positions = itertools.count(position)
             return SimpleNamespace(
@@ -397,11 +539,12 @@ def to_cuda(llm: dkv.LoadedModel) -> dkv.LoadedModel:
 @needs_cuda
 @families
 @pytest.mark.parametrize("granularity", ["kv_head", "query_head"])
-def test_graph_decodes_like_the_model(family: str, granularity: str) -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_graph_decodes_like_the_model(family: str, granularity: str, ahead: bool) -> None:
     llm = to_cuda(tiny_llm(family))
     method = dkv.DynamicKV(capacity=24, granularity=granularity)
     cache, prefill = pruned(llm, method)
-    graph = DecodeGraph(llm, cache, prefill.length, STEPS)
+    graph = DecodeGraph(llm, cache, prefill.length, STEPS, ahead=ahead)
     answer = [choose(prefill.logits)]
     for _ in range(STEPS):
         answer.append(graph.advance(answer[-1][0]))
@@ -423,10 +566,29 @@ def test_decode_takes_the_graph_and_answers_in_turns() -> None:
 
 
 @needs_cuda
+@pytest.mark.parametrize("tokens", [[None] * STEPS, [None, None, 5, None, 7, 7, None, None]])
+def test_captured_steps_begun_ahead_choose_and_leave_the_same(tokens: list[int | None]) -> None:
+    llm, method = to_cuda(tiny_llm()), dkv.DynamicKV(capacity=24)
+    answers, held = [], []
+    for ahead in (False, True):
+        cache, prefill = pruned(llm, method)
+        graph = DecodeGraph(llm, cache, prefill.length, STEPS, ahead=ahead)
+        chosen = [choose(prefill.logits)]
+        for token in tokens:
+            chosen.append(graph.advance(chosen[-1][0] if token is None else token))
+        answers.append(chosen)
+        held.append(torch.stack([layer.held()[0].sum() for layer in cache.whole_layers()]))
+        assert cache.layers[0].seen == prefill.length + len(tokens)
+    assert answers[0] == answers[1]
+    assert torch.equal(*held)
+
+
+@needs_cuda
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("method", FORGETTING, ids=str)
-def test_captured_graphs_choose_again_like_the_model(method: Any) -> None:
+def test_captured_graphs_choose_again_like_the_model(method: Any, ahead: bool) -> None:
     llm = to_cuda(tiny_llm())
-    tokens, kept, stored = forgetting_answer(llm, method, fastest_ops(llm.device))
+    tokens, kept, stored = forgetting_answer(llm, method, fastest_ops(llm.device), ahead=ahead)
     expected, theirs, _ = forgetting_answer(llm, method, None)
     assert tokens == expected
     assert [seen for seen, _ in kept] == [seen for seen, _ in theirs]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import dynamickv as dkv
+from dynamickv.methods.dynamickv import UpdatedSelection
 from dynamickv.methods.selection import ScoredSelection
 from dynamickv.records import LayerObservation
 
@@ -51,7 +52,8 @@ def test_what_waits_is_cut_to_what_it_can_keep_and_no_budget_changes(kind: str) 
             "update_interval": chance.choice([1, 2, 3, 4, 7]),
             "r_max": chance.choice([1, 1.5, 3, 10.0]),
         }
-        ours = ScoredSelection(Given(**settings), layers)
+        ours = Given(**settings).start(layers)
+        assert isinstance(ours, UpdatedSelection)
         theirs = ScoredSelection(Given(**settings), layers)
         for layer in range(layers):
             seen = observation(made_up(kind, heads, length, chance))
@@ -69,3 +71,32 @@ def test_what_waits_is_cut_to_what_it_can_keep_and_no_budget_changes(kind: str) 
         assert all(torch.equal(one, other) for one, other in zip(kept, expected, strict=True))
     # In the mean over all layers' moments, of what the authors' code holds.
     assert saved > 0.02 * held
+
+
+@pytest.mark.parametrize("progressive", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_updates_that_are_read_later_give_the_same_budgets(kind: str, progressive: bool) -> None:
+    chance = random.Random(kind)
+    torch.manual_seed(len(kind))
+    for _ in range(60):
+        layers, heads = chance.choice([3, 5, 8, 9, 30]), chance.choice([1, 3])
+        length = chance.choice([60, 300, 900])
+        method = Given(
+            capacity=chance.choice([9, 12, 24, 50]),
+            update_interval=chance.choice([1, 2, 3, 4, 7]),
+            r_max=chance.choice([1, 1.5, 3, 10.0]),
+            progressive=progressive,
+        )
+        later, at_once = method.start(layers), ScoredSelection(method, layers)
+        for layer in range(layers):
+            seen = observation(made_up(kind, heads, length, chance))
+            assert later.observe_ahead(seen) == range(layer, layer + 1)
+            changed = at_once.observe(seen)
+            if chance.random() < 0.3 or layer + 1 == layers:
+                caught_up = later.catch_up()
+                assert not len(changed) > 1 or caught_up == changed
+                assert later.catch_up() == range(0)
+                assert later.held == at_once.held, method
+        assert later.history == at_once.history
+        kept, expected = later.retention().indices, at_once.retention().indices
+        assert all(torch.equal(one, other) for one, other in zip(kept, expected, strict=True))

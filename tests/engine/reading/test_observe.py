@@ -21,7 +21,7 @@ from transformers import (
 import dynamickv as dkv
 from dynamickv.cache import KVCache, prune
 from dynamickv.compare import compare
-from dynamickv.reading.observe import backend_of, observed
+from dynamickv.reading.observe import backend_of, observed, without_cudnn
 from tests.engine.tiny import (
     DOCUMENT,
     FAMILIES,
@@ -249,3 +249,17 @@ def test_a_model_without_grouped_queries_works() -> None:
     methods = [dkv.FullKV(), dkv.DynamicKV(capacity=24)]
     trace = compare(llm, DOCUMENT, QUESTION, methods=methods, max_new_tokens=3)
     assert trace.runs[1].kept_fraction < 0.5
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_cudnn_is_left_out_inside_the_block_alone(enabled: bool) -> None:
+    flags = torch.backends.cuda
+    found = flags.cudnn_sdp_enabled()
+    flags.enable_cudnn_sdp(enabled)
+    try:
+        with without_cudnn():
+            assert not flags.cudnn_sdp_enabled()
+            assert flags.flash_sdp_enabled()
+        assert flags.cudnn_sdp_enabled() == enabled
+    finally:
+        flags.enable_cudnn_sdp(found)
