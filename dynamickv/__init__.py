@@ -31,6 +31,7 @@ from dynamickv.methods import (
 from dynamickv.methods.decoding import Decoding
 from dynamickv.methods.registry import capabilities
 from dynamickv.methods.retain import retain
+from dynamickv.neighbours import give_back_threads
 from dynamickv.record import trace
 from dynamickv.record.events import (
     ComparisonFinished,
@@ -155,6 +156,7 @@ __all__ = [
     "find_expected",
     "forced_logits",
     "free_memory",
+    "give_back_threads",
     "load_model",
     "prefill",
     "prefill_text",

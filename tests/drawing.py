@@ -32,6 +32,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "scoring",
         "fast",
         "memory",
+        "neighbours",
         "threads",
         "transfer",
         "version",

@@ -18,7 +18,6 @@ from app.examples import EXAMPLE_KEY, Example
 from app.form import decoding_for
 from app.record.payload import predicted_payload
 from app.serving.shelf import Held, Shelf
-from dynamickv.neighbours import give_back_threads
 
 
 class Predictions:
@@ -33,7 +32,7 @@ class Predictions:
         """Make any observation window quick, while nobody waits for it."""
         for layer in prefill.recalling:
             self._chooser.submit(layer.prepare)
-        self._chooser.submit(give_back_threads)
+        self._chooser.submit(dkv.give_back_threads)
 
     def predict(self, asked: Any) -> dict[str, Any]:
         """What a method would keep of a stored prompt, as the page draws it.
@@ -50,7 +49,7 @@ class Predictions:
         start = time.perf_counter()
         length = held.trace.prompt.length
         chosen = self._chooser.submit(dkv.preview, method, prefill, length)
-        self._chooser.submit(give_back_threads)
+        self._chooser.submit(dkv.give_back_threads)
         choice = chosen.result()
         run = {
             "method": method.name,

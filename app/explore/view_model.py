@@ -18,7 +18,6 @@ from app.settings import CAPACITIES, offered_methods
 from app.wording import count, mebibytes, percent
 
 
-
 def counted(document: str, size: PromptSize | None) -> dict[str, Any]:
     """The token readout, which carries the number; a guess before the model is there."""
     if size is None:

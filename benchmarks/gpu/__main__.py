@@ -19,7 +19,7 @@ from pathlib import Path
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import dynamickv as dkv
-from benchmarks.gpu.backends import backends
+from benchmarks.gpu.backends import backends, fastest
 from benchmarks.gpu.bandwidth import bandwidth
 from benchmarks.gpu.batch import batch
 from benchmarks.gpu.bench import Bench
@@ -70,6 +70,7 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     "smollm2": smollm2,
     "backends": backends,
     "tune": tune,
+    "attention": with_models(fastest, "Llama-3-8B"),
     "overhead": with_models(overhead, "Llama-3-8B"),
     "decode32k": with_models(decode_long, "Llama-3-8B"),
     "reselect": with_llama(reselect),
@@ -79,13 +80,17 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     "largest": with_llama(largest),
     "others": with_models(overhead_and_decode, "Mistral-7B-v0.2", "Qwen2-7B"),
 }
+APART = ("tune", "attention")
+"""Sections that answer a question of their own, and are run when they are named."""
 
 
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes, any device")
-    parser.add_argument("--sections", help=f"some of {','.join(SECTIONS)}; all but tune by default")
+    parser.add_argument(
+        "--sections", help=f"some of {','.join(SECTIONS)}; all but tune and attention by default"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--gguf", type=Path, help="SmolLM2's .gguf file, for the real model")
     parser.add_argument("--append", action="store_true", help="keep the figures that are there")
@@ -96,7 +101,7 @@ def main() -> None:
     if options.append and (bench.out / "gpu.json").exists():
         record = json.loads((bench.out / "gpu.json").read_text("utf-8"))
         bench.rows, bench.facts = [Row(**row) for row in record["rows"]], record["facts"]
-    chosen = (options.sections or ",".join(s for s in SECTIONS if s != "tune")).split(",")
+    chosen = (options.sections or ",".join(s for s in SECTIONS if s not in APART)).split(",")
     if "bandwidth" not in chosen:
         chosen.insert(0, "bandwidth")
     for name in chosen:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from dynamickv.fast.decoder import held_dtype
 from dynamickv.fast.packed import PackedWeights
 from dynamickv.models.geometry import Geometry
 from dynamickv.models.rope import forget_longer_sequences
@@ -75,6 +76,11 @@ class LoadedModel:
         with 4bit weights" where the two differ."""
         computed = str(self.model.dtype).removeprefix("torch.")
         return f"{computed} with {self.quantization} weights" if self.quantization else computed
+
+    @property
+    def held_dtype(self) -> torch.dtype:
+        """Number format in which keys and values are held."""
+        return held_dtype(self)
 
     @property
     def precision(self) -> str:

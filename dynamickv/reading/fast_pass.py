@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from dynamickv.cache import KVCache
 from dynamickv.fast import kernels
 from dynamickv.fast.blockwise import causal_attention
-from dynamickv.fast.decoder import HeadNorms, Ops, Rotation, linears_of, next_logits, packed_throughout
+from dynamickv.fast.decoder import (
+    HeadNorms,
+    Ops,
+    Rotation,
+    linears_of,
+    next_logits,
+    packed_throughout,
+)
 from dynamickv.fast.kernels import bits
 from dynamickv.fast.packed import FastProducts, PackedWeights
 from dynamickv.layers.kv import KVLayer

@@ -18,7 +18,6 @@ from app.serving.shown import Shown
 from app.serving.speed import MASS_RATIO
 from app.serving.status import idle
 from app.uploads import read_text_upload
-from dynamickv.fast.decoder import held_dtype
 
 PICKED = ("cards", "store", "status", *FIELDS)
 """What an example changes, by the widgets' names."""
@@ -78,7 +77,7 @@ class FormHandlers:
         """Sizes of the model, or of the recorded runs' model until it is loaded."""
         llm = self._models.ready(model)
         if llm is not None:
-            return asdict(llm.geometry) | {"bytes_per_value": held_dtype(llm).itemsize}
+            return asdict(llm.geometry) | {"bytes_per_value": llm.held_dtype.itemsize}
         trace = next((e.trace for e in self._examples.values() if e.trace), None)
         if trace is None:
             return None
