@@ -44,7 +44,7 @@ SECTIONS = {
     "gpu": ("One GPU", "python -m benchmarks.gpu"),
     "gpu-h200-now": (
         "One GPU, the headlines again",
-        "python -m benchmarks.gpu --sections overhead,decode128k,serve",
+        "python -m benchmarks.gpu --sections overhead,decode128k,serve,batch,others,attention",
     ),
 }
 """Results files in the page's order: heading, and the command that measures again."""

@@ -56,7 +56,7 @@ def decode_long(bench: Bench, name: str, llm: dkv.LoadedModel) -> None:
 
 
 def decode_longest(bench: Bench, name: str, llm: dkv.LoadedModel) -> None:
-    decoding(bench, name, llm, bench.longest, ">= 4")
+    decoding(bench, name, llm, bench.longest, ">= 4", "<= 1.15")
 
 
 def overhead_and_decode(bench: Bench, name: str, llm: dkv.LoadedModel) -> None:
