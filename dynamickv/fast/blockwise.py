@@ -65,29 +65,31 @@ def _in_blocks(
     num_kv_heads = keys.shape[0]
     group = num_query_heads // num_kv_heads
     block = min(max(ELEMENTS // (group * length), ROWS[0]), ROWS[1])
+    # The queries that read one head stand together at every position, so that a block of them is
+    # one piece of memory.
+    asked = queries.view(num_kv_heads, group, length, head_dim).transpose(1, 2).contiguous()
     context = queries.new_empty(length, num_kv_heads, group, head_dim)
     received = torch.zeros(num_kv_heads, group, length) if mass else None
+    # Added, which takes half the time of filling.
     future = torch.ones(block, block, dtype=torch.bool).triu_(1)
-    ones = queries.new_ones(1, block)
+    hidden = queries.new_zeros(block, block).masked_fill_(future, float("-inf"))[:, None]
+    members = torch.eye(group, dtype=queries.dtype).repeat(1, block)
     # Written over for every block: fresh memory costs as much time as the softmax.
     room = queries.new_empty(group * min(block, length) * length)
     for head in range(num_kv_heads):
-        own = queries[head * group : (head + 1) * group]
         columns = keys[head].t()
         for start in range(0, length, block):
             end = min(start + block, length)
             rows = end - start
-            logits = room[: group * rows * end].view(group * rows, end)
-            asked = own[:, start:end].reshape(group * rows, head_dim)
-            torch.mm(asked, columns[:, :end], out=logits)
-            ahead = logits.view(group, rows, end)[..., start:]
-            ahead.masked_fill_(future[:rows, :rows], float("-inf"))
+            logits = room[: group * rows * end].view(rows * group, end)
+            torch.mm(asked[head, start:end].view(-1, head_dim), columns[:, :end], out=logits)
+            ahead = logits.view(rows, group, end)[..., start:]
+            ahead += hidden[:rows, :, :rows]
             shares = torch.softmax(logits, dim=-1)
             if received is not None:
-                by_query = shares.view(group, rows, end)
                 # As a product: many times faster than a sum over rows, and summed in float32.
-                received[head, :, :end] += torch.matmul(ones[:, :rows], by_query)[:, 0]
-            attended = torch.mm(shares, values[head, :end]).view(group, rows, head_dim)
-            context[start:end, head] = attended.transpose(0, 1)
+                received[head, :, :end] += torch.mm(members[:, : rows * group], shares)
+            attended = torch.mm(shares, values[head, :end])
+            context[start:end, head] = attended.view(rows, group, head_dim)
     shape = (num_query_heads, length)
     return context.flatten(1, 2), None if received is None else received.view(shape)
