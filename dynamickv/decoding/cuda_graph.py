@@ -28,7 +28,7 @@ from dynamickv.cache import KVCache
 from dynamickv.decoding.decode_step import DecodeStep, PlainOps
 from dynamickv.decoding.forgetting import Forgetting
 from dynamickv.fast.decoder import Stage as Part
-from dynamickv.fast.decoder import stages, steppable
+from dynamickv.fast.decoder import stages, written_out
 from dynamickv.models import LoadedModel
 from dynamickv.transfer import sent
 
@@ -248,9 +248,10 @@ class CapturedStage:
 
 
 def graphable(llm: LoadedModel) -> bool:
-    """Whether this model's decode step is captured: written out, on one GPU. Over several GPUs
-    `benchmarks.spread` captures it to measure it, and answers come from the model's own pass."""
-    return llm.device.type == "cuda" and steppable(llm)
+    """Whether this model's decode step is captured: written out, and every part of it on a GPU,
+    the same one or another."""
+    parts = stages(llm) if llm.device.type == "cuda" and written_out(llm) else []
+    return bool(parts) and all(part.device.type == "cuda" for part in parts)
 
 
 @lru_cache
