@@ -40,6 +40,7 @@ SECTIONS = {
     "soak-tiny": ("One server for hours, tiny model", "make soak"),
     "soak-real": ("One server for hours, SmolLM2", "make soak"),
     "spread": ("Several processes and GPUs", "python -m benchmarks.spread"),
+    "spread-h200": ("A model over two GPUs", "python -m benchmarks.spread --parts model"),
     "beyond": ("A model larger than one GPU", "python -m benchmarks.beyond"),
     "gpu": ("One GPU", "python -m benchmarks.gpu"),
     "gpu-h200-now": (
@@ -54,7 +55,7 @@ HEADLINE_ROWS = (
         ("gpu-h200-now", "Llama-3-8B: (prefill + observe + score + prune) / plain prefill"),
     ),
     (
-        "one answer token at 128K tokens, DynamicKV(512), Llama-3-8B's size",
+        "one answer token at 128K tokens, DynamicKV(512) in a conversation, Llama-3-8B's size",
         ("gpu-h200-now", "Llama-3-8B, 131072 tokens: DynamicKV, graph"),
     ),
     (
