@@ -7,9 +7,17 @@ beside others as with threads that spin for some microseconds.
 
 import os
 
-TELLS = os.path.exists("/proc/self/schedstat")
-"""Whether the system says that others want the cores; threads then sleep, see neighbours.py."""
-SPINS = "10000" if TELLS else "1000"
+
+def is_told() -> bool:
+    """Whether the system says that others want the cores; threads then sleep, see neighbours.py."""
+    try:
+        with open("/proc/self/schedstat", encoding="ascii") as file:
+            return not file.read().startswith("0 ")
+    except OSError:
+        return False
+
+
+SPINS = "10000" if is_told() else "1000"
 """Rounds of waiting: enough to meet the next small operation, or the few of a full machine."""
 
 if "OMP_WAIT_POLICY" not in os.environ:

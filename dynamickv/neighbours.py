@@ -63,22 +63,32 @@ def give_back_threads() -> None:
 
 class Neighbours:
     """Watches whether other programs want the cores while this one computes; as long as they do,
-    torch's threads sleep while they wait. It lasts as long as the object."""
+    torch's threads sleep while they wait. It lasts until `rest`, or as long as the object."""
 
     def __init__(self, device: torch.device) -> None:
         """
         Args:
             device: where the model computes; on others than the CPU nothing is watched.
         """
-        self._watches = device.type == "cpu" and openmp() is not None
-        self._thread = 0
+        several = torch.get_num_threads() > 1
+        self._watches = device.type == "cpu" and several and openmp() is not None
+        self._seen: dict[int, tuple[int, int]] = {}
+        """What each thread had run and waited when it looked last."""
         self._ran = self._waited = 0
-        self._idle: _IdleTeam | None = None
+        """What they did since it was told last."""
+        self._free: Any = None
+        """Lets the threads spin again, while they sleep for this object."""
+
+    def __enter__(self) -> Neighbours:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.rest()
 
     @property
     def crowded(self) -> bool:
         """Whether others were found to want the cores."""
-        return self._idle is not None
+        return self._free is not None
 
     def look(self) -> None:
         """Called between steps, some milliseconds apart or more, by the thread that computes."""
@@ -88,31 +98,73 @@ class Neighbours:
         if times is None:
             self._watches = False
             return
-        thread = threading.get_ident()
-        ran, waited = times[0] - self._ran, times[1] - self._waited
-        if thread == self._thread and not self._told(ran, waited):
+        thread = threading.get_native_id()
+        before = self._seen.get(thread, times)
+        self._seen[thread] = times
+        # A thread's number may be that of one that is gone, which had run for longer.
+        self._ran += max(times[0] - before[0], 0)
+        self._waited += max(times[1] - before[1], 0)
+        spent = self._ran + self._waited
+        if spent < (LEAVE if self.crowded else ENTER):
             return
-        self._thread, (self._ran, self._waited) = thread, times
-
-    def _told(self, ran: int, waited: int) -> bool:
-        """Whether these nanoseconds were enough to tell; what they tell is done."""
-        if ran + waited < (LEAVE if self.crowded else ENTER):
-            return False
-        share = waited / (ran + waited)
+        share = self._waited / spent
+        self._ran = self._waited = 0
         if not self.crowded and share > CROWDED:
-            self._idle = _IdleTeam()
+            self._sleep()
         elif self.crowded and share < CALM:
-            self._idle = None
-        return True
+            self.rest()
+
+    def rest(self) -> None:
+        """Nothing is computed any more."""
+        if self._free is not None:
+            self._free()
+            self._free = None
+
+    def _sleep(self) -> None:
+        team = idle_team()
+        try:
+            team.enter()
+        except RuntimeError:  # no thread can be started
+            self._watches = False
+        else:
+            self._free = weakref.finalize(self, team.leave)
 
 
-class _IdleTeam:
-    """As many threads as there are cores, asleep until the object is gone."""
+class IdleTeam:
+    """As many threads as there are cores, asleep while anyone is inside."""
 
     def __init__(self) -> None:
-        end = threading.Event()
-        threading.Thread(target=_sleep, args=(end,), name="idle-team", daemon=True).start()
-        weakref.finalize(self, end.set)
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._end = threading.Event()
+
+    def enter(self) -> None:
+        """Start them for the first.
+
+        Raises:
+            RuntimeError: the system gives no more threads.
+        """
+        with self._lock:
+            if self._inside == 0:
+                self._end = threading.Event()
+                arguments = (self._end,)
+                threading.Thread(
+                    target=_sleep, args=arguments, name="idle-team", daemon=True
+                ).start()
+            self._inside += 1
+
+    def leave(self) -> None:
+        """End them with the last."""
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._end.set()
+
+
+@cache
+def idle_team() -> IdleTeam:
+    """This process's: a second one would change nothing."""
+    return IdleTeam()
 
 
 def _sleep(end: threading.Event) -> None:
@@ -127,7 +179,7 @@ def thread_times() -> tuple[int, int] | None:
     system does not tell."""
     try:
         with open(TIMES, encoding="ascii") as file:
-            ran, waited, _ = file.read().split()
-    except OSError:
+            ran, waited, _ = map(int, file.read().split())
+    except (OSError, ValueError):
         return None
-    return int(ran), int(waited)
+    return (ran, waited) if ran else None

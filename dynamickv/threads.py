@@ -10,9 +10,17 @@ this module first of all. A program that uses the package as a library decides f
 import os
 import sys
 
-TELLS = os.path.exists("/proc/self/schedstat")
-"""Whether the system says that others want the cores; threads then sleep, see neighbours.py."""
-SPINS = "10000" if TELLS else "1000"
+
+def is_told() -> bool:
+    """Whether the system says that others want the cores; threads then sleep, see neighbours.py."""
+    try:
+        with open("/proc/self/schedstat", encoding="ascii") as file:
+            return not file.read().startswith("0 ")
+    except OSError:
+        return False
+
+
+SPINS = "10000" if is_told() else "1000"
 """Rounds of waiting: enough to meet the next small operation, or the few of a full machine."""
 
 

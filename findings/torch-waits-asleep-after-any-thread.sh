@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
-# On Linux a thread that once used torch, and does nothing since, makes every other thread's small
-# torch operations slower for as long as it lives.
+# On Linux a thread that once used torch, and does nothing since, changes how every other thread's
+# torch operations wait, for as long as it lives: asleep instead of spinning.
 #
 # Versions: torch 2.13.0+cpu (an index that has that build, such as PyTorch's own for CPUs, may have
 #   to be named in PIP_EXTRA_INDEX_URL), with the GNU OpenMP library that its wheel brings.
-# Seen: SEEN_HERE
+# Seen: on two processors, relu_ of 80,000 numbers put threads to sleep 0.000 times an operation,
+#   0.5 to 2.0 times beside such a thread, and 0.000 times after it had ended. What it costs depends on
+#   the neighbours: decoding with a small language model took 25.8 instead of 20.6 ms a token on free
+#   processors, and beside other programs relu_ took 17 to 25 us instead of 43 to 223.
 # Why a good guess is wrong: an idle thread holds no core and no lock, and torch.get_num_threads()
 #   says the same before and after. But OpenMP keeps a team of its own for every thread that
 #   computed, until that thread ends, and counts all teams: with more of them than the processors

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +53,10 @@ def with_question(
     done: set[int] = set()
 
     def saw(layer: KVLayer, attended: Attended) -> None:
+        keys, values = layer.held()
+        if keys.dtype != attended.keys.dtype:
+            # The pass read copies in its own format, which would be held beside these.
+            attended = replace(attended, keys=keys, values=values)
         read[layer.index].take(attended)
         done.add(layer.index)
         if on_layer is not None:

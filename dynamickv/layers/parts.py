@@ -56,7 +56,7 @@ class HeadwiseLayer(KVLayer):  # type: ignore[no-untyped-call]
         """Append to every head, where the attention function then finds them."""
         places = stored_heads(len(self.heads), key_states.shape[1])
         for place, head in zip(places, self.heads, strict=True):
-            head.update(key_states[:, place : place + 1], value_states[:, place : place + 1])
+            head.append(key_states[:, place : place + 1], value_states[:, place : place + 1])
         self.seen += key_states.shape[2]
         return self._tagged(key_states, value_states)
 
@@ -98,6 +98,6 @@ class BatchedLayer(KVLayer):  # type: ignore[no-untyped-call]
         """Append its rows to each part, where the attention function then finds them."""
         states = torch.split(key_states, self.rows), torch.split(value_states, self.rows)
         for part, keys, values in zip(self.parts, *states, strict=True):
-            part.update(keys, values)
+            part.append(keys, values)
         self.seen += key_states.shape[2]
         return self._tagged(key_states, value_states)

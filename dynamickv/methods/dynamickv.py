@@ -219,8 +219,14 @@ class UpdatedSelection(ScoredSelection):
         first = self.method.first_budget(layer, self.num_layers, scores.shape[1])
         self.held.append(min(first, scores.shape[1]))
         if self.method.updates_after(layer, self.num_layers):
-            self._updates.append(self.method.allocating(self.scores, self.num_layers))
+            self._updates.append(self._begun())
         return range(layer, layer + 1)
+
+    def _begun(self) -> Callable[[], list[int]]:
+        """The update of the layers seen, by the method's own `allocate` where it has one."""
+        if type(self.method).allocate is not DynamicKV.allocate:
+            return partial(self.method.allocate, list(self.scores), self.num_layers)
+        return self.method.allocating(self.scores, self.num_layers)
 
     def catch_up(self) -> range:
         """Cut all layers that were seen at the updates to their budgets; these layers."""

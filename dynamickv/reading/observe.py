@@ -15,8 +15,9 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cache, partial
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -241,7 +242,8 @@ def _of_parts(
         each = zip(heads, own, queries, strict=True)
         return torch.cat([_of_parts(backend, attention, *head) for head in each], dim=2)
     if not isinstance(layer, BatchedLayer):
-        return _continue(backend, attention, layer, given, query, *layer.held())[0]
+        held = (states.to(query.dtype) for states in layer.held())
+        return _continue(backend, attention, layer, given, query, *held)[0]
     outputs = []
     # Learned sinks and biases have rows where they depend on the query.
     split = {
@@ -324,12 +326,33 @@ def _kernels(query: Tensor) -> AbstractContextManager[None]:
 def without_cudnn() -> Iterator[None]:
     """No attention by cuDNN inside the block; what torch's `sdpa_kernel` does, in a twentieth of
     its time, which every layer of every step takes."""
-    before = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    kept_away = _kept_away()
+    with kept_away.lock:
+        if kept_away.blocks == 0:
+            kept_away.before = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+            torch.backends.cuda.enable_cudnn_sdp(False)
+        kept_away.blocks += 1
     try:
         yield
     finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
+        with kept_away.lock:
+            kept_away.blocks -= 1
+            if kept_away.blocks == 0:
+                torch.backends.cuda.enable_cudnn_sdp(kept_away.before)
+
+
+@dataclass(slots=True)
+class _KeptAway:
+    """The blocks that are open in all threads: torch has one switch for them."""
+
+    lock: Lock = field(default_factory=Lock)
+    blocks: int = 0
+    before: bool = True
+
+
+@cache
+def _kept_away() -> _KeptAway:
+    return _KeptAway()
 
 
 def _continuation_mask(backend: str, layer: KVLayer, query: Tensor, key: Tensor) -> Tensor | None:

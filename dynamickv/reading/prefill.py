@@ -216,7 +216,7 @@ def prefill_prompt(
 
         fast = FastReading(llm, llm.packed, mass)
     start = time.perf_counter()
-    with observed(llm.model):
+    with observed(llm.model), neighbours:
         if fast is not None:
             logits = fast(token_ids, cache)
         else:

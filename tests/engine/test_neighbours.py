@@ -8,12 +8,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 
+import dynamickv as dkv
 from dynamickv import neighbours
 from dynamickv.neighbours import MILLISECOND, Neighbours, give_back_threads, openmp, thread_times
+from tests.engine.tiny import DOCUMENT, QUESTION, tiny_llm
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or thread_times() is None or openmp() is None,
@@ -107,6 +111,58 @@ def test_what_another_thread_waited_does_not_count(
     assert not watched.crowded
 
 
+def test_threads_that_take_turns_are_watched_together(
+    clock: Callable[[float, float], None],
+) -> None:
+    watched = Neighbours(CPU)
+    with ThreadPoolExecutor(1) as other:
+        for _ in range(8):
+            watched.look()
+            other.submit(watched.look).result()
+            clock(5, 5)
+    assert watched.crowded
+
+
+def test_a_thread_that_bears_the_number_of_one_that_is_gone_is_watched(
+    clock: Callable[[float, float], None],
+) -> None:
+    watched = Neighbours(CPU)
+    clock(5000, 5000)
+    watched.look()
+    clock(-4999, -4999)
+    watched.look()
+    clock(40, 40)
+    watched.look()
+    assert watched.crowded
+
+
+def test_several_that_watch_share_one_team(clock: Callable[[float, float], None]) -> None:
+    watching = [Neighbours(CPU) for _ in range(3)]
+    for step in (0, 50):
+        clock(step, step)
+        for watched in watching:
+            watched.look()
+    assert all(watched.crowded for watched in watching)
+    assert eventually(lambda: asleep() == 1)
+    watching[0].rest()
+    del watched, watching[1:]
+    assert eventually(lambda: asleep() == 0)
+
+
+def test_where_no_thread_can_be_started_the_work_goes_on(
+    clock: Callable[[float, float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    watched = Neighbours(CPU)
+    watched.look()
+    clock(50, 50)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    watched.look()
+    assert not watched.crowded
+
+
 def test_threads_wake_once_nobody_watches(clock: Callable[[float, float], None]) -> None:
     watched = Neighbours(CPU)
     watched.look()
@@ -125,12 +181,19 @@ def test_a_gpu_is_not_watched(clock: Callable[[float, float], None]) -> None:
     assert not watched.crowded
 
 
-def test_a_system_that_does_not_tell_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(neighbours, "TIMES", "/proc/no-such-thread/schedstat")
+@pytest.mark.parametrize("told", [None, "", "5 5", "a b c", "0 0 0"])
+def test_a_system_that_does_not_tell_is_not_asked_again(
+    told: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "schedstat"
+    if told is not None:
+        file.write_text(told, "ascii")
+    monkeypatch.setattr(neighbours, "TIMES", str(file))
     watched = Neighbours(CPU)
     watched.look()
-    monkeypatch.undo()
-    watched.look()
+    for ran in (1, 100 * MILLISECOND):
+        file.write_text(f"{ran} {ran} 1", "ascii")
+        watched.look()
     assert not watched.crowded
 
 
@@ -156,19 +219,31 @@ def test_processes_that_never_rest_are_noticed() -> None:
     assert watched.crowded
 
 
-def test_a_thread_gives_its_team_back() -> None:
-    counts = []
+def started(compute: Callable[[], object]) -> set[str]:
+    """The threads that were started meanwhile and are still there."""
+    before = set(os.listdir("/proc/self/task"))
+    compute()
+    return set(os.listdir("/proc/self/task")) - before
 
-    def compute() -> None:
-        torch.set_num_threads(2)
-        before = len(os.listdir("/proc/self/task"))
+
+@pytest.mark.parametrize("end", ["give_back_threads", "compare"])
+def test_a_threads_team_is_given_back(end: str) -> None:
+    left: list[bool] = []
+
+    def use() -> None:
         torch.exp(torch.zeros(2**20))
-        counts.append(len(os.listdir("/proc/self/task")) - before)
-        give_back_threads()
-        counts.append(len(os.listdir("/proc/self/task")) - before)
-        counts.append(int(torch.exp(torch.zeros(2**20)).sum().item()) - 2**20)
 
-    thread = threading.Thread(target=compute)
+    def compare() -> None:
+        dkv.compare(tiny_llm(), DOCUMENT, QUESTION, methods=[dkv.FullKV()], max_new_tokens=2)
+
+    def work() -> None:
+        torch.set_num_threads(2)
+        team = started(use)
+        {"give_back_threads": give_back_threads, "compare": compare}[end]()
+        left.extend([len(team) == 1, not team & set(os.listdir("/proc/self/task"))])
+        use()
+
+    thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert counts == [1, 0, 0]
+    assert left == [True, True]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
 import gradio as gr
 import pytest
+import torch
 
 from app.examples import OWN_TEXT, Example
 from app.explore.handlers import FormHandlers
@@ -15,8 +17,10 @@ from app.form import FIELDS, form_of
 from app.record.words import document_of
 from app.serving.model_host import ModelHost
 from app.settings import SETTINGS
+from dynamickv.models import LoadedModel
 from dynamickv.record.trace import Trace
 from tests.app.pages import Page, asking, filled
+from tests.engine.tiny import tiny_llm
 
 
 def test_handlers_validate_like_the_endpoint(host: ModelHost) -> None:
@@ -144,3 +148,18 @@ def test_a_link_sets_the_capacity_and_says_of_which_the_run_is(
 def test_ticking_methods_sends_nothing_back_unless_fullkv_went() -> None:
     assert FormHandlers.lock_reference(["SnapKV", "FullKV"]) == gr.skip()
     assert FormHandlers.lock_reference(["H2O", "SnapKV"]) == ["FullKV", "H2O", "SnapKV"]
+
+
+def test_the_capacity_is_counted_in_the_format_that_the_model_holds(
+    host: ModelHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host, "ready", lambda _: tiny_llm())
+    form = Page(host).explore.form
+
+    def mebibytes() -> float:
+        line = form.capacity_line(10**7, None, "kv_head", host.default)
+        return float(re.findall(r"([0-9.]+) MiB", str(line))[0])
+
+    held = mebibytes()
+    monkeypatch.setattr(LoadedModel, "held_dtype", property(lambda _: torch.float64))
+    assert mebibytes() == pytest.approx(2 * held)

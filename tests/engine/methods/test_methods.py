@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,13 +15,16 @@ from torch import Tensor
 import dynamickv as dkv
 from tests.engine.tiny import (
     COMPRESSING,
+    DOCUMENT,
     NUM_LAYERS,
+    QUESTION,
     SMALL_INSTANCES,
     heads_of,
     method_name,
     random_layers,
     retain,
     small_instances,
+    tiny_llm,
 )
 
 LENGTH = 60
@@ -413,3 +417,19 @@ def test_tensors_that_do_not_belong_together_are_refused(
 def test_a_class_instead_of_an_instance_is_refused() -> None:
     with pytest.raises(ValueError, match="give an instance such as"):
         dkv.retain(dkv.FullKV, QUERIES, KEYS)  # type: ignore[arg-type]
+
+
+class Flat(dkv.DynamicKV):
+    """DynamicKV with an `allocate` of its own."""
+
+    def allocate(self, scores: Sequence[Tensor], num_layers: int) -> list[int]:
+        """As much for every layer."""
+        return [self.mean_budget] * len(scores)
+
+
+def test_a_method_made_of_dynamickv_settles_its_own_budgets() -> None:
+    read = dkv.prefill(tiny_llm(), DOCUMENT, QUESTION)
+    kinds = Flat, dkv.DynamicKV
+    even, own = (kind(capacity=24).select(read.layers).budgets for kind in kinds)
+    assert set(even) == {24}
+    assert set(own) != {24}
