@@ -322,6 +322,20 @@ def _kernels(query: Tensor) -> AbstractContextManager[None]:
     return without_cudnn() if query.is_cuda else nullcontext()
 
 
+@dataclass(slots=True)
+class _KeptAway:
+    """The blocks that are open in all threads: torch has one switch for them."""
+
+    lock: Lock = field(default_factory=Lock)
+    blocks: int = 0
+    before: bool = True
+
+
+@cache
+def _kept_away() -> _KeptAway:
+    return _KeptAway()
+
+
 @contextmanager
 def without_cudnn() -> Iterator[None]:
     """No attention by cuDNN inside the block; what torch's `sdpa_kernel` does, in a twentieth of
@@ -339,20 +353,6 @@ def without_cudnn() -> Iterator[None]:
             kept_away.blocks -= 1
             if kept_away.blocks == 0:
                 torch.backends.cuda.enable_cudnn_sdp(kept_away.before)
-
-
-@dataclass(slots=True)
-class _KeptAway:
-    """The blocks that are open in all threads: torch has one switch for them."""
-
-    lock: Lock = field(default_factory=Lock)
-    blocks: int = 0
-    before: bool = True
-
-
-@cache
-def _kept_away() -> _KeptAway:
-    return _KeptAway()
 
 
 def _continuation_mask(backend: str, layer: KVLayer, query: Tensor, key: Tensor) -> Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -263,3 +264,13 @@ def test_cudnn_is_left_out_inside_the_block_alone(enabled: bool) -> None:
         assert flags.cudnn_sdp_enabled() == enabled
     finally:
         flags.enable_cudnn_sdp(found)
+
+
+def test_cudnn_is_kept_away_until_the_last_block_of_any_thread_ends() -> None:
+    enabled = torch.backends.cuda.cudnn_sdp_enabled
+    before = enabled()
+    with ExitStack() as later:
+        with without_cudnn():
+            later.enter_context(without_cudnn())
+        assert not enabled()
+    assert enabled() == before
