@@ -54,11 +54,15 @@ class HeadwiseLayer(KVLayer):  # type: ignore[no-untyped-call]
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append to every head, where the attention function then finds them."""
+        self.append(key_states, value_states)
+        return self._tagged(key_states, value_states)
+
+    def append(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Hold them behind what every head holds."""
         places = stored_heads(len(self.heads), key_states.shape[1])
         for place, head in zip(places, self.heads, strict=True):
             head.append(key_states[:, place : place + 1], value_states[:, place : place + 1])
         self.seen += key_states.shape[2]
-        return self._tagged(key_states, value_states)
 
     def keep(self, positions: Heads) -> None:
         """Drop every position but these, one (kept,) per head."""
@@ -96,8 +100,12 @@ class BatchedLayer(KVLayer):  # type: ignore[no-untyped-call]
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append its rows to each part, where the attention function then finds them."""
+        self.append(key_states, value_states)
+        return self._tagged(key_states, value_states)
+
+    def append(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Hold its rows behind what each part holds."""
         states = torch.split(key_states, self.rows), torch.split(value_states, self.rows)
         for part, keys, values in zip(self.parts, *states, strict=True):
             part.append(keys, values)
         self.seen += key_states.shape[2]
-        return self._tagged(key_states, value_states)
