@@ -4,10 +4,10 @@
 #
 # Versions: torch 2.13.0+cpu (an index that has that build, such as PyTorch's own for CPUs, may have
 #   to be named in PIP_EXTRA_INDEX_URL), with the GNU OpenMP library that its wheel brings.
-# Seen: on two processors, relu_ of 80,000 numbers put threads to sleep 0.000 times an operation,
-#   0.5 to 2.0 times beside such a thread, and 0.000 times after it had ended. What it costs depends on
-#   the neighbours: decoding with a small language model took 25.8 instead of 20.6 ms a token on free
-#   processors, and beside other programs relu_ took 17 to 25 us instead of 43 to 223.
+# Seen: on two free processors, relu_ of 80,000 numbers took 3.3 us and put threads to sleep 0.000
+#   times; beside such a thread 49 us and 1.0 times; and 3.3 us again after it had ended. Beside other
+#   programs it is the other way round: 43 to 223 us alone, 17 to 25 with the idle thread (0.5 to 2.0
+#   sleeps), as threads that sleep leave their processors to the one that is waited for.
 # Why a good guess is wrong: an idle thread holds no core and no lock, and torch.get_num_threads()
 #   says the same before and after. But OpenMP keeps a team of its own for every thread that
 #   computed, until that thread ends, and counts all teams: with more of them than the processors
