@@ -77,7 +77,6 @@ def _recast(source: Any, target: Any, bits: Any) -> Any:
     return intrinsic(typed)
 
 
-_bits_of = _recast(types.float32, types.uint32, ir.IntType(32))
 float_of = _recast(types.uint32, types.float32, ir.FloatType())
 
 
@@ -96,16 +95,8 @@ def _widening(context: Any, value: Any) -> Any:
 wide: Any = intrinsic(_widening)
 
 
-@inlined
-def narrow(value: Any) -> Any:
-    """The nearest bfloat16's bits, of two equally near the even ones."""
-    bits = _bits_of(value)
-    odd = (bits >> np.uint32(16)) & np.uint32(1)
-    return np.uint16((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
-
-
 def _fitting(context: Any, value: Any, like: Any) -> Any:
-    """A float32 as an array like this one holds it, float32 or the nearest bfloat16's bits."""
+    """A float32 in the format of another number, float32 or the nearest bfloat16's bits."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         if like == types.float32:
@@ -120,6 +111,12 @@ def _fitting(context: Any, value: Any, like: Any) -> Any:
 
 
 _fit: Any = intrinsic(_fitting)
+
+
+@inlined
+def narrow(value: Any) -> Any:
+    """The nearest bfloat16's bits, of two equally near the even ones."""
+    return _fit(value, np.uint16(0))
 
 
 @inlined
