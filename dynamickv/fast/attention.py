@@ -1,10 +1,5 @@
-"""A token's attention to what a cache holds, compiled: in parts that torch's threads share where it
-holds much.
-
-The threads are those of the OpenMP runtime that torch itself runs on, so that no others wait beside
-them and torch's count of threads holds here too. It is called by its GNU name; where torch has
-another runtime, such as on Windows, one thread does it all.
-"""
+"""A token's attention to what a cache holds, compiled: in parts that torch's threads share (see team)
+where it holds much."""
 
 # mypy: disable-error-code="attr-defined,no-untyped-call,untyped-decorator"
 
@@ -30,11 +25,13 @@ from dynamickv.fast.kernels import (
     compiled,
     exp_of,
     float_of,
+    greater,
     inlined,
     kept_on_disk,
     narrow,
     wide,
 )
+from dynamickv.fast.team import bits_at, floats_at, take
 from dynamickv.neighbours import openmp
 
 BLOCK = 256
@@ -51,18 +48,6 @@ PARTS = 3
 ROWS = "float32[:, ::1]"
 KEPT = "{0}[:, ::1], {0}[:, ::1]"
 """Keys and values of one head."""
-
-
-def _pointer_to(number: Any) -> Any:
-    """What finds numbers of a kind at an address."""
-
-    def typed(context: Any, address: Any) -> Any:
-        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
-
-        return types.CPointer(number)(types.int64), code
-
-    return intrinsic(typed)
 
 
 def _fetching(context: Any, rows: Any, row: Any, column: Any) -> Any:
@@ -85,20 +70,7 @@ def _fetching(context: Any, rows: Any, row: Any, column: Any) -> Any:
     return types.void(rows, row, column), code
 
 
-def _taking(context: Any, counter: Any) -> Any:
-    """The number at an address; the next one to ask gets the next."""
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        one = ir.Constant(ir.IntType(64), 1)
-        return builder.atomic_rmw("add", arguments[0], one, "monotonic")
-
-    return types.int64(counter), code
-
-
-_floats_at: Any = _pointer_to(types.float32)
-_bits_at: Any = _pointer_to(types.uint16)
 _fetch: Any = intrinsic(_fetching)
-_take: Any = intrinsic(_taking)
 
 
 @compiled(
@@ -147,7 +119,7 @@ def _attend_part(
             before = weights[member, 0]
             most = before
             for i in range(count):
-                most = max(most, room[member, i])
+                most = greater(most, room[member, i])
             added = np.float32(0)
             for i in range(count):
                 share = exp_of(room[member, i] - most)
@@ -239,9 +211,9 @@ def _laid_out(told: Any) -> Any:
     them, which lie behind the numbers."""
     heads, group, dim, parts = told[1], told[2], told[3], told[6]
     items = heads * parts
-    totals = carray(_floats_at(told[11]), (items, group, dim))
-    weights = carray(_floats_at(told[11] + 4 * items * group * dim), (items, group, 2))
-    rooms = carray(_floats_at(told[11] + 4 * items * group * (dim + 2)), (items, group, BLOCK))
+    totals = carray(floats_at(told[11]), (items, group, dim))
+    weights = carray(floats_at(told[11] + 4 * items * group * dim), (items, group, 2))
+    rooms = carray(floats_at(told[11] + 4 * items * group * (dim + 2)), (items, group, BLOCK))
     return totals, weights, rooms
 
 
@@ -258,28 +230,28 @@ def _share(address: Any) -> None:
     told = carray(address, (TOLD,))
     heads, group, dim, size = told[1], told[2], told[3], told[4]
     length, parts, scaling = told[5], told[6], float_of(np.uint32(told[7]))
-    query = carray(_floats_at(told[8]), (heads, group, dim))
+    query = carray(floats_at(told[8]), (heads, group, dim))
     totals, weights, rooms = _laid_out(told)
     each = (length + parts - 1) // parts
-    part = _take(address)
+    part = take(address)
     while part < heads * parts:
         head, first = part // parts, part % parts * each
         last = min(first + each, length)
         if told[12]:
             _attend_part(
                 query[head],
-                carray(_bits_at(told[9]), (heads, size, dim))[head],
-                carray(_bits_at(told[10]), (heads, size, dim))[head],
+                carray(bits_at(told[9]), (heads, size, dim))[head],
+                carray(bits_at(told[10]), (heads, size, dim))[head],
                 first, last, scaling, rooms[part], totals[part], weights[part],
             )  # fmt: skip
         else:
             _attend_part(
                 query[head],
-                carray(_floats_at(told[9]), (heads, size, dim))[head],
-                carray(_floats_at(told[10]), (heads, size, dim))[head],
+                carray(floats_at(told[9]), (heads, size, dim))[head],
+                carray(floats_at(told[10]), (heads, size, dim))[head],
                 first, last, scaling, rooms[part], totals[part], weights[part],
             )  # fmt: skip
-        part = _take(address)
+        part = take(address)
 
 
 def attend(

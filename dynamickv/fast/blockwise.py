@@ -25,10 +25,10 @@ def has_tiles() -> bool:
 def causal_attention(
     queries: Tensor, keys: Tensor, values: Tensor, scaling: float, *, mass: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of a prompt's tokens to those before them and to themselves.
+    """Attention of a prompt's tokens, or of its last ones, to those before them and to themselves.
 
     Args:
-        queries: (num_query_heads, n, head_dim) float32.
+        queries: (num_query_heads, m, head_dim) float32, of the last m <= n positions.
         keys: (num_kv_heads, n, head_dim), float32 or bfloat16; query head h reads KV head
             h // group.
         values: as keys.
@@ -36,7 +36,7 @@ def causal_attention(
         mass: also sum up what every position receives; in blocks on every CPU.
 
     Returns:
-        (n, num_query_heads, head_dim) bfloat16, and (num_query_heads, n) float32 or None.
+        (m, num_query_heads, head_dim) bfloat16, and (num_query_heads, n) float32 or None.
     """
     # The same vector taken from all keys moves all logits of a query alike, which softmax does not
     # see; what is left is smaller, and so is what rounding does to it (SageAttention,
@@ -44,7 +44,8 @@ def causal_attention(
     wide_keys = keys.float()
     narrow_keys = (wide_keys - wide_keys.mean(dim=1, keepdim=True)).to(torch.bfloat16)
     narrow_values = values.to(torch.bfloat16)
-    if has_tiles() and not mass:
+    whole = queries.shape[1] == keys.shape[1]
+    if has_tiles() and whole and not mass:
         context = F.scaled_dot_product_attention(
             queries.to(torch.bfloat16)[None],
             narrow_keys[None],
@@ -61,35 +62,34 @@ def _in_blocks(
     queries: Tensor, keys: Tensor, values: Tensor, mass: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Blocks of queries, and of the keys only what they see."""
-    num_query_heads, length, head_dim = queries.shape
-    num_kv_heads = keys.shape[0]
+    # Numba takes a second to load, which only who reads a prompt should wait for.
+    from dynamickv.fast.softmax import causal_softmax
+
+    num_query_heads, asking, head_dim = queries.shape
+    num_kv_heads, length, _ = keys.shape
     group = num_query_heads // num_kv_heads
+    before = length - asking
     block = min(max(ELEMENTS // (group * length), ROWS[0]), ROWS[1])
     # The queries that read one head stand together at every position, so that a block of them is
     # one piece of memory.
-    asked = queries.view(num_kv_heads, group, length, head_dim).transpose(1, 2).contiguous()
-    context = queries.new_empty(length, num_kv_heads, group, head_dim)
+    asked = queries.view(num_kv_heads, group, asking, head_dim).transpose(1, 2).contiguous()
+    context = queries.new_empty(asking, num_kv_heads, group, head_dim)
     received = torch.zeros(num_kv_heads, group, length) if mass else None
-    # Added, which takes half the time of filling.
-    future = torch.ones(block, block, dtype=torch.bool).triu_(1)
-    hidden = queries.new_zeros(block, block).masked_fill_(future, float("-inf"))[:, None]
     members = torch.eye(group, dtype=queries.dtype).repeat(1, block)
     # Written over for every block: fresh memory costs as much time as the softmax.
-    room = queries.new_empty(group * min(block, length) * length)
+    room = queries.new_empty(group * min(block, asking) * length)
     for head in range(num_kv_heads):
         columns = keys[head].t()
-        for start in range(0, length, block):
-            end = min(start + block, length)
-            rows = end - start
+        for first in range(0, asking, block):
+            last = min(first + block, asking)
+            rows, end = last - first, before + last
             logits = room[: group * rows * end].view(rows * group, end)
-            torch.mm(asked[head, start:end].view(-1, head_dim), columns[:, :end], out=logits)
-            ahead = logits.view(rows, group, end)[..., start:]
-            ahead += hidden[:rows, :, :rows]
-            shares = torch.softmax(logits, dim=-1)
+            torch.mm(asked[head, first:last].view(-1, head_dim), columns[:, :end], out=logits)
+            causal_softmax(logits, before + first, group)
             if received is not None:
                 # As a product: many times faster than a sum over rows, and summed in float32.
-                received[head, :, :end] += torch.mm(members[:, : rows * group], shares)
-            attended = torch.mm(shares, values[head, :end])
-            context[start:end, head] = attended.view(rows, group, head_dim)
+                received[head, :, :end] += torch.mm(members[:, : rows * group], logits)
+            attended = torch.mm(logits, values[head, :end])
+            context[first:last, head] = attended.view(rows, group, head_dim)
     shape = (num_query_heads, length)
     return context.flatten(1, 2), None if received is None else received.view(shape)

@@ -113,6 +113,24 @@ def _fitting(context: Any, value: Any, like: Any) -> Any:
 _fit: Any = intrinsic(_fitting)
 
 
+def _choosing(context: Any, one: Any, other: Any) -> Any:
+    """The greater of two float32."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        number = ir.FloatType()
+        kind = ir.FunctionType(number, [number, number])
+        return builder.call(
+            builder.module.declare_intrinsic("llvm.maxnum", [number], kind), arguments
+        )
+
+    return types.float32(one, other), code
+
+
+greater: Any = intrinsic(_choosing)
+"""Numba's own `max` takes one number at a time where it runs over an array, this one as many as a
+register holds."""
+
+
 @inlined
 def narrow(value: Any) -> Any:
     """The nearest bfloat16's bits, of two equally near the even ones."""

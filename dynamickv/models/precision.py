@@ -50,5 +50,10 @@ def packed_for(
     if free_host_memory() <= size:
         return None
     # Loaded meanwhile, on a machine's first time compiled, so that hardly a prompt waits for it.
-    Thread(target=import_module, args=("dynamickv.fast.attention",)).start()
+    Thread(target=_import_compiled).start()
     return PackedWeights(model)
+
+
+def _import_compiled() -> None:
+    for name in ("softmax", "attention"):
+        import_module(f"dynamickv.fast.{name}")

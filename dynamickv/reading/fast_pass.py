@@ -23,7 +23,7 @@ from dynamickv.fast.decoder import (
     packed_throughout,
 )
 from dynamickv.fast.kernels import bits
-from dynamickv.fast.packed import FastProducts, PackedWeights
+from dynamickv.fast.packed import FEW_ROWS, FastProducts, PackedWeights
 from dynamickv.layers.kv import KVLayer
 from dynamickv.reading.observe import cache_argument
 from dynamickv.records import Attended
@@ -35,6 +35,11 @@ ROWS = 512
 """Positions that small operations take at a time, so that they stay in the cache."""
 
 
+LAST = 2 * FEW_ROWS
+"""Positions that go on from the last layer's attention: of the others only keys and values are
+asked for. More than are multiplied with four bits, which are packed when an answer begins."""
+
+
 class PromptOps(Ops[KVLayer]):
     """A whole prompt's positions as rows. The sum that runs through the layers stays float32; what
     a product reads is bfloat16."""
@@ -43,6 +48,8 @@ class PromptOps(Ops[KVLayer]):
         self._packed, self._mass = packed, mass
         self.received: Tensor | None = None
         """As in `FastProducts`."""
+        self.last: KVLayer | None = None
+        """The last layer of the model."""
 
     def linear(self, x: Tensor, linear: nn.Linear) -> Tensor:
         """One projection."""
@@ -55,10 +62,11 @@ class PromptOps(Ops[KVLayer]):
         return kernels.normed(x, weight, eps)
 
     def project(self, x: Tensor, *linears: nn.Linear, residual: Tensor | None = None) -> Tensor:
-        """In one product, added to the residual in place."""
+        """In one product, added in place to the residual of the positions that go on."""
         joined = self._packed.product(x, *linears)
         if residual is None:
             return joined
+        residual = residual[-len(joined) :]
         for part, added in zip(torch.split(residual, ROWS), torch.split(joined, ROWS), strict=True):
             part += added
         return residual
@@ -97,13 +105,14 @@ class PromptOps(Ops[KVLayer]):
     def attend(self, query: Tensor, store: KVLayer, scaling: float) -> Tensor:
         """Causal attention, shown to the layer afterwards."""
         keys, values = store.held()
+        asking = query[:, -LAST:] if store is self.last and not self._mass else query
         context, self.received = causal_attention(
-            query, keys[0], values[0], scaling, mass=self._mass
+            asking, keys[0], values[0], scaling, mass=self._mass
         )
         if store.after_attention is not None:
             attended = Attended(queries=query[None], keys=keys, values=values, scaling=scaling)
             store.after_attention(store, attended)
-        return context.flatten(1)
+        return (context[-LAST:] if store is self.last else context).flatten(1)
 
     def speak(self, x: Tensor, norm: Any, head: nn.Linear) -> Tensor:
         """Only the last position's next token is asked for."""
@@ -143,5 +152,7 @@ class FastReading:
         x = decoder.embed_tokens(token_ids[0])
         cos, sin = decoder.rotary_emb(x, torch.arange(len(x))[None])
         rotation = cos[0][:, None], sin[0][:, None]
-        logits = next_logits(self._llm, self._by, x, rotation, cache.whole_layers())
+        layers = cache.whole_layers()
+        self._by.last = layers[-1]
+        logits = next_logits(self._llm, self._by, x, rotation, layers)
         return logits[0].float()

@@ -1,0 +1,44 @@
+"""What functions that torch's threads share are made of, compiled by numba.
+
+The threads are those of the OpenMP runtime that torch itself runs on, so that no others wait beside
+them and torch's count of threads holds here too. It is called by its GNU name; where torch has
+another runtime, such as on Windows, one thread does it all. The threads are told one address, where
+they find what they work on and a counter of the parts already taken.
+"""
+
+# mypy: disable-error-code="no-untyped-call"
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+
+
+def _pointer_to(number: Any) -> Any:
+    """What finds numbers of a kind at an address."""
+
+    def typed(context: Any, address: Any) -> Any:
+        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(number)(types.int64), code
+
+    return intrinsic(typed)
+
+
+def _taking(context: Any, counter: Any) -> Any:
+    """The number at an address; the next one to ask gets the next."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        one = ir.Constant(ir.IntType(64), 1)
+        return builder.atomic_rmw("add", arguments[0], one, "monotonic")
+
+    return types.int64(counter), code
+
+
+floats_at: Any = _pointer_to(types.float32)
+bits_at: Any = _pointer_to(types.uint16)
+take: Any = intrinsic(_taking)
