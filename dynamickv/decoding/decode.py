@@ -116,9 +116,9 @@ def _stepper(
     neighbours = Neighbours(llm.device)
 
     def advance(token_id: int) -> tuple[int, float, float]:
-        neighbours.look()
-        start = time.perf_counter()
-        return *step(token_id), time.perf_counter() - start
+        with neighbours.step():
+            start = time.perf_counter()
+            return *step(token_id), time.perf_counter() - start
 
     return advance
 

@@ -58,10 +58,10 @@ class Together:
     def _run(self) -> None:
         """Feed every announced token."""
         waiting = [member for member in self._members if member.token_id is not None]
-        self._neighbours.look()
-        start = time.perf_counter()
-        chosen = self._chosen(waiting)
-        seconds = time.perf_counter() - start
+        with self._neighbours.step():
+            start = time.perf_counter()
+            chosen = self._chosen(waiting)
+            seconds = time.perf_counter() - start
         for member, (token_id, logprob) in zip(waiting, chosen, strict=True):
             member.arrived = (token_id, logprob, seconds)
             member.position += 1

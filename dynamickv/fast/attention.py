@@ -1,5 +1,5 @@
-"""A token's attention to what a cache holds, compiled: in parts that torch's threads share (see team)
-where it holds much."""
+"""A token's attention to what a cache holds, compiled: in parts that torch's threads share (see
+team) where it holds much."""
 
 # mypy: disable-error-code="attr-defined,no-untyped-call,untyped-decorator"
 

@@ -1,7 +1,7 @@
-"""Softmax of a prompt's attention, compiled: in place, over what each query sees, by torch's threads
-(see team). Torch's own takes more than twice as long, and a mask besides."""
+"""Softmax of a prompt's attention, compiled: in place, over what each query sees, by torch's
+threads (see team). Torch's own takes more than twice as long, and a mask besides."""
 
-# mypy: disable-error-code="attr-defined"
+# mypy: disable-error-code="attr-defined,untyped-decorator"
 
 from __future__ import annotations
 
@@ -75,11 +75,20 @@ def causal_softmax(logits: Tensor, start: int, group: int) -> None:
             lies behind becomes 0.
         start: position of the first query; start + queries <= keys.
         group: heads for each query.
+
+    Raises:
+        TypeError: other numbers, or not contiguous.
+        ValueError: a query would see more keys than there are.
     """
+    # The threads are told addresses alone.
+    if logits.dtype != torch.bfloat16 or not logits.is_contiguous():
+        raise TypeError(f"logits must be contiguous bfloat16, got {logits.dtype}")
     threads = torch.get_num_threads()
     runtime = openmp() if threads > 1 else None
     array = bits(logits)
     rows, keys = array.shape
+    if start < 0 or start + -(-rows // group) > keys:
+        raise ValueError(f"{rows // group} queries from position {start} see more than {keys} keys")
     if runtime is None:
         softmax_rows(array, 0, rows, start, group)
         return

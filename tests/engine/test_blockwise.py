@@ -10,6 +10,8 @@ from dynamickv.fast import blockwise
 from dynamickv.fast.blockwise import causal_attention
 from dynamickv.scoring import attention_mass
 
+pytest.importorskip("numba", reason="the softmax is compiled")
+
 
 def states(
     length: int, head_dim: int = 16, offset: float = 0.0
@@ -34,6 +36,19 @@ def test_it_is_causal_attention(length: int, tiles: bool, monkeypatch: pytest.Mo
     )[0]
     assert received is None
     torch.testing.assert_close(context.float().transpose(0, 1), expected, atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("tiles", [False, True])
+@pytest.mark.parametrize("asking", [1, 5, 33, 300])
+def test_the_last_positions_alone_get_what_they_get_among_all(
+    asking: int, tiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blockwise, "has_tiles", lambda: tiles)
+    monkeypatch.setattr(blockwise, "ELEMENTS", 3 * 32 * 300)
+    queries, keys, values = states(300)
+    whole, _ = causal_attention(queries, keys, values, 0.25)
+    last, _ = causal_attention(queries[:, -asking:], keys, values, 0.25)
+    torch.testing.assert_close(last.float(), whole[-asking:].float(), atol=0.02, rtol=0)
 
 
 @pytest.mark.parametrize("length", [2, 40, 300])

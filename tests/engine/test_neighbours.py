@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,16 @@ import torch
 
 import dynamickv as dkv
 from dynamickv import neighbours
-from dynamickv.neighbours import MILLISECOND, Neighbours, give_back_threads, openmp, thread_times
+from dynamickv.neighbours import (
+    MILLISECOND,
+    Gathering,
+    KeptCores,
+    Neighbours,
+    current_core,
+    give_back_threads,
+    openmp,
+    thread_times,
+)
 from tests.engine.tiny import DOCUMENT, QUESTION, tiny_llm
 
 pytestmark = pytest.mark.skipif(
@@ -68,13 +78,172 @@ def test_threads_sleep_while_others_want_the_cores_and_no_longer(
     watched.look()
     assert watched.crowded
     assert eventually(lambda: asleep() == 1)
-    clock(300, 10)
+    clock(1900, 90)
     watched.look()
-    assert watched.crowded, "half a second tells"
-    clock(300, 10)
+    assert watched.gathered, "two seconds"
+    clock(5, 5)
+    watched.look()
+    assert watched.crowded
+    assert not watched.gathered, "it is tried whether the cores are free"
+    clock(40, 8)
+    watched.look()
+    assert not watched.gathered, "too short to tell"
+    clock(100, 0)
     watched.look()
     assert not watched.crowded
     assert eventually(lambda: asleep() == 0)
+
+
+@pytest.mark.parametrize("waited", [7, 40], ids=["a little", "half of it"])
+def test_threads_gather_again_while_cores_are_not_free(
+    clock: Callable[[float, float], None], waited: float
+) -> None:
+    watched = Neighbours(CPU)
+    for ran, more in ((0, 0), (40, 40), (2000, 2000), (50, waited)):
+        clock(ran, more)
+        watched.look()
+    assert watched.gathered
+
+
+def places() -> dict[int, set[int]]:
+    """The cores that each thread of this process may run on."""
+    found = {}
+    for thread in map(int, os.listdir("/proc/self/task")):
+        with suppress(ProcessLookupError):
+            found[thread] = os.sched_getaffinity(thread)
+    return found
+
+
+@pytest.fixture
+def cores() -> set[int]:
+    """Those of this process, several."""
+    allowed = os.sched_getaffinity(0)
+    if len(allowed) < 2:
+        pytest.skip("needs two cores")
+    return allowed
+
+
+def crowd(watched: Neighbours, clock: Callable[[float, float], None]) -> None:
+    """Let it find out that others want the cores."""
+    watched.look()
+    clock(40, 40)
+    watched.look()
+
+
+def test_a_team_keeps_to_one_core_and_is_let_go(
+    clock: Callable[[float, float], None], cores: set[int]
+) -> None:
+    torch.exp(torch.zeros(2**20))
+    before = places()
+    watched = Neighbours(CPU)
+    crowd(watched, clock)
+    kept = {thread: where for thread, where in places().items() if len(where) == 1}
+    assert threading.get_native_id() in kept
+    assert len(kept) == 2
+    assert len(set(map(frozenset, kept.values()))) == 1
+    watched.rest()
+    assert places() | before == places(), "all of them may run where they could"
+
+
+def test_between_its_steps_a_thread_may_run_anywhere(
+    clock: Callable[[float, float], None], cores: set[int]
+) -> None:
+    watched = Neighbours(CPU)
+    crowd(watched, clock)
+    with watched.step():
+        assert len(os.sched_getaffinity(0)) == 1
+    assert os.sched_getaffinity(0) == cores
+    with pytest.raises(KeyError), watched.step():
+        raise KeyError
+    assert os.sched_getaffinity(0) == cores
+    del watched
+    assert all(where == cores for where in places().values())
+
+
+def test_threads_that_take_turns_bring_their_teams(
+    clock: Callable[[float, float], None], cores: set[int]
+) -> None:
+    watched = Neighbours(CPU)
+    crowd(watched, clock)
+    with ThreadPoolExecutor(1) as other:
+
+        def work() -> int:
+            torch.set_num_threads(2)
+            with watched.step():
+                return len(os.sched_getaffinity(0))
+
+        assert other.submit(work).result() == 1
+        assert sum(len(where) == 1 for where in places().values()) == 4 - 1, "its own is let go"
+        watched.rest()
+        assert all(where == cores for where in places().values())
+
+
+def test_gatherings_take_cores_that_no_other_has(cores: set[int]) -> None:
+    kept = KeptCores()
+    taken = [kept.take(cores, 1) for _ in range(len(cores))]
+    assert set.union(*taken) == cores
+    kept.give_back(taken[0])
+    assert kept.take(cores, 0) == taken[0], "at least one, of those that are free"
+    assert kept.take(cores, len(cores)) == cores
+
+
+def test_the_first_takes_the_core_it_runs_on(cores: set[int]) -> None:
+    for core in cores:
+        os.sched_setaffinity(0, {core})
+        try:
+            assert current_core() == core
+            assert KeptCores().take(cores, 1) == {core}
+        finally:
+            os.sched_setaffinity(0, cores)
+
+
+@pytest.mark.parametrize("told", [None, "1 (name", "1 (a) b) R 0"])
+def test_where_no_core_is_told_any_is_taken(
+    told: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "stat"
+    if told is not None:
+        file.write_text(told, "ascii")
+    monkeypatch.setattr(neighbours, "PLACE", str(file))
+    assert current_core() is None
+    assert KeptCores().take({3, 5}, 1) == {3}
+
+
+def test_threads_that_are_gone_are_left_alone(
+    cores: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    placed: list[int] = []
+    place = os.sched_setaffinity
+
+    def note(thread: int, where: set[int]) -> None:
+        placed.append(thread)
+        place(thread, where)
+
+    monkeypatch.setattr(os, "sched_setaffinity", note)
+    gathering = Gathering()
+    thread = threading.Thread(target=gathering.keep)
+    thread.start()
+    thread.join()
+    give_back_threads()
+    gone = gathering._threads - set(places())
+    assert thread.native_id in gone
+    placed.clear()
+    gathering.end()
+    assert not gone & set(placed)
+
+
+def test_where_threads_may_not_be_placed_the_work_goes_on(
+    clock: Callable[[float, float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(thread: int, where: set[int]) -> None:
+        raise PermissionError(thread, where)
+
+    monkeypatch.setattr(os, "sched_setaffinity", refuse)
+    watched = Neighbours(CPU)
+    crowd(watched, clock)
+    with watched.step():
+        assert watched.crowded
+    watched.rest()
 
 
 @pytest.mark.parametrize(

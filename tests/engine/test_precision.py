@@ -60,6 +60,31 @@ def test_the_attention_received_is_that_of_the_layers_own_queries() -> None:
 
 
 @needs_fast
+@pytest.mark.parametrize("mass", [False, True])
+@pytest.mark.parametrize("last", [1, 16, 10**6])
+def test_what_the_last_layer_leaves_out_was_for_nothing(
+    last: int, mass: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast_pass = pytest.importorskip("dynamickv.reading.fast_pass", reason="needs numba")
+    exact, fast = both()
+    monkeypatch.setattr(fast_pass, "LAST", last)
+    asked = []
+    attention = fast_pass.causal_attention
+
+    def note(queries: torch.Tensor, *others: object, **options: object) -> object:
+        asked.append(queries.shape[1])
+        return attention(queries, *others, **options)
+
+    monkeypatch.setattr(fast_pass, "causal_attention", note)
+    read, true = (dkv.prefill(llm, DOCUMENT, QUESTION, mass=mass) for llm in (fast, exact))
+    assert close(read.logits, true.logits)
+    for layer, true_layer in zip(read.layers, true.layers, strict=True):
+        assert close(layer.queries, true_layer.queries)
+    whole = read.length
+    assert asked == [whole] * (len(read.layers) - 1) + [whole if mass else min(last, whole)]
+
+
+@needs_fast
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("rows", [1, 3, 6])
 def test_fast_steps_say_what_exact_ones_do(family: str, rows: int) -> None:
