@@ -52,7 +52,7 @@ def main() -> None:
     rows = [*prefills(exact, fast, prompt, options.rounds), *agreement(exact, fast)]
     read = prefill_prompt(fast, prompt)
     rows += decoding(exact, fast, prompt, read, options.rounds)
-    rows += six_methods(exact, fast, prompt, max(options.rounds // 2, 1))
+    rows += six_methods(exact, fast, prompt, options.rounds)
     rows += beside_neighbours(fast, prompt, read, options.rounds)
     rows += peers.llamacpp(fast, prompt, read, options.rounds)
     rows += peers.openvino(fast, prompt_of(fast, peers.LONG), options.rounds)

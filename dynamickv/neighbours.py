@@ -6,10 +6,11 @@ time of those that spin is lost. How long they spin is settled when torch loads 
 where there are more threads than cores OpenMP lets them sleep almost at once. A second team of
 threads, which does nothing, makes it so for as long as it exists.
 
-Asleep, each thread still waits for the one whose core another program has just then. Kept together
-on half of the cores, which the system then gives the others less to do on, they take turns among
-themselves instead: on two cores beside two spinning processes a step takes 1.6 times as long as
-alone, where it took 1.6 or 3 times by where the system had put the threads.
+Asleep, each thread still waits for the one whose core another program has just then. Two threads,
+on two cores, are therefore kept together on one, where they take turns; the system gives others the
+other. Beside two spinning processes a step takes 1.6 times as long as alone then, where it took 1.6
+or 3 times by where the system had put the threads. Of more threads on half as many cores, 4 took as
+long as without, and 16 up to 1.4 times as long.
 
 Linux tells a thread how long it was ready and had to wait for a core; elsewhere nothing is done.
 """
@@ -33,12 +34,15 @@ TIMES = "/proc/thread-self/schedstat"
 PLACE = "/proc/thread-self/stat"
 """Of the thread that reads it, the core it runs on, after many other things."""
 MILLISECOND = 1_000_000
-LOOK, CROWDED, CALM = 50 * MILLISECOND, 0.2, 0.1
-"""The cores are wanted once a thread waited for more than this share of so long a time; they are
-free again once it waited for less than that one."""
-GATHERED = 2000 * MILLISECOND
-"""How long threads keep together until it is tried without. Then they wait for each other, so that
-their waiting tells nothing of others."""
+ENTER, CROWDED = 50 * MILLISECOND, 0.2
+"""The cores are wanted once a thread waited for more than this share of so long a time."""
+LEAVE, CALM = 500 * MILLISECOND, 0.1
+"""They are free again once it waited for less than this share of so long a time."""
+TWO = 2
+"""Threads that keep together."""
+GATHERED, TRIED = 2000 * MILLISECOND, 50 * MILLISECOND
+"""How long they do until it is tried without, and for how long. Together they wait for each other,
+so that their waiting tells nothing of others."""
 SOFT = 1
 """OpenMP's omp_pause_soft: threads end, settings stay."""
 
@@ -92,6 +96,8 @@ class Neighbours:
         self._free: Any = None
         """Lets the threads spin again, while they sleep for this object."""
         self._gathering: Gathering | None = None
+        self._enough = ENTER
+        """Time after which is decided what to do."""
 
     def __enter__(self) -> Neighbours:
         return self
@@ -106,7 +112,7 @@ class Neighbours:
 
     @property
     def gathered(self) -> bool:
-        """Whether threads keep together: all the time that it is crowded but for short trials."""
+        """Whether threads keep together."""
         return self._gathering is not None
 
     @contextmanager
@@ -135,7 +141,7 @@ class Neighbours:
         self._ran += max(times[0] - before[0], 0)
         self._waited += max(times[1] - before[1], 0)
         spent = self._ran + self._waited
-        if spent >= (GATHERED if self.gathered else LOOK):
+        if spent >= self._enough:
             self._decide(self._waited / spent)
             self._ran = self._waited = 0
         if self._gathering is not None:
@@ -145,9 +151,9 @@ class Neighbours:
         """By the share of its time that a thread was kept waiting."""
         if self.gathered:
             self._part()
-        elif waiting > CROWDED or (self.crowded and waiting >= CALM):
+            self._enough = TRIED
+        elif waiting > (CALM if self.crowded else CROWDED):
             self._sleep()
-            self._gathering = Gathering() if self.crowded else None
         else:
             self.rest()
 
@@ -157,6 +163,7 @@ class Neighbours:
         if self._free is not None:
             self._free()
             self._free = None
+        self._enough = ENTER
 
     def _part(self) -> None:
         if self._gathering is not None:
@@ -164,55 +171,56 @@ class Neighbours:
             self._gathering = None
 
     def _sleep(self) -> None:
-        if self.crowded:
-            return
         team = idle_team()
-        try:
-            team.enter()
-        except RuntimeError:  # no thread can be started
-            self._watches = False
-        else:
+        if not self.crowded:
+            try:
+                team.enter()
+            except RuntimeError:  # no thread can be started
+                self._watches = False
+                return
             self._free = weakref.finalize(self, team.leave)
+        self._enough = LEAVE
+        if torch.get_num_threads() == TWO:
+            self._gathering = Gathering()
+            self._enough = GATHERED
 
 
 class Gathering:
-    """Keeps threads and their teams on half as many cores as a team has threads, until `end`, or as
-    long as the object."""
+    """Keeps threads and their teams on one core, until `end`, or as long as the object."""
 
     def __init__(self) -> None:
-        allowed = os.sched_getaffinity(0)
-        self._allowed, self._threads = allowed, set[int]()
-        self._size = torch.get_num_threads()
-        self._cores = kept_cores().take(allowed, min(self._size, len(allowed)) // 2)
-        self.end = weakref.finalize(self, _part, self._threads, self._cores, allowed)
+        self._allowed = os.sched_getaffinity(0)
+        self._core = kept_cores().take(self._allowed)
+        self._threads: set[int] = set()
+        self.end = weakref.finalize(self, _part, self._threads, self._core, self._allowed)
         """Let all threads run where they could before."""
 
     def keep(self) -> None:
         """The calling thread, and when it comes first its team."""
         if threading.get_native_id() in self._threads:
-            _allow(0, self._cores)
+            _allow(0, {self._core})
             return
 
         def gather(_: object) -> None:
             self._threads.add(threading.get_native_id())
-            _allow(0, self._cores)
+            _allow(0, {self._core})
 
         function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(gather)
         # `ctypes.cast` would make a circle of references, and this object last until it is found.
         address = ctypes.c_void_p.from_buffer(function).value
-        openmp().GOMP_parallel(address, None, self._size, 0)
+        openmp().GOMP_parallel(address, None, torch.get_num_threads(), 0)
 
     def let_go(self) -> None:
         """Of the calling thread alone."""
         _allow(0, self._allowed)
 
 
-def _part(threads: set[int], cores: set[int], allowed: set[int]) -> None:
+def _part(threads: set[int], core: int, allowed: set[int]) -> None:
     for thread in threads:
         # Another program's thread can bear the number of one that is gone.
         if os.path.exists(f"/proc/self/task/{thread}"):
             _allow(thread, allowed)
-    kept_cores().give_back(cores)
+    kept_cores().give_back(core)
 
 
 def _allow(thread: int, cores: set[int]) -> None:
@@ -222,26 +230,25 @@ def _allow(thread: int, cores: set[int]) -> None:
 
 
 class KeptCores:
-    """How many gatherings of this process keep to each core: they share none without need."""
+    """How many gatherings of this process keep to each core."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._kept: Counter[int] = Counter()
 
-    def take(self, allowed: set[int], count: int) -> set[int]:
-        """At least one core; the one that the calling thread runs on rather than another, as the
-        system has given other processes' threads others."""
+    def take(self, allowed: set[int]) -> int:
+        """The core to which fewest keep; of several the one that the calling thread runs on, as the
+        system has put other processes' threads on others."""
         here = current_core()
         with self._lock:
-            order = sorted(allowed, key=lambda core: (self._kept[core], core != here, core))
-            cores = set(order[: max(count, 1)])
-            self._kept.update(cores)
-        return cores
+            core = min(allowed, key=lambda core: (self._kept[core], core != here, core))
+            self._kept[core] += 1
+        return core
 
-    def give_back(self, cores: set[int]) -> None:
+    def give_back(self, core: int) -> None:
         """What was taken."""
         with self._lock:
-            self._kept.subtract(cores)
+            self._kept[core] -= 1
 
 
 @cache

@@ -94,6 +94,23 @@ def test_threads_sleep_while_others_want_the_cores_and_no_longer(
     assert eventually(lambda: asleep() == 0)
 
 
+def test_more_than_two_threads_sleep_where_they_are(
+    clock: Callable[[float, float], None], cores: set[int]
+) -> None:
+    torch.set_num_threads(3)
+    watched = Neighbours(CPU)
+    crowd(watched, clock)
+    assert watched.crowded
+    assert not watched.gathered
+    assert all(where == cores for where in places().values())
+    clock(300, 10)
+    watched.look()
+    assert watched.crowded, "half a second tells"
+    clock(300, 10)
+    watched.look()
+    assert not watched.crowded
+
+
 @pytest.mark.parametrize("waited", [7, 40], ids=["a little", "half of it"])
 def test_threads_gather_again_while_cores_are_not_free(
     clock: Callable[[float, float], None], waited: float
@@ -180,11 +197,10 @@ def test_threads_that_take_turns_bring_their_teams(
 
 def test_gatherings_take_cores_that_no_other_has(cores: set[int]) -> None:
     kept = KeptCores()
-    taken = [kept.take(cores, 1) for _ in range(len(cores))]
-    assert set.union(*taken) == cores
+    taken = [kept.take(cores) for _ in range(len(cores))]
+    assert set(taken) == cores
     kept.give_back(taken[0])
-    assert kept.take(cores, 0) == taken[0], "at least one, of those that are free"
-    assert kept.take(cores, len(cores)) == cores
+    assert kept.take(cores) == taken[0], "the one that is free"
 
 
 def test_the_first_takes_the_core_it_runs_on(cores: set[int]) -> None:
@@ -192,7 +208,7 @@ def test_the_first_takes_the_core_it_runs_on(cores: set[int]) -> None:
         os.sched_setaffinity(0, {core})
         try:
             assert current_core() == core
-            assert KeptCores().take(cores, 1) == {core}
+            assert KeptCores().take(cores) == core
         finally:
             os.sched_setaffinity(0, cores)
 
@@ -206,7 +222,7 @@ def test_where_no_core_is_told_any_is_taken(
         file.write_text(told, "ascii")
     monkeypatch.setattr(neighbours, "PLACE", str(file))
     assert current_core() is None
-    assert KeptCores().take({3, 5}, 1) == {3}
+    assert KeptCores().take({3, 5}) == 3
 
 
 def test_threads_that_are_gone_are_left_alone(
