@@ -379,6 +379,11 @@ def main() -> None:
     if options.part is not None:
         work(options)
         return
+    wanted = {row.split("/")[0] for row in options.only.split(",")} if options.only else MODELS
+    files = [options.models / f"{model}.gguf" for model in MODELS if model in wanted]
+    for file in files:
+        if not file.is_file():
+            parser.error(f"there is no file {file}; --models takes the folder with the .gguf files")
     began = time.perf_counter()
     options.output.mkdir(parents=True, exist_ok=True)
     packed = (options.packed or options.output) / PACKED
@@ -388,9 +393,7 @@ def main() -> None:
     shutil.rmtree(options.output / CLAIMS, ignore_errors=True)
     (options.output / CLAIMS).mkdir()
     write_essays(options.data, options.output / "essays")
-    wanted = {row.split("/")[0] for row in options.only.split(",")} if options.only else MODELS
-    convert([options.models / f"{model}.gguf" for model in MODELS if model in wanted],
-            options.output / "logs")  # fmt: skip
+    convert(files, options.output / "logs")
     left = options.seconds - (time.perf_counter() - began)
     commands = {}
     for part in range(options.processes):

@@ -14,7 +14,13 @@ from typing import NoReturn
 from tqdm import tqdm
 
 from dynamickv.compare import compare_stream
-from dynamickv.evaluate.arguments import add_settings, listed, output_file, settings_of
+from dynamickv.evaluate.arguments import (
+    add_settings,
+    listed,
+    output_file,
+    settings_of,
+    with_options,
+)
 from dynamickv.evaluate.options import Help, add_commands
 from dynamickv.memory import bytes_per_value, free_memory
 from dynamickv.methods import METHODS, CompressionMethod, build_methods
@@ -52,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         command(options)
     except (ValueError, OSError, MemoryError) as error:
-        print(f"error: {_sentence(error)}", file=sys.stderr)
+        print(f"error: {with_options(_sentence(error), options)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

@@ -169,9 +169,9 @@ class ModelHost:
         label = self.label(name)
         model = self._models.get(name)
         if model is not None:
-            return ModelState(
-                state="ready", message=f"{label} ready · {model.dtype} on {model.device}"
-            )
+            products = ", fast products" if model.precision == "fast" else ""
+            message = f"{label} ready · {model.dtype} on {model.device}{products}"
+            return ModelState(state="ready", message=message)
         if name in self._failures:
             why = self._failures[name].replace(name, label)
             return ModelState(state="failed", message=f"{label} did not load: {why}")

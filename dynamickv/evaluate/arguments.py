@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,16 @@ def _attribute(option: str) -> str:
 def listed(text: str) -> list[str]:
     """The names in a list with commas."""
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def with_options(sentence: str, options: argparse.Namespace) -> str:
+    """What the engine says of its parameters, said of the options that were typed: --window-size
+    for window_size."""
+    for name in vars(options):
+        if "_" in name:
+            option = "--" + name.replace("_", "-")
+            sentence = re.sub(rf"(?<![\w-]){name}(?!\w|\.\w)", option, sentence)
+    return sentence
 
 
 def output_file(name: str) -> Path:

@@ -150,7 +150,7 @@ def test_turns_ask_a_document_its_questions_and_go_on_where_they_stopped(call: C
     assert len(Path("turns.jsonl").read_text().splitlines()) == 4
     code, _, err = call(*own, "--max-new-tokens", "4")
     assert code == 2
-    assert "turns.jsonl was measured with max_new_tokens=3 and not 4" in err
+    assert "turns.jsonl was measured with --max-new-tokens=3 and not 4" in err
 
 
 def test_forgetting_prints_its_curves_and_writes_a_csv(call: Command) -> None:
@@ -259,7 +259,7 @@ def test_questions_that_cannot_be_asked_are_named_by_their_place(
         (("turns", "--samples", "0"), "samples must be at least 1"),
         (("turns", "--asked", "1"), "asked must be at least 2"),
         (("turns", "--pairs", "4"), "pairs must be from the number of questions (5)"),
-        (("turns", "--max-new-tokens", "0"), "max_new_tokens must be at least 1"),
+        (("turns", "--max-new-tokens", "0"), "--max-new-tokens must be at least 1"),
         (("turns", "--output", "a.txt"), "ends in .json"),
         (("tasks", "--documents", "."), "holds no .txt files"),
     ],

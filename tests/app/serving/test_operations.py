@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import importlib.util
 import io
@@ -27,6 +28,7 @@ from app.serving.health import health
 from app.serving.model_host import ModelHost
 from app.serving.sealed import SENTENCE
 from app.serving.turns import Turns
+from dynamickv.fast.packed import PackedWeights
 from tests.app.pages import Page, asking, filled
 from tests.engine.tiny import DOCUMENT, QUESTION, tiny_llm
 
@@ -113,6 +115,14 @@ def test_a_folder_s_place_is_not_told(llm: dkv.LoadedModel) -> None:
     assert host.state().message == "mine did not load: mine cannot be read"
     assert "secret" not in json.dumps(health(host, Turns()))
     assert host.choices()[0][0] == "mine"
+
+
+def test_the_page_says_how_a_ready_model_computes(llm: dkv.LoadedModel) -> None:
+    fast = dataclasses.replace(llm, packed=PackedWeights(llm.model))
+    for model, products in ((llm, ""), (fast, ", fast products")):
+        host = ModelHost("tiny", loader=lambda _, model=model: model)
+        host.load_default()
+        assert host.state().message == f"tiny ready · float32 on cpu{products}"
 
 
 # Health.
