@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 import dynamickv as dkv
+from dynamickv import conversation
+from dynamickv.decoding.decode import Step
 from dynamickv.reading.template import follow_up_ids
 from tests.engine.tiny import DOCUMENT, QUESTION, small_instances
 
@@ -193,3 +197,20 @@ def test_a_model_that_caches_a_latent_starts_no_such_conversation(
         dkv.Conversation(latent, prefill, dkv.SnapKV(capacity=24), DECODING)
     with pytest.raises(ValueError, match="caches a latent"):
         dkv.compare(latent, prefill=prefill, methods=[dkv.SnapKV(capacity=24)], decoding=DECODING)
+
+
+def test_steps_may_begin_before_their_token_is_read(
+    llm: dkv.LoadedModel, prefill: dkv.Prefill, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = []
+    steps = conversation.decode
+
+    def note(*arguments: Any, **options: Any) -> Iterator[Step]:
+        told.append(options["ahead"])
+        return steps(*arguments, **options)
+
+    monkeypatch.setattr(conversation, "decode", note)
+    talk = dkv.Conversation(llm, prefill, dkv.FullKV())
+    talk.answer(max_new_tokens=3)
+    talk.ask("and then?", max_new_tokens=3)
+    assert told == [True, True]
