@@ -86,6 +86,8 @@ def read_options() -> argparse.Namespace:
     )
     parser.add_argument("--log-level", choices=LEVELS, default="info", help="(default: info)")
     options = parser.parse_args()
+    if not 0 <= options.port <= 65535:
+        parser.error(f"--port must be from 0 to 65535, got {options.port}")
     if options.keep < 0:
         parser.error(f"--keep must be at least 0 MiB, got {options.keep}")
     if options.allow_any_model and not is_loopback(options.host):

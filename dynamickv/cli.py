@@ -159,7 +159,7 @@ def _compare(options: argparse.Namespace) -> None:
     require_text("question", options.question)
     require_longer_document(document, options.question)
     if options.output is not None:
-        output_file(options.output)
+        _record_file(options.output)
     require_expected(options.expected)
     require_precision(options.precision)
     llm = load_model(options.model, quantization=options.quantization, precision=options.precision)
@@ -169,6 +169,12 @@ def _compare(options: argparse.Namespace) -> None:
     if options.output is not None:
         trace.save(options.output)
         print(f"Record saved to {options.output}", file=sys.stderr)
+
+
+def _record_file(name: str) -> None:
+    """Refuse before the work what cannot be written, or would not be opened by its name."""
+    if not output_file(name).name.endswith((".json", ".json.gz")):
+        raise ValueError(f"--output {name} must end in .json or .json.gz; rename it")
 
 
 def _decoding(options: argparse.Namespace) -> Decoding | None:

@@ -206,6 +206,8 @@ def compare_stream(
     finally:
         # Closed outside of any block, Python 3.12 would keep all this as long as the generator.
         answers.clear()
+        if together is not None:
+            together.end()
         give_back_threads()
 
 
@@ -224,6 +226,8 @@ def _validate(
         raise ValueError(
             f"max_new_tokens must be a whole number of at least 1, got {max_new_tokens!r}"
         )
+    if isinstance(methods, CompressionMethod):
+        raise ValueError(f"methods must be a list, got {methods.name} alone; put it in brackets")
     if not methods:
         raise ValueError(f"no method to compare; choose from {', '.join(METHODS)}")
     for method in methods:

@@ -21,7 +21,7 @@ import ctypes
 import os
 import threading
 import weakref
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -39,7 +39,7 @@ ENTER, CROWDED = 50 * MILLISECOND, 0.2
 LEAVE, CALM = 500 * MILLISECOND, 0.1
 """They are free again once it waited for less than this share of so long a time."""
 TWO = 2
-"""Threads that keep together."""
+"""Threads that keep together, on as many cores."""
 GATHERED, TRIED = 2000 * MILLISECOND, 50 * MILLISECOND
 """How long they do until it is tried without, and for how long. Together they wait for each other,
 so that their waiting tells nothing of others."""
@@ -117,14 +117,26 @@ class Neighbours:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """`look`, and compute; afterwards the calling thread may run anywhere, and so may those
-        that it starts before its next step."""
+        """`look`, and compute; afterwards all threads may run anywhere, and so may those that they
+        start before the next step."""
         self.look()
         try:
             yield
         finally:
             if self._gathering is not None:
                 self._gathering.let_go()
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Between two looks, around what is not computed here and may start threads or programs."""
+        gathering = self._gathering
+        if gathering is not None:
+            gathering.let_go()
+        try:
+            yield
+        finally:
+            if gathering is not None:
+                gathering.keep()
 
     def look(self) -> None:
         """Called by the thread that computes, some milliseconds apart or more."""
@@ -180,7 +192,7 @@ class Neighbours:
                 return
             self._free = weakref.finalize(self, team.leave)
         self._enough = LEAVE
-        if torch.get_num_threads() == TWO:
+        if torch.get_num_threads() == TWO == len(os.sched_getaffinity(0)):
             self._gathering = Gathering()
             self._enough = GATHERED
 
@@ -189,21 +201,25 @@ class Gathering:
     """Keeps threads and their teams on one core, until `end`, or as long as the object."""
 
     def __init__(self) -> None:
-        self._allowed = os.sched_getaffinity(0)
-        self._core = kept_cores().take(self._allowed)
-        self._threads: set[int] = set()
-        self.end = weakref.finalize(self, _part, self._threads, self._core, self._allowed)
+        thread = threading.get_native_id()
+        self._core = kept_cores().take(os.sched_getaffinity(0), thread)
+        self._kept: dict[int, set[int]] = {}
+        """Where each thread that is kept could run before."""
+        self.end = weakref.finalize(self, _part, self._kept, self._core, thread)
         """Let all threads run where they could before."""
 
     def keep(self) -> None:
-        """The calling thread, and when it comes first its team."""
-        if threading.get_native_id() in self._threads:
-            _allow(0, {self._core})
+        """The calling thread and its team, which may be another than before, or have been moved by
+        another gathering."""
+        self.let_go()
+        before = os.sched_getaffinity(0)
+        if self._core not in before:
             return
 
         def gather(_: object) -> None:
-            self._threads.add(threading.get_native_id())
-            _allow(0, {self._core})
+            self._kept[threading.get_native_id()] = before
+            with suppress(OSError):  # where the system does not permit it
+                os.sched_setaffinity(0, {self._core})
 
         function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(gather)
         # `ctypes.cast` would make a circle of references, and this object last until it is found.
@@ -211,44 +227,56 @@ class Gathering:
         openmp().GOMP_parallel(address, None, torch.get_num_threads(), 0)
 
     def let_go(self) -> None:
-        """Of the calling thread alone."""
-        _allow(0, self._allowed)
+        """Of all threads, until the next `keep`."""
+        _let_go(self._kept, self._core)
 
 
-def _part(threads: set[int], core: int, allowed: set[int]) -> None:
-    for thread in threads:
+def _part(kept: dict[int, set[int]], core: int, thread: int) -> None:
+    _let_go(kept, core)
+    kept_cores().give_back(core, thread)
+
+
+def _let_go(kept: dict[int, set[int]], core: int) -> None:
+    """Let threads run where they could before, but those that someone else has placed since."""
+    while kept:
+        thread, before = kept.popitem()
         # Another program's thread can bear the number of one that is gone.
         if os.path.exists(f"/proc/self/task/{thread}"):
-            _allow(thread, allowed)
-    kept_cores().give_back(core)
-
-
-def _allow(thread: int, cores: set[int]) -> None:
-    """Let a thread, 0 for the calling one, run on these cores alone, where the system permits."""
-    with suppress(OSError):
-        os.sched_setaffinity(thread, cores)
+            with suppress(OSError):
+                if os.sched_getaffinity(thread) == {core}:
+                    os.sched_setaffinity(thread, before)
 
 
 class KeptCores:
-    """How many gatherings of this process keep to each core."""
+    """Which threads' gatherings of this process keep to which core."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._kept: Counter[int] = Counter()
+        # Collecting garbage can end a gathering while one is begun in the same thread.
+        self._lock = threading.RLock()
+        self._kept: defaultdict[int, list[int]] = defaultdict(list)
 
-    def take(self, allowed: set[int]) -> int:
-        """The core to which fewest keep; of several the one that the calling thread runs on, as the
-        system has put other processes' threads on others."""
+    def take(self, allowed: set[int], thread: int) -> int:
+        """The core that the thread keeps to already: its gatherings take turns. Else that to which
+        fewest keep; of several the one that the calling thread runs on, as the system has put other
+        processes' threads on others."""
         here = current_core()
         with self._lock:
-            core = min(allowed, key=lambda core: (self._kept[core], core != here, core))
-            self._kept[core] += 1
+            core = min(
+                allowed,
+                key=lambda core: (
+                    thread not in self._kept[core],
+                    len(self._kept[core]),
+                    core != here,
+                    core,
+                ),
+            )
+            self._kept[core].append(thread)
         return core
 
-    def give_back(self, core: int) -> None:
+    def give_back(self, core: int, thread: int) -> None:
         """What was taken."""
         with self._lock:
-            self._kept[core] -= 1
+            self._kept[core].remove(thread)
 
 
 @cache

@@ -55,6 +55,10 @@ class Together:
         self._members.append(member)
         return member
 
+    def end(self) -> None:
+        """None of the runs goes on."""
+        self._neighbours.rest()
+
     def _run(self) -> None:
         """Feed every announced token."""
         waiting = [member for member in self._members if member.token_id is not None]

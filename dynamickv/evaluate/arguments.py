@@ -73,6 +73,10 @@ def with_options(sentence: str, options: argparse.Namespace) -> str:
         if "_" in name:
             option = "--" + name.replace("_", "-")
             sentence = re.sub(rf"(?<![\w-]){name}(?!\w|\.\w)", option, sentence)
+    subject, space, rest = sentence.partition(" ")
+    for name in (subject, f"decode_{subject}"):
+        if hasattr(options, name):
+            return f"--{name.replace('_', '-')}{space}{rest}"
     return sentence
 
 

@@ -4,8 +4,9 @@ products takes torch some forty operations, and each of them longer to start tha
 bfloat16 comes and goes as its bits, uint16 (numba has no such number); all that is computed is
 float32. Compiled when a machine first imports this, in some seconds, and kept in Python's cache
 beside this file, or in the user's. One thread each, as every caller may be in a thread of its own;
-attention.py has what takes several. Numba does not see that its functions are made of these: after
-a change here to what they use, change that file too, or it goes on with its old machine code.
+attention.py and softmax.py have what takes several. Numba does not see that their functions are
+made of these and of team.py's: after a change to what they use, change those files too, or they go
+on with their old machine code.
 """
 
 from __future__ import annotations

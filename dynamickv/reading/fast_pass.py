@@ -48,8 +48,8 @@ class PromptOps(Ops[KVLayer]):
         self._packed, self._mass = packed, mass
         self.received: Tensor | None = None
         """As in `FastProducts`."""
-        self.last: KVLayer | None = None
-        """The last layer of the model."""
+        self.last: int | None = None
+        """The last layer's number. Not the layer, which holds what reads it, and so this."""
 
     def linear(self, x: Tensor, linear: nn.Linear) -> Tensor:
         """One projection."""
@@ -105,14 +105,14 @@ class PromptOps(Ops[KVLayer]):
     def attend(self, query: Tensor, store: KVLayer, scaling: float) -> Tensor:
         """Causal attention, shown to the layer afterwards."""
         keys, values = store.held()
-        asking = query[:, -LAST:] if store is self.last and not self._mass else query
+        asking = query[:, -LAST:] if store.index == self.last and not self._mass else query
         context, self.received = causal_attention(
             asking, keys[0], values[0], scaling, mass=self._mass
         )
         if store.after_attention is not None:
             attended = Attended(queries=query[None], keys=keys, values=values, scaling=scaling)
             store.after_attention(store, attended)
-        return (context[-LAST:] if store is self.last else context).flatten(1)
+        return (context[-LAST:] if store.index == self.last else context).flatten(1)
 
     def speak(self, x: Tensor, norm: Any, head: nn.Linear) -> Tensor:
         """Only the last position's next token is asked for."""
@@ -153,6 +153,6 @@ class FastReading:
         cos, sin = decoder.rotary_emb(x, torch.arange(len(x))[None])
         rotation = cos[0][:, None], sin[0][:, None]
         layers = cache.whole_layers()
-        self._by.last = layers[-1]
+        self._by.last = layers[-1].index
         logits = next_logits(self._llm, self._by, x, rotation, layers)
         return logits[0].float()

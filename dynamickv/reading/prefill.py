@@ -205,7 +205,8 @@ def prefill_prompt(
             watch(layer.index, layers[-1], (keys[0], values[0]))
             watched += time.perf_counter() - started
         if on_layer is not None:
-            on_layer(len(layers))
+            with neighbours.apart():
+                on_layer(len(layers))
 
     cache = KVCache.of(llm.model.config, record)
     token_ids = torch.from_numpy(np.array(prompt.token_ids, np.int64)[None]).to(llm.device)

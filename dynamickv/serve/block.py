@@ -49,6 +49,11 @@ def compress(
     """
     if not isinstance(method, CompressionMethod):
         raise ValueError(f"{method!r} is not a method; give one such as DynamicKV(capacity=512)")
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"compress takes a transformers model, got {type(model).__name__}; "
+            "of what load_model gives, that is its .model"
+        )
     cache = CompressedCache(method, model.config, decoding)
     other = getattr(model.generation_config, "cache_implementation", None)
     if other is not None:

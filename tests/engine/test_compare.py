@@ -683,6 +683,7 @@ def test_without_full_kv_there_is_no_agreement(llm: dkv.LoadedModel) -> None:
         ({"methods": []}, r"no method to compare; choose from FullKV"),
         ({"methods": ["FullKV"]}, "'FullKV' is not a method; give instances"),
         ({"methods": [dkv.FullKV]}, "is not a method; give instances"),
+        ({"methods": dkv.FullKV()}, "methods must be a list, got FullKV alone"),
         ({"max_new_tokens": 0}, "max_new_tokens must be a whole number of at least 1, got 0"),
         ({"max_new_tokens": -1}, "got -1"),
         ({"max_new_tokens": 2.5}, r"got 2\.5"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -82,6 +84,18 @@ def test_what_the_last_layer_leaves_out_was_for_nothing(
         assert close(layer.queries, true_layer.queries)
     whole = read.length
     assert asked == [whole] * (len(read.layers) - 1) + [whole if mass else min(last, whole)]
+
+
+@needs_fast
+def test_a_fast_prefill_that_is_dropped_is_gone_at_once() -> None:
+    llm = both()[1]
+    gc.collect()
+    gc.disable()
+    try:
+        kept = weakref.ref(dkv.prefill(llm, DOCUMENT, QUESTION).layers[0].queries)
+        assert kept() is None
+    finally:
+        gc.enable()
 
 
 @needs_fast

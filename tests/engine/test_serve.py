@@ -413,6 +413,13 @@ def test_what_a_cache_cannot_serve_is_refused_before_any_work(
     assert cache.nbytes == cache.peak_bytes == 0
 
 
+def test_what_is_no_model_is_refused_with_where_it_is(llm: dkv.LoadedModel) -> None:
+    model: Any = llm
+    refused = pytest.raises(ValueError, match="got LoadedModel; of what load_model gives")
+    with refused, dkv.compress(model, dkv.SnapKV(capacity=24)):
+        pass
+
+
 @pytest.mark.parametrize("method", [None, "SnapKV", dkv.SnapKV, 24])
 def test_what_is_no_method_is_refused(method: Any) -> None:
     with pytest.raises(ValueError, match="is not a method"), dkv.compress(tiny_model(), method):

@@ -39,12 +39,13 @@ def test_it_is_softmax_over_what_is_seen(
 
 
 def test_logits_far_apart_leave_all_to_the_greatest() -> None:
-    given = torch.tensor([[-3e4, 2e4, -1e30, 1.9e4], [500.0, 500.0, -500.0, -3e38]]).bfloat16()
+    given = torch.tensor(
+        [[-3e4, 2e4, -1e30, 1.9e4], [500.0, 500.0, -500.0, -3e38], [-60.0, 60.0, 0.0, 1.0]]
+    ).bfloat16()
+    wanted = torch.tensor([[0.0, 1, 0, 0], [0.5, 0.5, 0, 0], [0, 1, 0, 0]])
     shares = given.clone()
-    softmax.causal_softmax(shares, 3, 2)
-    torch.testing.assert_close(
-        shares.float(), torch.tensor([[0.0, 1, 0, 0], [0.5, 0.5, 0, 0]]), rtol=0, atol=1e-6
-    )
+    softmax.causal_softmax(shares, 3, 3)
+    torch.testing.assert_close(shares.float(), wanted, rtol=0, atol=1e-6)
 
 
 def test_one_thread_does_the_same_where_torch_has_another_runtime(

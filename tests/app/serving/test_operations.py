@@ -346,6 +346,7 @@ def entry_point() -> Any:
         (["--allow-any-model", "--host", "0.0.0.0"], "would let strangers at 0.0.0.0 load"),
         (["--auth", "nobody"], "give it as USER:PASSWORD"),
         (["--keep", "-1"], "--keep must be at least 0 MiB, got -1"),
+        (["--port", "99999"], "--port must be from 0 to 65535, got 99999"),
         (["--log-level", "chatty"], "invalid choice: 'chatty'"),
     ],
 )
