@@ -27,7 +27,6 @@ class Setting:
     """(shown, value) where it is one of a few; otherwise it is a number."""
     whole: bool = False
     """Counts something: a whole number of at least 1."""
-    least: int = 1
     what_if: dict[str, Any] = field(default_factory=dict)
     """Label, and min, max and step or options, in the what-if panel."""
 
@@ -69,7 +68,6 @@ ALL = (
         name="r_max",
         label="r_max",
         info="first cap, times mean",
-        least=0,
         what_if={"label": "r_max", "min": 1, "max": 30, "step": 0.5},
     ),
     Setting(
@@ -83,28 +81,24 @@ ALL = (
         name="tau1",
         label="tau1",
         info="CAKE, of the entropy",
-        least=0,
         what_if={"label": "tau1", "min": 0.2, "max": 3, "step": 0.1},
     ),
     Setting(
         name="tau2",
         label="tau2",
         info="CAKE, of the variance",
-        least=0,
         what_if={"label": "tau2", "min": 0.2, "max": 3, "step": 0.1},
     ),
     Setting(
         name="gamma",
         label="gamma",
         info="CAKE, weight of the variance",
-        least=0,
         what_if={"label": "gamma", "min": 10, "max": 400, "step": 10},
     ),
     Setting(
         name="alpha",
         label="alpha",
         info="LAVa, share every head keeps",
-        least=0,
         what_if={"label": "alpha", "min": 0, "max": 1, "step": 0.05},
     ),
     # The what-if panel's alone.

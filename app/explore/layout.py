@@ -206,16 +206,12 @@ def build_advanced(first: Example | None) -> Widgets:
         with gr.Row():
             made["decode_budget"] = gr.Number(
                 0,
-                minimum=0,
-                precision=0,
                 label="Decode budget",
                 info="held while answering; 0: all",
                 min_width=120,
             )
             made["decode_buffer"] = gr.Number(
                 DEFAULT_BUFFER,
-                minimum=1,
-                precision=0,
                 label="Decode buffer",
                 info="tokens between choices",
                 min_width=120,
@@ -243,8 +239,8 @@ def setting_widget(setting: Setting, value: Any) -> Any:
     }
     if setting.choices:
         return gr.Dropdown(list(setting.choices), value=value, **shown)
-    precision = 0 if setting.whole else None
-    return gr.Number(value, minimum=setting.least, precision=precision, **shown)
+    # Gradio's own bounds would round 1.5, and say what is too small without its name.
+    return gr.Number(value, **shown)
 
 
 def shown_methods(first: Example | None) -> list[str]:

@@ -169,8 +169,8 @@ class ModelHost:
         label = self.label(name)
         model = self._models.get(name)
         if model is not None:
-            products = ", fast products" if model.precision == "fast" else ""
-            message = f"{label} ready · {model.dtype} on {model.device}{products}"
+            computes = "fast products" if model.precision == "fast" else model.dtype
+            message = f"{label} ready · {computes} on {model.device}"
             return ModelState(state="ready", message=message)
         if name in self._failures:
             why = self._failures[name].replace(name, label)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dynamickv as dkv
 from app import inputs, settings
+from app.explore.layout import setting_widget
 from app.theme import METHOD_STYLES, method_style
 
 
@@ -41,3 +42,11 @@ def test_the_what_if_panel_offers_no_setting_whose_default_is_not_the_methods() 
         own = settings.defaults(dkv.METHODS[name])
         for setting in offered:
             assert setting not in own or own[setting] == form["defaults"].get(setting, own[setting])
+
+
+def test_numbers_reach_our_own_checks_as_they_were_typed() -> None:
+    """Gradio's would round them, or refuse them without saying which."""
+    for setting in settings.ADVANCED:
+        if not setting.choices:
+            widget = setting_widget(setting, 8)
+            assert [widget.preprocess(typed) for typed in (1.5, 0, -1)] == [1.5, 0, -1]

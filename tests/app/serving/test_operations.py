@@ -119,10 +119,10 @@ def test_a_folder_s_place_is_not_told(llm: dkv.LoadedModel) -> None:
 
 def test_the_page_says_how_a_ready_model_computes(llm: dkv.LoadedModel) -> None:
     fast = dataclasses.replace(llm, packed=PackedWeights(llm.model))
-    for model, products in ((llm, ""), (fast, ", fast products")):
+    for model, computes in ((llm, "float32"), (fast, "fast products")):
         host = ModelHost("tiny", loader=lambda _, model=model: model)
         host.load_default()
-        assert host.state().message == f"tiny ready · float32 on cpu{products}"
+        assert host.state().message == f"tiny ready · {computes} on cpu"
 
 
 # Health.
