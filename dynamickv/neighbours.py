@@ -9,8 +9,8 @@ threads, which does nothing, makes it so for as long as it exists.
 Asleep, each thread still waits for the one whose core another program has just then. Two threads,
 on two cores, are therefore kept together on one, where they take turns; the system gives others the
 other. Beside two spinning processes a step takes 1.4 to 1.8 times as long as alone then, where it
-took 1.6 or 3 times by where the system had put the threads. Of more threads on half as many cores, 4 took as
-long as without, and 16 up to 1.4 times as long.
+took 1.6 or 3 times by where the system had put the threads. Of more threads on half as many cores,
+4 took as long as without, and 16 up to 1.4 times as long.
 
 Linux tells a thread how long it was ready and had to wait for a core; elsewhere nothing is done.
 """
