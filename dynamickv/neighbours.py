@@ -162,27 +162,27 @@ class Neighbours:
     def _decide(self, waiting: float) -> None:
         """By the share of its time that a thread was kept waiting."""
         if self.gathered:
-            self._part()
+            self._spread()
             self._enough = TRIED
         elif waiting > (CALM if self.crowded else CROWDED):
-            self._sleep()
+            self._make_way()
         else:
             self.rest()
 
     def rest(self) -> None:
         """Nothing is computed any more."""
-        self._part()
+        self._spread()
         if self._free is not None:
             self._free()
             self._free = None
         self._enough = ENTER
 
-    def _part(self) -> None:
+    def _spread(self) -> None:
         if self._gathering is not None:
             self._gathering.end()
             self._gathering = None
 
-    def _sleep(self) -> None:
+    def _make_way(self) -> None:
         team = idle_team()
         if not self.crowded:
             try:
@@ -205,7 +205,7 @@ class Gathering:
         self._core = kept_cores().take(os.sched_getaffinity(0), thread)
         self._kept: dict[int, set[int]] = {}
         """Where each thread that is kept could run before."""
-        self.end = weakref.finalize(self, _part, self._kept, self._core, thread)
+        self.end = weakref.finalize(self, _end, self._kept, self._core, thread)
         """Let all threads run where they could before."""
 
     def keep(self) -> None:
@@ -231,7 +231,7 @@ class Gathering:
         _let_go(self._kept, self._core)
 
 
-def _part(kept: dict[int, set[int]], core: int, thread: int) -> None:
+def _end(kept: dict[int, set[int]], core: int, thread: int) -> None:
     _let_go(kept, core)
     kept_cores().give_back(core, thread)
 
