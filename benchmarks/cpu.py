@@ -30,7 +30,7 @@ from dynamickv.records import EncodedPrompt, Prefill
 
 CAPACITY = 128
 ANSWER = 64
-DOCUMENTS, WORDS, FORCED = 20, 768, 48
+DOCUMENTS, WORDS, FORCED = 20, 768, 160
 """Documents whose next tokens are compared; tokens that are read of each, and fed one by one."""
 PLACED = 12
 """Decodings timed beside busy neighbours."""

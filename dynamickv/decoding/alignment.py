@@ -1,9 +1,9 @@
 """Hold every run's cache against FullKV's answer, word by word.
 
-FullKV's answer is fed to the full cache and to each run's (teacher forcing), one pass for each;
-how probable its tokens are there becomes `record.aligned.Aligned`, and where a run's own answer
-leaves FullKV's, both tokens' probabilities become its `Divergence`: up to there both answers are
-the same words.
+FullKV's answer is fed to the full cache and to each run's (teacher forcing), one pass for each, or
+one for all of a model read from packed weights; how probable its tokens are there becomes
+`record.aligned.Aligned`, and where a run's own answer leaves FullKV's, both tokens' probabilities
+become its `Divergence`: up to there both answers are the same words.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from dynamickv.cache import KVCache, prune
 from dynamickv.decoding.decode import extend, follow
 from dynamickv.decoding.forgetting import Forgetting
+from dynamickv.fast.decoder import packed_throughout
 from dynamickv.methods import FullKV
 from dynamickv.models import LoadedModel
 from dynamickv.record.agreement import yardstick_of
@@ -40,7 +41,7 @@ def with_alignment(
     """Add to the last runs how FullKV's answer fares under their caches.
 
     Decoding itself is not touched. Measured with SmolLM2-135M on a CPU
-    (2,843 tokens, six methods, answers of up to 64): 4.5 % of the run.
+    (2,843 tokens, six methods, answers of up to 64): 4.5 % of the run in precision "exact".
 
     Args:
         caches: each of the last runs' cache, anew.
@@ -60,17 +61,11 @@ def with_alignment(
         for index, place in places.items()
     }
     every = FullKV().select(prefill.layers)
-    whole = along(
-        llm,
-        prefill,
-        prompt,
-        lambda room: (prune(prefill, every, room), None),
-        full.token_ids,
-        pairs,
-    )
-    for index in others:
-        pair = {index: pairs[index]} if index in pairs else {}
-        own = along(llm, prefill, prompt, caches[index - first], full.token_ids, pair)
+    made_of: list[MakeCache] = [lambda room: (prune(prefill, every, room), None)]
+    made_of += [caches[index - first] for index in others]
+    asked = [pairs, *({key: pairs[key]} if key in pairs else {} for key in others)]
+    whole, *rest = _passes(llm, prefill, prompt, made_of, full.token_ids, asked)
+    for index, own in zip(others, rest, strict=True):
         texts = [
             str(llm.tokenizer.decode([token], clean_up_tokenization_spaces=False))
             for token in own.forced.likeliest
@@ -100,49 +95,103 @@ def _parting(run: Run, full: Run) -> int | None:
 class Pass:
     """What one cache says along an answer."""
 
-    forced: Forced
+    forced: Forced = field(
+        default_factory=lambda: Forced(probabilities=[], likeliest=[], likeliest_probabilities=[])
+    )
     asked: dict[int, list[float]] = field(default_factory=dict)
 
 
-@torch.inference_mode()
+Asked = Mapping[int, tuple[int, list[int]]]
+"""(place in an answer, token ids) whose probabilities are wanted too, by any key."""
+
+
+def _passes(
+    llm: LoadedModel,
+    prefill: Prefill,
+    prompt: EncodedPrompt,
+    caches: Sequence[MakeCache],
+    answer: Sequence[int],
+    asked: Sequence[Asked],
+) -> list[Pass]:
+    """`along` for several caches, in one pass where the model can."""
+    both = zip(caches, asked, strict=True)
+    if llm.packed is None or not packed_throughout(llm):
+        return [along(llm, prefill, prompt, make, answer, own) for make, own in both]
+    begun = [_begin(llm, prefill, prompt, make, answer, own) for make, own in both]
+    shared = [one for one in begun if one.forgetting is None and one.cache.plain]
+    # Numba takes a second to load.
+    from dynamickv.decoding.side_by_side import follow_all
+
+    grown = [one.cache for one in shared]
+    for blocks in follow_all(llm, llm.packed, grown, answer[:-1], prompt.length):
+        for one, logits in zip(shared, blocks, strict=True):
+            one.take(logits)
+    return [one.made if one in shared else one.follow(llm, prompt.length) for one in begun]
+
+
 def along(
     llm: LoadedModel,
     prefill: Prefill,
     prompt: EncodedPrompt,
     make_cache: MakeCache,
     answer: Sequence[int],
-    asked: Mapping[int, tuple[int, list[int]]],
+    asked: Asked,
 ) -> Pass:
-    """One pass of a cache over an answer.
+    """One pass of a cache over an answer."""
+    begun = _begin(llm, prefill, prompt, make_cache, answer, asked)
+    return begun.follow(llm, prompt.length)
 
-    Args:
-        asked: (place in the answer, token ids) whose probabilities are wanted too, by any key.
-    """
+
+@dataclass(slots=True, eq=False)
+class _Begun:
+    """A cache before an answer, and what it says of the answer so far."""
+
+    cache: KVCache
+    forgetting: Forgetting | None
+    answer: Sequence[int]
+    asked: Asked
+    made: Pass = field(default_factory=Pass)
+
+    def follow(self, llm: LoadedModel, position: int) -> Pass:
+        """Feed the whole answer from its true position on."""
+        fed = self.answer[:-1]
+        for logits in follow(llm, self.cache, fed, position, forgetting=self.forgetting):
+            self.take(logits)
+        if self.forgetting is not None:
+            self.forgetting.end()
+        return self.made
+
+    @torch.inference_mode()
+    def take(self, logits: Tensor) -> None:
+        """Add what some places' logits, (places, vocabulary), say."""
+        forced = self.made.forced
+        done = len(forced.likeliest)
+        shares = logits.float().softmax(dim=-1)
+        said = torch.tensor(self.answer[done : done + len(shares)], device=shares.device)
+        best = shares.max(dim=-1)
+        forced.probabilities.extend(shares.gather(1, said[:, None])[:, 0].tolist())
+        forced.likeliest.extend(best.indices.tolist())
+        forced.likeliest_probabilities.extend(best.values.tolist())
+        for key, (place, tokens) in self.asked.items():
+            if done <= place < done + len(shares):
+                self.made.asked[key] = shares[place - done, tokens].tolist()
+
+
+@torch.inference_mode()
+def _begin(
+    llm: LoadedModel,
+    prefill: Prefill,
+    prompt: EncodedPrompt,
+    make_cache: MakeCache,
+    answer: Sequence[int],
+    asked: Asked,
+) -> _Begun:
+    """A cache that was fed the whole prompt, with room for the answer."""
     later = prompt.token_ids[prefill.length :]
     cache, forgetting = make_cache(len(later) + len(answer))
     start = prefill.logits
     if later:
         start = extend(llm, cache, later, prefill.length, forgetting)
-    made = Pass(Forced(probabilities=[], likeliest=[], likeliest_probabilities=[]))
-    _take(made, start[None], answer, asked)
-    for logits in follow(llm, cache, answer[:-1], prompt.length, forgetting=forgetting):
-        _take(made, logits, answer, asked)
-    if forgetting is not None:
-        forgetting.end()
-    return made
-
-
-def _take(
-    made: Pass, logits: Tensor, answer: Sequence[int], asked: Mapping[int, tuple[int, list[int]]]
-) -> None:
-    """Add what some places' logits, (places, vocabulary), say."""
-    done = len(made.forced.likeliest)
-    shares = logits.float().softmax(dim=-1)
-    said = torch.tensor(answer[done : done + len(shares)], device=shares.device)
-    best = shares.max(dim=-1)
-    made.forced.probabilities.extend(shares.gather(1, said[:, None])[:, 0].tolist())
-    made.forced.likeliest.extend(best.indices.tolist())
-    made.forced.likeliest_probabilities.extend(best.values.tolist())
-    for key, (place, tokens) in asked.items():
-        if done <= place < done + len(shares):
-            made.asked[key] = shares[place - done, tokens].tolist()
+    begun = _Begun(cache, forgetting, answer, asked)
+    begun.take(start[None])
+    return begun

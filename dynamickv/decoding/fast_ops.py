@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -73,18 +74,20 @@ class FastOps(CpuOps):
             return super().place(qkv.float(), rotation, norms, store, query_heads)
         cos, sin = (turn[:, 0].numpy() for turn in rotation)
         query = torch.empty(len(qkv), query_heads, cos.shape[-1])
-        rows, queries = bits(qkv), query.numpy()
-        for row, layer in enumerate(store):
+        table = []
+        for layer in store:
             slot = layer.advance(1)
-            keys, values = (bits(held) for held in layer.buffers)
-            kernels.place(rows[row], cos[row], sin[row], queries[row], keys, values, slot)
+            keys, values = layer.buffers
+            _, heads, room, _ = keys.shape
+            narrowed = keys.dtype == torch.bfloat16
+            table.append((keys.data_ptr(), values.data_ptr(), heads, room, slot, narrowed))
+        kernels.place(bits(qkv), cos, sin, query.numpy(), np.array(table, np.int64))
         return query
 
     def attend(self, query: Tensor, store: Sequence[KVLayer], scaling: float) -> Tensor:
-        """Each row attends to its own cache, long ones in parts that all threads share."""
-        rows, heads, dim = query.shape
-        out = torch.empty(rows, heads * dim, dtype=torch.bfloat16)
+        """Each row attends to its own cache."""
+        out = torch.empty(query.shape, dtype=torch.bfloat16)
+        attend(query, [(*layer.buffers, layer.length) for layer in store], scaling, out)
         for row, layer in enumerate(store):
-            attend(query[row], *layer.buffers, layer.length, scaling, out[row])
             show(layer, query[row], scaling)
-        return out
+        return out.flatten(1)

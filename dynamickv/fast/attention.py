@@ -1,10 +1,11 @@
-"""A token's attention to what a cache holds, compiled: in parts that torch's threads share (see
-team) where it holds much."""
+"""Attention of one token for each of several caches to what they hold, compiled: torch's threads
+share the heads (see team), and of a cache that holds much their parts."""
 
 # mypy: disable-error-code="attr-defined,no-untyped-call,untyped-decorator"
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,6 @@ from numba.np.arrayobj import make_array
 from torch import Tensor
 
 from dynamickv.fast.kernels import (
-    HELD,
     LOWEST,
     NUMBERS,
     Array,
@@ -31,18 +31,23 @@ from dynamickv.fast.kernels import (
     narrow,
     wide,
 )
-from dynamickv.fast.team import bits_at, floats_at, take
+from dynamickv.fast.team import bits_at, floats_at, numbers_at, take
 from dynamickv.neighbours import openmp
 
+MADE_OF = "f299fe98f024"
+"""Digest of kernels.py and team.py, see there."""
 BLOCK = 256
 """Positions whose weights are computed before their values are summed."""
 AHEAD = 64
 """Positions by which keys and values are asked for before they are read: the processor's own
 guesses leave a third of the memory's speed unused."""
 SHARED = 512
-"""Positions from which on the threads share."""
-TOLD = 13
+"""Positions of a cache from which on a head has parts, and of all from which on threads share."""
+TOLD = 9
 """Numbers that say what the threads share; the first is the next part to take."""
+COLUMNS = 9
+"""Numbers for each cache: addresses of keys and values, heads, room, positions, parts of a head,
+items up to its last, its first slot, whether it holds bfloat16."""
 PARTS = 3
 """Least parts of all heads for each thread: one that a neighbour disturbs takes fewer."""
 ROWS = "float32[:, ::1]"
@@ -167,124 +172,137 @@ def _attend_part(
 
 
 @inlined
-def _join(totals: Any, weights: Any, head: int, parts: int, out: Any) -> None:
-    """Write a head's attention from that to its parts."""
-    group, dim = totals.shape[1:]
-    first = head * parts
-    for member in range(group):
-        most = LOWEST
-        for part in range(first, first + parts):
-            most = max(most, weights[part, member, 0])
-        whole = np.float32(0)
-        for part in range(first, first + parts):
-            # Now what the part counts for.
-            weights[part, member, 0] = exp_of(weights[part, member, 0] - most)
-            whole += weights[part, member, 0] * weights[part, member, 1]
-        for j in range(dim):
-            attended = np.float32(0)
-            for part in range(first, first + parts):
-                attended += weights[part, member, 0] * totals[part, member, j]
-            out[(head * group + member) * dim + j] = narrow(attended / whole)
+def _laid_out(address: Any) -> Any:
+    """Of what `attend` wrote at an address: a row of numbers for each cache, and behind them what
+    the threads write: values summed, weights and a room, for every part of every query head."""
+    told = carray(address, (TOLD,))
+    rows, dim, slots = told[1], told[3], told[5]
+    table = carray(numbers_at(told[8]), (rows, COLUMNS))
+    start = told[8] + 8 * rows * COLUMNS
+    totals = carray(floats_at(start), (slots, dim))
+    weights = carray(floats_at(start + 4 * slots * dim), (slots, 2))
+    rooms = carray(floats_at(start + 4 * slots * (dim + 2)), (slots, BLOCK))
+    return table, totals, weights, rooms
 
 
-@compiled(*(f"void({ROWS}, {held}, int64, float32, uint16[::1])" for held in HELD))
-def attend_alone(
-    query: Array, keys: Array, values: Array, length: int, scaling: float, out: Array
-) -> None:
-    """As `attend` does, with one thread."""
-    query_heads, dim = query.shape
-    heads = keys.shape[1]
-    group = query_heads // heads
-    room = np.empty((group, BLOCK), np.float32)
-    totals = np.empty((heads, group, dim), np.float32)
-    weights = np.empty((heads, group, 2), np.float32)
-    for head in range(heads):
-        own = query[head * group : (head + 1) * group]
-        held = keys[0, head], values[0, head]
-        _attend_part(own, held[0], held[1], 0, length, scaling, room, totals[head], weights[head])
-        _join(totals, weights, head, 1, out)
-
-
-@inlined
-def _laid_out(told: Any) -> Any:
-    """Of what `attend` wrote at an address: totals and weights of all parts, and a room for each of
-    them, which lie behind the numbers."""
-    heads, group, dim, parts = told[1], told[2], told[3], told[6]
-    items = heads * parts
-    totals = carray(floats_at(told[11]), (items, group, dim))
-    weights = carray(floats_at(told[11] + 4 * items * group * dim), (items, group, 2))
-    rooms = carray(floats_at(told[11] + 4 * items * group * (dim + 2)), (items, group, BLOCK))
-    return totals, weights, rooms
-
-
-@compiled("void(int64[::1], uint16[::1])")
-def _join_all(told: Array, out: Array) -> None:
-    totals, weights, _ = _laid_out(told)
-    for head in range(told[1]):
-        _join(totals, weights, head, told[6], out)
+@compiled("void(CPointer(int64))")
+def _take_parts(address: Any) -> None:
+    """Compute parts of what `attend` wrote there, as long as there are any."""
+    told = carray(address, (TOLD,))
+    rows, query_heads, dim, items = told[1], told[2], told[3], told[4]
+    scaling = float_of(np.uint32(told[6]))
+    queries = carray(floats_at(told[7]), (rows, query_heads, dim))
+    table, totals, weights, rooms = _laid_out(address)
+    item = take(address)
+    row = 0
+    while item < items:
+        while item >= table[row, 6]:
+            row += 1
+        heads, size, length, parts = table[row, 2], table[row, 3], table[row, 4], table[row, 5]
+        group = query_heads // heads
+        own_item = item - table[row, 6] + heads * parts
+        head, part = own_item // parts, own_item % parts
+        each = (length + parts - 1) // parts
+        first = part * each
+        last = min(first + each, length)
+        slot = table[row, 7] + part * query_heads + head * group
+        own = slice(slot, slot + group)
+        query = queries[row, head * group : (head + 1) * group]
+        if table[row, 8]:
+            _attend_part(
+                query,
+                carray(bits_at(table[row, 0]), (heads, size, dim))[head],
+                carray(bits_at(table[row, 1]), (heads, size, dim))[head],
+                first, last, scaling, rooms[own], totals[own], weights[own],
+            )  # fmt: skip
+        else:
+            _attend_part(
+                query,
+                carray(floats_at(table[row, 0]), (heads, size, dim))[head],
+                carray(floats_at(table[row, 1]), (heads, size, dim))[head],
+                first, last, scaling, rooms[own], totals[own], weights[own],
+            )  # fmt: skip
+        item = take(address)
 
 
 @kept_on_disk(cfunc, "void(CPointer(int64))")
 def _share(address: Any) -> None:
-    """One thread's share of what `attend` wrote there: parts, as long as there are any."""
-    told = carray(address, (TOLD,))
-    heads, group, dim, size = told[1], told[2], told[3], told[4]
-    length, parts, scaling = told[5], told[6], float_of(np.uint32(told[7]))
-    query = carray(floats_at(told[8]), (heads, group, dim))
-    totals, weights, rooms = _laid_out(told)
-    each = (length + parts - 1) // parts
-    part = take(address)
-    while part < heads * parts:
-        head, first = part // parts, part % parts * each
-        last = min(first + each, length)
-        if told[12]:
-            _attend_part(
-                query[head],
-                carray(bits_at(told[9]), (heads, size, dim))[head],
-                carray(bits_at(told[10]), (heads, size, dim))[head],
-                first, last, scaling, rooms[part], totals[part], weights[part],
-            )  # fmt: skip
-        else:
-            _attend_part(
-                query[head],
-                carray(floats_at(told[9]), (heads, size, dim))[head],
-                carray(floats_at(told[10]), (heads, size, dim))[head],
-                first, last, scaling, rooms[part], totals[part], weights[part],
-            )  # fmt: skip
-        part = take(address)
+    """One thread's share."""
+    _take_parts(address)
+
+
+@compiled("void(int64, boolean, uint16[:, :, ::1])")
+def _finish(address: Any, alone: bool, out: Array) -> None:
+    """Write attention from its parts, which are computed here if there is no one else."""
+    pointer = numbers_at(address)
+    if alone:
+        _take_parts(pointer)
+    table, totals, weights, _ = _laid_out(pointer)
+    rows, query_heads, dim = out.shape
+    for row in range(rows):
+        parts, start = table[row, 5], table[row, 7]
+        for head in range(query_heads):
+            most = LOWEST
+            for part in range(parts):
+                most = max(most, weights[start + part * query_heads + head, 0])
+            whole = np.float32(0)
+            for part in range(parts):
+                slot = start + part * query_heads + head
+                # Now what the part counts for.
+                weights[slot, 0] = exp_of(weights[slot, 0] - most)
+                whole += weights[slot, 0] * weights[slot, 1]
+            for j in range(dim):
+                attended = np.float32(0)
+                for part in range(parts):
+                    slot = start + part * query_heads + head
+                    attended += weights[slot, 0] * totals[slot, j]
+                out[row, head, j] = narrow(attended / whole)
 
 
 def attend(
-    query: Tensor, keys: Tensor, values: Tensor, length: int, scaling: float, out: Tensor
+    query: Tensor, held: Sequence[tuple[Tensor, Tensor, int]], scaling: float, out: Tensor
 ) -> None:
-    """A token's attention to the first `length` positions held.
+    """Attention of a token for each cache.
 
     Args:
-        query: (query_heads, head_dim) float32.
-        keys: (1, heads, at least length, head_dim), float32 or bfloat16; query head h reads head
-            h // group.
-        values: as keys, in the same format.
-        out: (query_heads * head_dim,) bfloat16, written.
+        query: (rows, query_heads, head_dim) float32.
+        held: for every row keys and values, (1, heads, room, head_dim), both float32 or bfloat16,
+            and how many of the positions in them count; query head h reads head h // group.
+        out: (rows, query_heads, head_dim) bfloat16, contiguous, written.
+
+    Raises:
+        TypeError: other numbers, or keys or values that are not contiguous.
     """
+    rows, query_heads, dim = query.shape
+    # The threads are told addresses alone.
+    if query.dtype != torch.float32:
+        raise TypeError(f"queries must be float32, got {query.dtype}")
+    query = query.contiguous()
     threads = torch.get_num_threads()
-    # The threads are told addresses alone; what they cannot read the compiled function refuses.
-    plain = query.dtype == torch.float32 and keys.dtype in (torch.float32, torch.bfloat16)
-    plain = plain and keys.dtype == values.dtype
-    plain = plain and all(held.is_contiguous() for held in (query, keys, values))
-    runtime = openmp() if threads > 1 and length >= SHARED and plain else None
-    if runtime is None:
-        attend_alone(query.numpy(), bits(keys), bits(values), length, scaling, bits(out))
-        return
-    _, heads, size, dim = keys.shape
-    group = len(query) // heads
-    parts = threads * -(-PARTS // heads)
+    positions = sum(length for _, _, length in held)
+    table: list[int] = []
+    items = slots = 0
+    for keys, values, length in held:
+        narrowed = keys.dtype == torch.bfloat16
+        if not (narrowed or keys.dtype == torch.float32) or values.dtype != keys.dtype:
+            raise TypeError(f"keys and values must be float32 or bfloat16, got {keys.dtype}")
+        if not (keys.is_contiguous() and values.is_contiguous()):
+            raise TypeError("keys and values must be contiguous")
+        _, heads, size, _ = keys.shape
+        parts = threads * -(-PARTS // heads) if length >= SHARED else 1
+        items += heads * parts
+        places = keys.data_ptr(), values.data_ptr()
+        table += *places, heads, size, length, parts, items, slots, narrowed
+        slots += query_heads * parts
     # In one piece: what is told, and behind it what the threads write.
-    told = np.empty(TOLD + heads * parts * group * (dim + 2 + BLOCK) // 2 + 1, np.int64)
+    told = np.empty(TOLD + len(table) + slots * (dim + 2 + BLOCK) // 2 + 1, np.int64)
     address = told.ctypes.data
-    told[:TOLD] = (
-        0, heads, group, dim, size, length, parts, np.float32(scaling).view(np.uint32),
-        query.data_ptr(), keys.data_ptr(), values.data_ptr(), address + 8 * TOLD,
-        keys.dtype == torch.bfloat16,
-    )  # fmt: skip
-    runtime.GOMP_parallel(_share.address, address, threads, 0)
-    _join_all(told, bits(out))
+    behind = address + 8 * TOLD
+    factor = int(np.float32(scaling).view(np.uint32))
+    told[: TOLD + len(table)] = [
+        0, rows, query_heads, dim, items, slots, factor, query.data_ptr(), behind, *table
+    ]  # fmt: skip
+    runtime = openmp() if threads > 1 and positions >= SHARED else None
+    if runtime is not None:
+        runtime.GOMP_parallel(_share.address, address, threads, 0)
+    _finish(address, runtime is None, bits(out))

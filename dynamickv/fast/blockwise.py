@@ -7,6 +7,8 @@ Knows tensors only.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -55,41 +57,47 @@ def causal_attention(
             enable_gqa=True,
         )
         return context[0].transpose(0, 1), None
-    return _in_blocks((queries * scaling).to(torch.bfloat16), narrow_keys, narrow_values, mass)
+    return _in_blocks(queries, narrow_keys, narrow_values, scaling, mass)
 
 
 def _in_blocks(
-    queries: Tensor, keys: Tensor, values: Tensor, mass: bool
+    queries: Tensor, keys: Tensor, values: Tensor, scaling: float, mass: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Blocks of queries, and of the keys only what they see."""
     # Numba takes a second to load, which only who reads a prompt should wait for.
-    from dynamickv.fast.softmax import causal_softmax
+    from dynamickv.fast.heads import asked_in_groups
+    from dynamickv.fast.softmax import causal_exponentials, divided
 
-    num_query_heads, asking, head_dim = queries.shape
+    num_query_heads, asking, _ = queries.shape
     num_kv_heads, length, _ = keys.shape
     group = num_query_heads // num_kv_heads
     before = length - asking
     block = min(max(ELEMENTS // (group * length), ROWS[0]), ROWS[1])
-    # The queries that read one head stand together at every position, so that a block of them is
-    # one piece of memory.
-    asked = queries.view(num_kv_heads, group, asking, head_dim).transpose(1, 2).contiguous()
-    context = queries.new_empty(asking, num_kv_heads, group, head_dim)
+    # To base 2, which a factor on the queries costs nothing.
+    asked, sizes = asked_in_groups(queries, scaling / math.log(2), group)
+    asked, sizes = asked.flatten(1, 2), sizes.flatten(1, 2)
+    # No product is greater than that of both lengths.
+    bounds = sizes * keys.float().norm(dim=-1).amax(dim=1, keepdim=True)
+    attended, totals = torch.empty_like(asked), torch.empty_like(sizes)
     received = torch.zeros(num_kv_heads, group, length) if mass else None
-    members = torch.eye(group, dtype=queries.dtype).repeat(1, block)
+    members = torch.eye(group).repeat(1, block)
     # Written over for every block: fresh memory costs as much time as the softmax.
-    room = queries.new_empty(group * min(block, asking) * length)
+    room = asked.new_empty(group * min(block, asking) * length)
     for head in range(num_kv_heads):
         columns = keys[head].t()
         for first in range(0, asking, block):
-            last = min(first + block, asking)
-            rows, end = last - first, before + last
-            logits = room[: group * rows * end].view(rows * group, end)
-            torch.mm(asked[head, first:last].view(-1, head_dim), columns[:, :end], out=logits)
-            causal_softmax(logits, before + first, group)
+            rows = slice(first * group, min(first + block, asking) * group)
+            end = before + rows.stop // group
+            count = rows.stop - rows.start
+            logits = room[: count * end].view(count, end)
+            torch.mm(asked[head, rows], columns[:, :end], out=logits)
+            total = totals[head, rows]
+            causal_exponentials(logits, bounds[head, rows], total, before + first, group)
             if received is not None:
                 # As a product: many times faster than a sum over rows, and summed in float32.
-                received[head, :, :end] += torch.mm(members[:, : rows * group], logits)
-            attended = torch.mm(logits, values[head, :end])
-            context[first:last, head] = attended.view(rows, group, head_dim)
+                counted = (members[:, :count] / total).to(torch.bfloat16)
+                received[head, :, :end] += torch.mm(counted, logits)
+            torch.mm(logits, values[head, :end], out=attended[head, rows])
     shape = (num_query_heads, length)
-    return context.flatten(1, 2), None if received is None else received.view(shape)
+    context = divided(attended, totals, group)
+    return context, None if received is None else received.view(shape)

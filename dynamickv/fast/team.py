@@ -10,11 +10,16 @@ they find what they work on and a counter of the parts already taken.
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
+import numpy as np
+import torch
 from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
+
+from dynamickv.neighbours import openmp
 
 
 def _pointer_to(number: Any) -> Any:
@@ -40,5 +45,22 @@ def _taking(context: Any, counter: Any) -> Any:
 
 
 floats_at: Any = _pointer_to(types.float32)
+numbers_at: Any = _pointer_to(types.int64)
 bits_at: Any = _pointer_to(types.uint16)
 take: Any = intrinsic(_taking)
+
+
+def share(function: Any, *told: int) -> None:
+    """Let torch's threads do what a compiled `function` of one address does.
+
+    Args:
+        told: numbers that stand there behind a counter, which is 0.
+    """
+    numbers = np.array([0, *told], np.int64)
+    address = numbers.ctypes.data
+    threads = torch.get_num_threads()
+    runtime = openmp() if threads > 1 else None
+    if runtime is None:
+        ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function.address)(address)
+    else:
+        runtime.GOMP_parallel(function.address, address, threads, 0)

@@ -12,17 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from dynamickv.cache import KVCache
-from dynamickv.fast import kernels
 from dynamickv.fast.blockwise import causal_attention
 from dynamickv.fast.decoder import (
     HeadNorms,
-    Ops,
     Rotation,
     linears_of,
     next_logits,
     packed_throughout,
 )
-from dynamickv.fast.kernels import bits
+from dynamickv.fast.many_rows import ManyRows
 from dynamickv.fast.packed import FEW_ROWS, FastProducts, PackedWeights
 from dynamickv.layers.kv import KVLayer
 from dynamickv.reading.observe import cache_argument
@@ -31,49 +29,21 @@ from dynamickv.records import Attended
 if TYPE_CHECKING:
     from dynamickv.models import LoadedModel
 
-ROWS = 512
-"""Positions that small operations take at a time, so that they stay in the cache."""
-
-
 LAST = 2 * FEW_ROWS
 """Positions that go on from the last layer's attention: of the others only keys and values are
 asked for. More than are multiplied with four bits, which are packed when an answer begins."""
 
 
-class PromptOps(Ops[KVLayer]):
-    """A whole prompt's positions as rows. The sum that runs through the layers stays float32; what
-    a product reads is bfloat16."""
+class PromptOps(ManyRows[KVLayer]):
+    """A whole prompt's positions as rows."""
 
     def __init__(self, packed: PackedWeights, mass: bool) -> None:
-        self._packed, self._mass = packed, mass
+        super().__init__(packed)
+        self._mass = mass
         self.received: Tensor | None = None
         """As in `FastProducts`."""
         self.last: int | None = None
         """The last layer's number. Not the layer, which holds what reads it, and so this."""
-
-    def linear(self, x: Tensor, linear: nn.Linear) -> Tensor:
-        """One projection."""
-        return self._packed.product(x, linear)
-
-    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """RMS norm over the last dimension, bfloat16."""
-        if x.dim() > 2:
-            return super().norm(x, weight, eps)
-        return kernels.normed(x, weight, eps)
-
-    def project(self, x: Tensor, *linears: nn.Linear, residual: Tensor | None = None) -> Tensor:
-        """In one product, added in place to the residual of the positions that go on."""
-        joined = self._packed.product(x, *linears)
-        if residual is None:
-            return joined
-        residual = residual[-len(joined) :]
-        for part, added in zip(torch.split(residual, ROWS), torch.split(joined, ROWS), strict=True):
-            part += added
-        return residual
-
-    def gate(self, x: Tensor, gate: nn.Linear, up: nn.Linear) -> Tensor:
-        """In as few passes over the rows as there are."""
-        return self._packed.gated(x, gate, up)
 
     def place(
         self,
@@ -84,22 +54,8 @@ class PromptOps(Ops[KVLayer]):
         query_heads: int,
     ) -> Tensor:
         """Hold the whole prompt's keys and values, in bfloat16."""
-        cos, sin = rotation
-        length, dim = len(qkv), cos.shape[-1]
-        kv_heads = (qkv.shape[1] // dim - query_heads) // 2
-        query = torch.empty(query_heads, length, dim)
-        keys = torch.empty(kv_heads, length, dim, dtype=torch.bfloat16)
-        values = torch.empty_like(keys)
-        if norms is None:
-            turns = cos[:, 0].numpy(), sin[:, 0].numpy()
-            kernels.turn(bits(qkv), *turns, query.numpy(), bits(keys), bits(values))
-        else:
-            for start in range(0, length, ROWS):
-                rows = slice(start, start + ROWS)
-                parts = self.split(qkv[rows].float(), (cos[rows], sin[rows]), norms, query_heads)
-                for whole, part in zip((query, keys, values), parts, strict=True):
-                    whole[:, rows] = part.transpose(0, 1)
-        store.hold(keys[None], values[None], length)
+        query, keys, values = self.turned(qkv, rotation, norms, query_heads)
+        store.hold(keys[None], values[None], len(qkv))
         return query
 
     def attend(self, query: Tensor, store: KVLayer, scaling: float) -> Tensor:
@@ -116,8 +72,7 @@ class PromptOps(Ops[KVLayer]):
 
     def speak(self, x: Tensor, norm: Any, head: nn.Linear) -> Tensor:
         """Only the last position's next token is asked for."""
-        last = super().norm(x[-1:], norm.weight, norm.variance_epsilon)
-        return self._packed.logits(last, head)
+        return self.logits(x[-1:], norm, head)
 
 
 class FastReading:

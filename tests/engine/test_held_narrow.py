@@ -11,8 +11,10 @@ import torch
 
 import dynamickv as dkv
 from dynamickv.cache import prune
+from dynamickv.decoding import alignment, side_by_side
 from dynamickv.decoding.asking import with_question
 from dynamickv.decoding.decode import extend
+from dynamickv.decoding.side_by_side import follow_all
 from tests.engine.test_packed import needs_fast
 from tests.engine.test_precision import both
 from tests.engine.tiny import DOCUMENT, QUESTION
@@ -119,3 +121,45 @@ def test_held_is_what_a_prefill_holds() -> None:
         read = dkv.prefill(llm, DOCUMENT, QUESTION)
         assert llm.held_dtype == dtype
         assert {t.dtype for t in itertools.chain(read.keys, read.values)} == {dtype}
+
+
+@pytest.mark.parametrize("aware", [True, False])
+@pytest.mark.parametrize(
+    ("settings", "decoding"),
+    [*((settings, None) for settings in SETTINGS), ({}, dkv.Decoding(budget=24, buffer=8))],
+)
+@pytest.mark.parametrize("family", NARROW)
+def test_caches_side_by_side_say_of_an_answer_what_each_says_alone(
+    family: str,
+    settings: dict[str, Any],
+    aware: bool,
+    decoding: dkv.Decoding | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    llm = both(family)[1]
+    asked = [
+        dkv.FullKV(),
+        dkv.SnapKV(capacity=24, **settings),
+        dkv.PyramidKV(capacity=24, **settings),
+    ]
+    shared: list[int] = []
+
+    def counting(*given: Any) -> Any:
+        shared.append(len(given[2]))
+        return follow_all(*given, block=5)
+
+    monkeypatch.setattr(side_by_side, "follow_all", counting)
+    # More than a block, and a part of one.
+    options: dict[str, Any] = {"max_new_tokens": 12, "question_aware": aware, "decoding": decoding}
+    together = dkv.compare(llm, DOCUMENT, QUESTION, methods=asked, **options)
+    uneven = settings.get("head_budgets") == "adaptive"
+    assert shared == [1 if decoding is not None or uneven else 3]
+    monkeypatch.setattr(alignment, "packed_throughout", lambda llm: False)
+    apart = dkv.compare(llm, DOCUMENT, QUESTION, methods=asked, **options)
+    for one, other in zip(together.runs[1:], apart.runs[1:], strict=True):
+        assert one.aligned is not None
+        assert other.aligned is not None
+        for name in ("probabilities", "probabilities_full"):
+            own, wanted = getattr(one.aligned, name), getattr(other.aligned, name)
+            assert own == pytest.approx(wanted, rel=0.06)
+        assert (one.agreement is None) == (other.agreement is None)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -62,42 +66,69 @@ def test_rounding_is_to_the_nearest_and_of_two_to_the_even_one() -> None:
     assert torch.equal(normal, x.bfloat16())
 
 
-@pytest.mark.parametrize("held", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("copies", [1, 3])
-def test_place_rotates_and_writes_every_copy(
-    copies: int, dtype: torch.dtype, held: torch.dtype
-) -> None:
+@pytest.mark.parametrize("rows", [1, 3])
+def test_place_rotates_and_writes_every_copy_of_every_row(rows: int, dtype: torch.dtype) -> None:
     dim, query_heads, kv_heads = 16, 6, 2
-    qkv = random((query_heads + 2 * kv_heads) * dim).to(dtype)
-    cos, sin = random(dim, seed=1), random(dim, seed=2)
-    keys, values = torch.zeros(2, kv_heads * copies, 5, dim, dtype=held)
-    query = torch.empty(query_heads, dim)
-    memory = bits(keys[None]), bits(values[None])
-    kernels.place(bits(qkv), cos.numpy(), sin.numpy(), query.numpy(), *memory, 3)
-    heads = qkv.float().view(-1, dim)
-    turned = _rotate(heads[:-kv_heads], (cos, sin))
-    torch.testing.assert_close(query, turned[:query_heads], rtol=1e-6, atol=1e-6)
-    expected = turned[query_heads:].repeat_interleave(copies, dim=0)
-    rounding = 2**-8 if held == torch.bfloat16 else 1e-6
-    torch.testing.assert_close(keys[:, 3].float(), expected, rtol=rounding, atol=1e-6)
-    assert torch.equal(values[:, 3], heads[-kv_heads:].repeat_interleave(copies, dim=0).to(held))
-    untouched = [0, 1, 2, 4]
-    assert not keys[:, untouched].any()
-    assert not values[:, untouched].any()
+    qkv = random(rows, (query_heads + 2 * kv_heads) * dim).to(dtype)
+    cos, sin = random(rows, dim, seed=1), random(rows, dim, seed=2)
+    query = torch.empty(rows, query_heads, dim)
+    kept, table = [], []
+    for row in range(rows):
+        # Rows of unlike format, copies, room and slot.
+        held = (torch.bfloat16, torch.float32)[row % 2]
+        copies, room, slot = 1 + 2 * (row % 2), 5 + row, 3 - row
+        keys, values = torch.zeros(2, kv_heads * copies, room, dim, dtype=held)
+        kept.append((keys, values, copies, slot))
+        places = keys.data_ptr(), values.data_ptr()
+        table.append([*places, len(keys), room, slot, held == torch.bfloat16])
+    kernels.place(bits(qkv), cos.numpy(), sin.numpy(), query.numpy(), np.array(table, np.int64))
+    heads = qkv.float().view(rows, -1, dim)
+    turned = _rotate(heads[:, :-kv_heads], (cos[:, None], sin[:, None]))
+    torch.testing.assert_close(query, turned[:, :query_heads], rtol=1e-6, atol=1e-6)
+    for row, (keys, values, copies, slot) in enumerate(kept):
+        expected = turned[row, query_heads:].repeat_interleave(copies, dim=0)
+        rounding = 2**-8 if keys.dtype == torch.bfloat16 else 1e-6
+        torch.testing.assert_close(keys[:, slot].float(), expected, rtol=rounding, atol=1e-6)
+        own = heads[row, -kv_heads:].repeat_interleave(copies, dim=0).to(keys.dtype)
+        assert torch.equal(values[:, slot], own)
+        untouched = [place for place in range(keys.shape[1]) if place != slot]
+        assert not keys[:, untouched].any()
+        assert not values[:, untouched].any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_turn_rotates_queries_and_keys_and_puts_positions_together(dtype: torch.dtype) -> None:
-    qkv, cos, sin = random(5, 8 * 16).to(dtype), random(5, 16, seed=1), random(5, 16, seed=2)
-    query = torch.empty(4, 5, 16)
-    keys, values = torch.empty(2, 2, 5, 16, dtype=torch.bfloat16)
-    kernels.turn(bits(qkv), cos.numpy(), sin.numpy(), query.numpy(), bits(keys), bits(values))
-    heads = qkv.float().view(5, 8, 16)
-    turned = _rotate(heads[:, :6], (cos[:, None], sin[:, None])).transpose(0, 1)
-    torch.testing.assert_close(query, turned[:4], rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(keys.float(), turned[4:], rtol=2**-8, atol=1e-6)
-    assert torch.equal(values, heads[:, 6:].transpose(0, 1).bfloat16())
+@pytest.mark.parametrize("instruction", [False, True])
+def test_both_ways_of_rounding_are_torch_s(instruction: bool) -> None:
+    if instruction and not torch.cpu._is_avx512_bf16_supported():
+        pytest.skip("the CPU has no instruction for it")
+    numba = pytest.importorskip("numba")
+    fit = kernels.rounding(instruction=instruction)
+
+    @numba.njit("void(float32[::1], uint16[::1])", fastmath=True)
+    def rounded(x: Any, out: Any) -> None:
+        for i in range(len(x)):
+            out[i] = fit(x[i], out[i])
+
+    ties = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 0.0, -7e30, 1e-30])
+    x = torch.cat([random(1000) * 100, ties])
+    out = torch.empty(len(x), dtype=torch.bfloat16)
+    rounded(x.numpy(), bits(out))
+    assert torch.equal(out, x.bfloat16())
+
+
+def test_powers_of_two_are_right_to_a_twentieth_of_a_rounding() -> None:
+    numba = pytest.importorskip("numba")
+
+    @numba.njit("void(float32[::1])", fastmath=True)
+    def powers(x: Any) -> None:
+        for i in range(len(x)):
+            x[i] = kernels.power_of_two(x[i])
+
+    x = torch.cat([torch.linspace(-126, 127, 20001), torch.arange(-126.0, 128)])
+    found = x.clone()
+    powers(found.numpy())
+    torch.testing.assert_close(found.double(), torch.exp2(x.double()), rtol=1.02e-4, atol=0)
+    assert torch.equal(found[-254:], torch.exp2(x[-254:]))
 
 
 HEADS = [(3, 3, 64), (1, 4, 32), (4, 1, 80)]
@@ -111,10 +142,12 @@ def held_of(length: int, heads: int, group: int, dim: int) -> tuple[Tensor, Tens
     return query, keys, values
 
 
-def attended_by_us(query: Tensor, *told: Any) -> Tensor:
-    out = torch.empty(query.numel(), dtype=torch.bfloat16)
-    attention.attend(query, *told, out)
-    return out
+def attended_by_us(
+    query: Tensor, keys: Tensor, values: Tensor, length: int, scaling: float
+) -> Tensor:
+    out = torch.empty(1, *query.shape, dtype=torch.bfloat16)
+    attention.attend(query[None], [(keys, values, length)], scaling, out)
+    return out.flatten()
 
 
 def attention_of(query: Tensor, keys: Tensor, values: Tensor, length: int) -> Tensor:
@@ -144,6 +177,26 @@ def test_attend_is_attention_to_what_is_held(
     torch.testing.assert_close(out.float(), expected, rtol=2**-7, atol=1e-5)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_each_row_attends_to_its_own_cache(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    query_heads, dim = 12, 32
+    rows = [(40, 3), (1, 12), (700, 4), (1501, 3), (9, 1)]
+    queries = random(len(rows), query_heads, dim) * 5
+    held = []
+    for row, (length, heads) in enumerate(rows):
+        _, keys, values = held_of(length, heads, query_heads // heads, dim)
+        dtype = (torch.bfloat16, torch.float32)[row % 2]
+        held.append((keys.to(dtype), values.to(dtype), length))
+    # As they come from heads that were split.
+    asked = queries.transpose(0, 1).contiguous().transpose(0, 1)
+    out = torch.empty(queries.shape, dtype=torch.bfloat16)
+    attention.attend(asked, held, 0.3, out)
+    for row, (keys, values, length) in enumerate(held):
+        expected = attention_of(queries[row], keys.float(), values.float(), length)
+        torch.testing.assert_close(out[row].flatten().float(), expected, rtol=2**-7, atol=1e-5)
+
+
 def test_attend_takes_one_thread_where_torch_has_another_runtime(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -162,8 +215,10 @@ def test_the_threads_are_those_of_torch() -> None:
 @pytest.mark.parametrize("spoil", [Tensor.bfloat16, Tensor.half, lambda keys: keys.transpose(2, 3)])
 def test_threads_are_not_let_at_keys_that_they_cannot_read(spoil: Any) -> None:
     query, keys, values = held_of(1500, 3, 3, 1511)
-    with pytest.raises(TypeError, match="argument"):
+    with pytest.raises(TypeError, match="keys and values must be"):
         attended_by_us(query, spoil(keys), values, 1500, 0.3)
+    with pytest.raises(TypeError, match="queries must be float32"):
+        attended_by_us(query.half(), keys, values, 1500, 0.3)
 
 
 def test_several_callers_attend_at_once() -> None:
@@ -184,3 +239,12 @@ def test_what_cannot_be_kept_on_disk_is_compiled_all_the_same() -> None:
     made: dict[str, Any] = {}
     exec("def double(x):\n    return 2 * x", made)
     assert kernels.compiled("int64(int64)")(made["double"])(4) == 8
+
+
+@pytest.mark.parametrize("name", ["attention", "heads", "softmax"])
+def test_files_made_of_these_functions_change_with_them(name: str) -> None:
+    folder = Path(kernels.__file__).parent
+    parts = b"".join((folder / part).read_bytes() for part in ("kernels.py", "team.py"))
+    wanted = hashlib.sha256(parts).hexdigest()[:12]
+    made_of = importlib.import_module(f"dynamickv.fast.{name}").MADE_OF
+    assert made_of == wanted, f'write MADE_OF = "{wanted}" into {name}.py'

@@ -1,0 +1,178 @@
+"""A prompt's queries, keys and values head by head, compiled: rotated, and as attention in blocks
+takes them. Torch's threads share the positions (see team)."""
+
+# mypy: disable-error-code="attr-defined,untyped-decorator"
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numba import carray, cfunc
+from torch import Tensor
+
+from dynamickv.fast.kernels import NUMBERS, Array, compiled, kept_on_disk, narrow, wide
+from dynamickv.fast.team import bits_at, floats_at, share, take
+
+MADE_OF = "f299fe98f024"
+"""Digest of kernels.py and team.py, see there."""
+ROWS = 256
+"""Positions that a thread takes at a time."""
+TURNS = "float32[:, ::1], float32[:, ::1]"
+"""Cosines and sines."""
+STORED = "uint16[:, :, ::1]"
+
+
+@compiled(
+    *(
+        f"void({number}[:, ::1], {TURNS}, float32[:, :, ::1], {STORED}, {STORED}, int64, int64)"
+        for number in NUMBERS
+    )
+)
+def _turn_rows(
+    qkv: Array,
+    cos: Array,
+    sin: Array,
+    query: Array,
+    keys: Array,
+    values: Array,
+    start: int,
+    end: int,
+) -> None:
+    query_heads, dim = query.shape[0], query.shape[2]
+    kv_heads = keys.shape[0]
+    half = dim // 2
+    for row in range(start, end):
+        for head in range(query_heads):
+            first = head * dim
+            for i in range(half):
+                a, b = wide(qkv[row, first + i]), wide(qkv[row, first + half + i])
+                query[head, row, i] = a * cos[row, i] - b * sin[row, i]
+                query[head, row, half + i] = b * cos[row, half + i] + a * sin[row, half + i]
+        for head in range(kv_heads):
+            first = (query_heads + head) * dim
+            for i in range(half):
+                a, b = wide(qkv[row, first + i]), wide(qkv[row, first + half + i])
+                keys[head, row, i] = narrow(a * cos[row, i] - b * sin[row, i])
+                keys[head, row, half + i] = narrow(b * cos[row, half + i] + a * sin[row, half + i])
+            first += kv_heads * dim
+            for i in range(dim):
+                values[head, row, i] = narrow(wide(qkv[row, first + i]))
+
+
+@kept_on_disk(cfunc, "void(CPointer(int64))")
+def _turn_share(address: Any) -> None:
+    """One thread's share of what `turn` wrote there."""
+    told = carray(address, (12,))
+    length, query_heads, kv_heads, dim, narrowed = told[1], told[2], told[3], told[4], told[5]
+    size = (query_heads + 2 * kv_heads) * dim
+    cos = carray(floats_at(told[7]), (length, dim))
+    sin = carray(floats_at(told[8]), (length, dim))
+    query = carray(floats_at(told[9]), (query_heads, length, dim))
+    keys = carray(bits_at(told[10]), (kv_heads, length, dim))
+    values = carray(bits_at(told[11]), (kv_heads, length, dim))
+    start = take(address) * ROWS
+    while start < length:
+        end = min(start + ROWS, length)
+        if narrowed:
+            qkv = carray(bits_at(told[6]), (length, size))
+            _turn_rows(qkv, cos, sin, query, keys, values, start, end)
+        else:
+            wide_qkv = carray(floats_at(told[6]), (length, size))
+            _turn_rows(wide_qkv, cos, sin, query, keys, values, start, end)
+        start = take(address) * ROWS
+
+
+def turn(qkv: Tensor, cos: Tensor, sin: Tensor, query_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Put every head's positions together; rotate queries and keys.
+
+    Args:
+        qkv: (n, all heads * head_dim), queries, keys and values, bfloat16 or float32.
+        cos: (n, head_dim) float32; sin likewise.
+
+    Returns:
+        queries, (query_heads, n, head_dim) float32, and keys and values, (kv_heads, n, head_dim)
+        bfloat16.
+
+    Raises:
+        TypeError: other numbers.
+        ValueError: as many heads or rotations as do not fit.
+    """
+    length, dim = cos.shape
+    kv_heads = (qkv.shape[1] // dim - query_heads) // 2
+    # The threads are told addresses alone.
+    if qkv.dtype not in (torch.float32, torch.bfloat16) or cos.dtype != torch.float32:
+        raise TypeError(f"cannot rotate {qkv.dtype} by {cos.dtype}")
+    if qkv.shape != (length, (query_heads + 2 * kv_heads) * dim) or sin.shape != cos.shape:
+        raise ValueError(f"{tuple(qkv.shape)} are not {query_heads} query heads of {length} rows")
+    query = torch.empty(query_heads, length, dim)
+    keys = torch.empty(kv_heads, length, dim, dtype=torch.bfloat16)
+    values = torch.empty_like(keys)
+    given = qkv.contiguous(), cos.contiguous(), sin.to(torch.float32).contiguous()
+    arrays = *given, query, keys, values
+    narrowed = qkv.dtype == torch.bfloat16
+    places = (array.data_ptr() for array in arrays)
+    share(_turn_share, length, query_heads, kv_heads, dim, narrowed, *places)
+    return query, keys, values
+
+
+@compiled("void(float32[::1], float32, uint16[:, :, :, ::1], float32[:, :, ::1], int64, int64)")
+def _ask(query: Array, scaling: Any, asked: Array, sizes: Array, head: int, row: int) -> None:
+    group = asked.shape[2]
+    squares = np.float32(0)
+    for i in range(len(query)):
+        scaled = query[i] * scaling
+        squares += scaled * scaled
+        asked[head // group, row, head % group, i] = narrow(scaled)
+    sizes[head // group, row, head % group] = np.sqrt(squares)
+
+
+@kept_on_disk(cfunc, "void(CPointer(int64))")
+def _ask_share(address: Any) -> None:
+    """One thread's share of what `asked_in_groups` wrote there."""
+    told = carray(address, (11,))
+    heads, length, dim, group = told[1], told[2], told[3], told[4]
+    per_head, per_row = told[5], told[6]
+    scaling = carray(floats_at(told[7]), (1,))[0]
+    asked = carray(bits_at(told[9]), (heads // group, length, group, dim))
+    sizes = carray(floats_at(told[10]), (heads // group, length, group))
+    start = take(address) * ROWS
+    while start < length:
+        for row in range(start, min(start + ROWS, length)):
+            for head in range(heads):
+                query = carray(floats_at(told[8] + 4 * (head * per_head + row * per_row)), (dim,))
+                _ask(query, scaling, asked, sizes, head, row)
+        start = take(address) * ROWS
+
+
+def asked_in_groups(queries: Tensor, scaling: float, group: int) -> tuple[Tensor, Tensor]:
+    """Scaled queries so that those which read one head stand together at every position, and a
+    block of positions is one piece of memory.
+
+    Args:
+        queries: (num_query_heads, n, head_dim) float32.
+        group: query heads for each KV head.
+
+    Returns:
+        (num_kv_heads, n, group, head_dim) bfloat16, and their lengths as vectors, (num_kv_heads, n,
+        group) float32.
+
+    Raises:
+        TypeError: other numbers.
+        ValueError: heads that do not fall into such groups.
+    """
+    heads, length, dim = queries.shape
+    if queries.dtype != torch.float32:
+        raise TypeError(f"queries must be float32, got {queries.dtype}")
+    if heads % group:
+        raise ValueError(f"{heads} query heads do not fall into groups of {group}")
+    if queries.stride(2) != 1:
+        queries = queries.contiguous()
+    asked = queries.new_empty(heads // group, length, group, dim, dtype=torch.bfloat16)
+    sizes = queries.new_empty(heads // group, length, group)
+    factor = np.array([scaling], np.float32)
+    per_head, per_row, _ = queries.stride()
+    places = factor.ctypes.data, queries.data_ptr(), asked.data_ptr(), sizes.data_ptr()
+    share(_ask_share, heads, length, dim, group, per_head, per_row, *places)
+    return asked, sizes
