@@ -6,10 +6,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dynamickv.fast import kernels
 from dynamickv.fast.decoder import HeadNorms, Ops, Rotation, Store
 from dynamickv.fast.heads import turn
 from dynamickv.fast.packed import PackedWeights
+from dynamickv.fast.sums import add_rows, normed_rows
 
 ROWS = 512
 """Positions that small operations take at a time, so that they stay in the cache."""
@@ -29,7 +29,7 @@ class ManyRows(Ops[Store]):
         """RMS norm over the last dimension, bfloat16."""
         if x.dim() > 2:
             return super().norm(x, weight, eps)
-        return kernels.normed(x, weight, eps)
+        return normed_rows(x, weight, eps)
 
     def project(self, x: Tensor, *linears: nn.Linear, residual: Tensor | None = None) -> Tensor:
         """In one product, added in place to the residual of the positions that go on."""
@@ -37,8 +37,10 @@ class ManyRows(Ops[Store]):
         if residual is None:
             return joined
         residual = residual[-len(joined) :]
-        for part, added in zip(torch.split(residual, ROWS), torch.split(joined, ROWS), strict=True):
-            part += added
+        if joined.dtype == torch.bfloat16:
+            add_rows(residual, joined)
+        else:
+            residual += joined
         return residual
 
     def gate(self, x: Tensor, gate: nn.Linear, up: nn.Linear) -> Tensor:

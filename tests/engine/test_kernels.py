@@ -241,7 +241,7 @@ def test_what_cannot_be_kept_on_disk_is_compiled_all_the_same() -> None:
     assert kernels.compiled("int64(int64)")(made["double"])(4) == 8
 
 
-@pytest.mark.parametrize("name", ["attention", "heads", "softmax"])
+@pytest.mark.parametrize("name", ["attention", "heads", "softmax", "sums"])
 def test_files_made_of_these_functions_change_with_them(name: str) -> None:
     folder = Path(kernels.__file__).parent
     parts = b"".join((folder / part).read_bytes() for part in ("kernels.py", "team.py"))
