@@ -284,7 +284,13 @@ def lost_words(aligned: Aligned, full: Run) -> str:
     place = aligned.loss or 0
     before, after = aligned.probabilities_full[place], aligned.probabilities[place]
     first, last = aligned.token_spans[place]
-    return f"{''.join(full.pieces[first:last]).strip()} {before:.0%} -> {after:.0%}"
+    word = "".join(full.pieces[first:last]).strip()
+    return f"{word} {_percent(before)} -> {_percent(after)}"
+
+
+def _percent(share: float) -> str:
+    """A probability; below 1 % with one digit, so that a half tells."""
+    return f"{share:.0%}" if share >= 0.01 else f"{100 * share:.1g}%"
 
 
 def _row(*cells: str) -> str:

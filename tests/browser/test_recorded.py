@@ -9,6 +9,7 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from app.examples import Example
+from app.wording import percent
 from dynamickv.record.trace import Trace
 from tests.browser.conftest import HOSTILE, open_page, pick
 
@@ -69,6 +70,14 @@ def test_first_paint_is_a_recorded_run(page: Page, page_url: str) -> None:
     expect(page.locator(".dkv-model")).to_have_attribute("data-state", "failed")
     expect(page.locator(".dkv-model")).to_contain_text("no network")
     assert page.evaluate("localStorage.length") == 0
+
+
+def test_a_small_probability_tells_from_its_half(page: Page, page_url: str) -> None:
+    open_page(page, page_url)
+    shares = [0.0014, 0.0007, 0.0002, 0.0001, 4e-7]
+    words = page.evaluate("(shares) => shares.map(DynamicKV.percent)", shares)
+    assert words == [percent(share) for share in shares]
+    assert page.evaluate("DynamicKV.percent(0)") == "0 %"
 
 
 @pytest.mark.parametrize(("theme", "width"), [("light", 1366), ("dark", 1400), ("light", 390)])

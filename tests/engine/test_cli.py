@@ -10,11 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 import dynamickv as dkv
-from dynamickv.cli import main
+from dynamickv.cli import lost_words, main
 from tests.engine.tiny import DOCUMENT, QUESTION, tiny_llm, tiny_model, tiny_tokenizer
 
 
@@ -396,9 +397,23 @@ def test_the_table_says_what_survives_and_which_word_is_lost(run: Any, tmp_path:
     assert held.loss is not None
     first, last = held.token_spans[held.loss]
     word = "".join(full.pieces[first:last]).strip()
-    share = f"{held.probabilities_full[held.loss]:.0%} -> {held.probabilities[held.loss]:.0%}"
-    assert row.endswith(f"{word} {share}")
+    both = held.probabilities_full[held.loss], held.probabilities[held.loss]
+    shares = (f"{share:.0%}" if share >= 0.01 else f"{100 * share:.1g}%" for share in both)
+    assert row.endswith(f"{word} {' -> '.join(shares)}")
     assert trace.model.precision in out.splitlines()[0]
+
+
+def test_a_lost_word_s_small_probabilities_tell_apart() -> None:
+    full = Mock(pieces=[" goose"])
+    for before, after, said in (
+        (0.9, 0.02, "goose 90% -> 2%"),
+        (0.014, 0.006, "goose 1% -> 0.6%"),
+        (0.0003, 0.0, "goose 0.03% -> 0%"),
+    ):
+        held = Mock(
+            loss=0, token_spans=[[0, 1]], probabilities=[after], probabilities_full=[before]
+        )
+        assert lost_words(held, full) == said
 
 
 def test_compression_while_answering_is_said_and_recorded(run: Any, tmp_path: Path) -> None:

@@ -129,6 +129,6 @@ def test_partings_show_both_tokens_and_their_probabilities(trace: Trace) -> None
     (found,) = partings(both)
     assert (found["at"], found["shared"]) == (2, " The")
     assert found["tokens"] == [" old", "token 8"]
-    assert found["here"] == ["41 %", "< 0.1 %"]
+    assert found["here"] == ["41 %", "0.01 %"]
     assert found["full"] == ["2.0 %", "90 %"]
     assert partings(trace) == []
