@@ -37,6 +37,7 @@ from app.settings import (
     ADVANCED,
     CAPACITIES,
     DEFAULT_CAPACITY,
+    LABELS,
     Setting,
     form_defaults,
     offered_methods,
@@ -201,18 +202,18 @@ def build_advanced(first: Example | None) -> Widgets:
             MAX_NEW_TOKENS,
             value=first.max_new_tokens if first else DEFAULT_NEW_TOKENS,
             step=1,
-            label="Longest answer, in tokens",
+            label=f"{LABELS['max_new_tokens']}, in tokens",
         )
         with gr.Row():
             made["decode_budget"] = gr.Number(
                 0,
-                label="Decode budget",
+                label=LABELS["decode_budget"],
                 info="held while answering; 0: all",
                 min_width=120,
             )
             made["decode_buffer"] = gr.Number(
                 DEFAULT_BUFFER,
-                label="Decode buffer",
+                label=LABELS["decode_buffer"],
                 info="tokens between choices",
                 min_width=120,
             )

@@ -281,7 +281,16 @@ def test_a_capacity_below_the_window_names_both(page: Page, page_url: str) -> No
     # The form knows it: on a busy machine a click came sooner, and ran with the capacity before.
     page.wait_for_url("**/?*b=8*")
     page.locator("#dkv-run").click()
-    expect(page.locator(".dkv-status[data-state=error]")).to_contain_text("window_size=8")
+    said = page.locator(".dkv-status[data-state=error]")
+    expect(said).to_contain_text("Capacity must exceed Window size 8 tokens, got 8.")
+
+
+def test_the_slider_offers_no_capacity_that_the_window_forbids(page: Page, page_url: str) -> None:
+    open_page(page, page_url)
+    slider = page.locator("#dkv-capacity input[type=range]")
+    slider.press("Home")
+    expect(page.locator("#dkv-capacity input[type=number]")).to_have_value("16")
+    expect(page.locator("#dkv-capacity [data-testid=min-value]")).to_have_text("16")
 
 
 def test_a_missing_model_is_one_sentence(page: Page, page_url: str) -> None:
