@@ -150,6 +150,12 @@ def _compare(options: argparse.Namespace) -> None:
         capacity=options.capacity,
         **settings_of(options),
     )
+    if any(method.capabilities.layer_budgets for method in methods):
+        print(
+            "Manual without budgets keeps the capacity in every layer, as SnapKV does; "
+            "give budgets in Python: dkv.Manual(budgets=[...])",
+            file=sys.stderr,
+        )
     decoding = _decoding(options)
     for method in methods:
         if method.capabilities.capacity:

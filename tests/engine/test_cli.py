@@ -162,6 +162,13 @@ def test_every_registered_method_can_be_reported_when_nothing_is_compressed(run:
         assert f"{name}:" in out
 
 
+def test_manual_without_budgets_is_said_to_keep_the_capacity_everywhere(run: Any) -> None:
+    said = "Manual without budgets keeps the capacity in every layer"
+    code, _, err = run(methods="FullKV,Manual", max_new_tokens="2")
+    assert (code, err.count(said)) == (0, 1)
+    assert said not in run(methods="FullKV,SnapKV", max_new_tokens="2")[2]
+
+
 def test_the_document_may_come_from_stdin(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(DOCUMENT.encode())))
     from_stdin = run(document="-")[1]
