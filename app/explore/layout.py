@@ -169,7 +169,7 @@ def build_fields(
     made["methods"] = gr.CheckboxGroup(
         method_choices(), value=shown_methods(first), label="Methods", elem_id="dkv-methods"
     )
-    made["price"] = Readout(price(MASS_RATIO), elem_id="dkv-price")
+    made["price"] = Readout(price(MASS_RATIO, shown_methods(first)), elem_id="dkv-price")
     made["capacity"] = gr.Slider(
         *CAPACITIES,
         value=first.capacity if first else DEFAULT_CAPACITY,
@@ -332,7 +332,7 @@ def wire_form(handlers: FormHandlers, widgets: Widgets) -> None:
     model.change(handlers.model_state, model, widgets["chip"], **latest)
     methods = widgets["methods"]
     methods.input(handlers.lock_reference, methods, methods, **LIGHT)
-    methods.change(handlers.price, None, widgets["price"], **latest)
+    methods.change(handlers.price, methods, widgets["price"], **latest)
     texts = [document, widgets["question"]]
     gr.on([text.change for text in texts], handlers.ready, texts, widgets["run"], **latest)
     gr.on(
