@@ -253,6 +253,8 @@ def report(trace: Trace) -> str:
     heads = ("method", "kept", "KV MiB", "ms/token", "first difference", "survives", "lost word")
     lines += ["", _row(*heads)]
     lines += [_row(*_figures(run, trace)) for run in trace.runs]
+    if all(run.method != "FullKV" for run in trace.runs):
+        lines.append("-: there is no FullKV run to compare with; add FullKV to --methods.")
     for run in trace.runs:
         found = {True: " (holds what is expected)", False: " (misses what is expected)", None: ""}
         lines += ["", f"{run.method}{found[run.expected_found]}:", run.answer.strip()]

@@ -144,7 +144,10 @@ def expected_words(trace: Trace) -> str:
 def survival_row(run: Run, trace: Trace) -> tuple[str, str]:
     """The mean surviving probability, and the word that carries the loss."""
     if run.aligned is None:
-        return NOTHING, "reference" if run.method == "FullKV" else "not recorded"
+        compared = any(other.method == "FullKV" for other in trace.runs)
+        return NOTHING, (
+            "reference" if run.method == "FullKV" else "not recorded" if compared else "no FullKV"
+        )
     if run.aligned.loss is None:
         return percent(run.aligned.surviving), "no word lost"
     first, last = run.aligned.token_spans[run.aligned.loss]

@@ -410,6 +410,12 @@ def test_the_table_says_what_survives_and_which_word_is_lost(run: Any, tmp_path:
     assert trace.model.precision in out.splitlines()[0]
 
 
+def test_without_fullkv_the_dashes_are_explained(run: Any) -> None:
+    said = "-: there is no FullKV run to compare with; add FullKV to --methods."
+    assert said in run(methods="DynamicKV", max_new_tokens="2")[1].splitlines()
+    assert said not in run(max_new_tokens="2")[1]
+
+
 def test_a_lost_word_s_small_probabilities_tell_apart() -> None:
     full = Mock(pieces=[" goose"])
     for before, after, said in (

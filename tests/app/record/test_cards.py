@@ -31,6 +31,13 @@ def test_the_cache_s_bytes_are_said_with_those_of_a_number(trace: Trace) -> None
         assert notes["KV cache"].endswith(said)
 
 
+def test_without_fullkv_the_dashes_say_why(trace: Trace) -> None:
+    run = replace(trace.run("DynamicKV"), aligned=None, agreement=None)
+    shown = card(run, replace(trace, runs=[run]))
+    rows = {row["label"]: (row["value"], row["note"]) for row in shown["receipts"]}
+    assert rows["Survives"] == rows["Token match"] == ("\u2013", "no FullKV")
+
+
 def test_fullkv_card_is_the_reference(trace: Trace) -> None:
     shown = card(trace.run("FullKV"), trace)
     assert shown["chip"] == "keeps everything"
