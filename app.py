@@ -6,6 +6,7 @@ import argparse
 import ipaddress
 import os
 import sys
+from pathlib import Path
 
 import app.threads  # noqa: F401  (before torch)
 import dynamickv as dkv
@@ -63,7 +64,9 @@ def read_options() -> argparse.Namespace:
     )
     parser.add_argument("--port", type=int, default=7860, help="port (default: 7860)")
     parser.add_argument(
-        "--model", default=dkv.DEFAULT_MODEL, help="short name, hub id, folder or .gguf file"
+        "--model",
+        default=dkv.DEFAULT_MODEL,
+        help="short name, hub id, folder or .gguf file; none: the recorded runs alone",
     )
     parser.add_argument(
         "--auth",
@@ -90,6 +93,12 @@ def read_options() -> argparse.Namespace:
         parser.error(f"--port must be from 0 to 65535, got {options.port}")
     if options.keep < 0:
         parser.error(f"--keep must be at least 0 MiB, got {options.keep}")
+    if not may_be_a_model(options.model):
+        parser.error(
+            f"--model: there is no model {options.model!r}; give one of "
+            f"{', '.join(dkv.KNOWN_MODELS)}, a hub id (organisation/model), a folder with "
+            "safetensors or a .gguf file"
+        )
     if options.allow_any_model and not is_loopback(options.host):
         parser.error(
             f"--allow-any-model would let strangers at {options.host} load what they like: "
@@ -104,6 +113,12 @@ def credentials(text: str) -> tuple[str, str]:
     if not user or not colon or not password:
         raise argparse.ArgumentTypeError("give it as USER:PASSWORD")
     return user, password
+
+
+def may_be_a_model(name: str) -> bool:
+    """Whether there is something to load by that name, as far as is known without the hub."""
+    known = name.lower() in dkv.KNOWN_MODELS or Path(name).expanduser().exists()
+    return known or "/" in name or name == "none"
 
 
 def is_loopback(host: str) -> bool:

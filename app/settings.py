@@ -10,7 +10,7 @@ from typing import Any
 import dynamickv as dkv
 
 CAPACITIES = (8, 2048)
-"""Bounds of the capacity slider."""
+"""Bounds of a capacity that is typed; the slider starts where the what-if panel's does."""
 DEFAULT_CAPACITY = 128
 
 
@@ -107,6 +107,13 @@ ALL = (
         what_if={"label": "Heads' shares", "options": ["uniform", "adaptive"]},
     ),
 )
+LABELS = {
+    **{setting.name: setting.label for setting in ALL if setting.label and "_" in setting.name},
+    "max_new_tokens": "Longest answer",
+    "decode_budget": "Decode budget",
+    "decode_buffer": "Decode buffer",
+}
+"""How the form calls the numbers whose names are not words."""
 SETTINGS = tuple(setting.name for setting in ALL if setting.label)
 """What the form can set."""
 ADVANCED = tuple(setting for setting in ALL if setting.label and setting.name != "capacity")

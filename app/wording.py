@@ -24,12 +24,12 @@ def count(number: int, noun: str) -> str:
 
 
 def percent(share: float) -> str:
-    """A share with as many digits as it deserves."""
+    """A share with as many digits as it deserves: small ones keep one, so that a half tells."""
     value = 100 * share
     if value >= 99.95:
         return "100 %"
-    if 0 < value < 0.05:
-        return "< 0.1 %"
+    if 0 < value < 0.1:
+        return f"{value:.1g} %".replace("e-0", "e-")
     return f"{value:.0f} %" if value >= 20 else f"{value:.1f} %"
 
 

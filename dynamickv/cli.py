@@ -150,6 +150,12 @@ def _compare(options: argparse.Namespace) -> None:
         capacity=options.capacity,
         **settings_of(options),
     )
+    if any(method.capabilities.layer_budgets for method in methods):
+        print(
+            "Manual without budgets keeps the capacity in every layer, as SnapKV does; "
+            "give budgets in Python: dkv.Manual(budgets=[...])",
+            file=sys.stderr,
+        )
     decoding = _decoding(options)
     for method in methods:
         if method.capabilities.capacity:
@@ -247,6 +253,8 @@ def report(trace: Trace) -> str:
     heads = ("method", "kept", "KV MiB", "ms/token", "first difference", "survives", "lost word")
     lines += ["", _row(*heads)]
     lines += [_row(*_figures(run, trace)) for run in trace.runs]
+    if all(run.method != "FullKV" for run in trace.runs):
+        lines.append("-: there is no FullKV run to compare with; add FullKV to --methods.")
     for run in trace.runs:
         found = {True: " (holds what is expected)", False: " (misses what is expected)", None: ""}
         lines += ["", f"{run.method}{found[run.expected_found]}:", run.answer.strip()]
@@ -284,7 +292,13 @@ def lost_words(aligned: Aligned, full: Run) -> str:
     place = aligned.loss or 0
     before, after = aligned.probabilities_full[place], aligned.probabilities[place]
     first, last = aligned.token_spans[place]
-    return f"{''.join(full.pieces[first:last]).strip()} {before:.0%} -> {after:.0%}"
+    word = "".join(full.pieces[first:last]).strip()
+    return f"{word} {_percent(before)} -> {_percent(after)}"
+
+
+def _percent(share: float) -> str:
+    """A probability; below 1 % with one digit, so that a half tells."""
+    return f"{share:.0%}" if share >= 0.01 else f"{100 * share:.1g}%"
 
 
 def _row(*cells: str) -> str:

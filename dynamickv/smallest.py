@@ -38,8 +38,9 @@ class Smallest:
 
     method: str
     capacity: int
-    """At this capacity the method answers, and at the next smaller one that was tried it does not.
-    The prompt's length where nothing smaller does."""
+    """At this capacity the method answers, and at the next smaller one that was tried it does not:
+    the least capacity may lie up to `step` - 1 tokens below. The prompt's length where nothing
+    smaller does."""
     kept_fraction: float
     kv_bytes: int
     by: str
@@ -65,7 +66,10 @@ def smallest_capacity(
     on_probe: Callable[[Probe], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Smallest | None:
-    """The smallest capacity, to `step` tokens, at which `method` still answers; None if stopped.
+    """The smallest multiple of `step` as capacity at which `method` still answers; None if stopped.
+
+    What lies between two multiples is not tried: `step=1` finds the least capacity itself, with
+    three more probes than 8.
 
     Arguments and errors as in `search_capacity`.
     """

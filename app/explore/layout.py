@@ -37,6 +37,7 @@ from app.settings import (
     ADVANCED,
     CAPACITIES,
     DEFAULT_CAPACITY,
+    LABELS,
     Setting,
     form_defaults,
     offered_methods,
@@ -168,7 +169,7 @@ def build_fields(
     made["methods"] = gr.CheckboxGroup(
         method_choices(), value=shown_methods(first), label="Methods", elem_id="dkv-methods"
     )
-    made["price"] = Readout(price(MASS_RATIO), elem_id="dkv-price")
+    made["price"] = Readout(price(MASS_RATIO, shown_methods(first)), elem_id="dkv-price")
     made["capacity"] = gr.Slider(
         *CAPACITIES,
         value=first.capacity if first else DEFAULT_CAPACITY,
@@ -201,18 +202,18 @@ def build_advanced(first: Example | None) -> Widgets:
             MAX_NEW_TOKENS,
             value=first.max_new_tokens if first else DEFAULT_NEW_TOKENS,
             step=1,
-            label="Longest answer, in tokens",
+            label=f"{LABELS['max_new_tokens']}, in tokens",
         )
         with gr.Row():
             made["decode_budget"] = gr.Number(
                 0,
-                label="Decode budget",
+                label=LABELS["decode_budget"],
                 info="held while answering; 0: all",
                 min_width=120,
             )
             made["decode_buffer"] = gr.Number(
                 DEFAULT_BUFFER,
-                label="Decode buffer",
+                label=LABELS["decode_buffer"],
                 info="tokens between choices",
                 min_width=120,
             )
@@ -331,7 +332,7 @@ def wire_form(handlers: FormHandlers, widgets: Widgets) -> None:
     model.change(handlers.model_state, model, widgets["chip"], **latest)
     methods = widgets["methods"]
     methods.input(handlers.lock_reference, methods, methods, **LIGHT)
-    methods.change(handlers.price, None, widgets["price"], **latest)
+    methods.change(handlers.price, methods, widgets["price"], **latest)
     texts = [document, widgets["question"]]
     gr.on([text.change for text in texts], handlers.ready, texts, widgets["run"], **latest)
     gr.on(

@@ -5,7 +5,7 @@ Pure functions; no widgets, no model.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -50,9 +50,12 @@ def uncountable(document: str) -> dict[str, Any] | None:
     return None
 
 
-def price(ratio: float) -> dict[str, str]:
-    """What the methods cost that ask for the attention of all tokens; empty without any."""
-    asking = [name for name in offered_methods() if dkv.METHODS[name].capabilities.mass]
+def price(ratio: float, methods: Collection[str]) -> dict[str, str]:
+    """What those of the chosen methods cost that ask for the attention of all tokens; empty without
+    any.
+    """
+    offered = [name for name in offered_methods() if name in methods]
+    asking = [name for name in offered if dkv.METHODS[name].capabilities.mass]
     if not asking:
         return {"value": "", "note": ""}
     note = f"{asking[0]} reads the whole attention matrix: about {ratio:.1f} times the reading."

@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 import dynamickv as dkv
-from app.components import LabPanel, LabStatus
+from app.components import LabPanel, LabStatus, Readout
 from app.serving.events import IN_TURNS, LIGHT, PRIVATE
 from app.serving.status import idle
 from app.settings import DEFAULT_CAPACITY, offered_methods
@@ -90,9 +90,15 @@ def build_parts(handlers: LabHandlers, shared: Shared) -> list[LabPanel]:
                 depths = gr.Slider(1, 11, value=form["depths"], step=1, label="Depths")
                 samples = gr.Slider(1, 10, value=form["samples"], step=1, label="Texts per cell")
                 needles = gr.Slider(1, 4, value=form["needles"], step=1, label="Needles per text")
+                grid: list[Any] = [methods, sizes, lengths, depths, samples, needles]
+                time = Readout(handlers.needle_time(*(field.value for field in grid)))
+                changes = [widget.change for widget in grid]
+                gr.on(
+                    changes, handlers.needle_time, grid, time, trigger_mode="always_last", **LIGHT
+                )
                 buttons = _buttons("needle")
             part = _part("needle", *buttons)
-            fields = [*models, methods, sizes, lengths, depths, samples, needles]
+            fields = [*models, *grid]
             panels.append(part.panel)
             _wire(handlers, handlers.needle, fields, part)
         with gr.Tab("Sweep", id="lab-sweep"), gr.Row(elem_classes=["dkv-split"]):

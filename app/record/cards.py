@@ -16,7 +16,8 @@ from .words import circumstances, compressed_layers, compressed_words, finish_wo
 NOTHING = "\u2013"
 CARD_HINTS = {
     "Kept": "Share of the prompt's tokens that stay in the cache, over all layers and heads.",
-    "KV cache": "Bytes of keys and values for the prompt, summed from the tensors themselves.",
+    "KV cache": "Bytes of keys and values for the prompt, summed from the tensors themselves. With "
+    "4 bytes a number (float32) they are twice those with 2 (bfloat16).",
     "Prefill": "Reading the prompt once. The same prefill serves every method here.",
     "Score + prune": "Choosing the tokens and copying them into the smaller cache.",
     "Decode": "Median time of an answer token; 'for 5 together': one pass served five caches.",
@@ -143,7 +144,10 @@ def expected_words(trace: Trace) -> str:
 def survival_row(run: Run, trace: Trace) -> tuple[str, str]:
     """The mean surviving probability, and the word that carries the loss."""
     if run.aligned is None:
-        return NOTHING, "reference" if run.method == "FullKV" else "not recorded"
+        compared = any(other.method == "FullKV" for other in trace.runs)
+        return NOTHING, (
+            "reference" if run.method == "FullKV" else "not recorded" if compared else "no FullKV"
+        )
     if run.aligned.loss is None:
         return percent(run.aligned.surviving), "no word lost"
     first, last = run.aligned.token_spans[run.aligned.loss]
@@ -218,7 +222,7 @@ def receipts(run: Run, trace: Trace) -> list[dict[str, str]]:
     """The measured numbers of a run: label, value, and a note in small type."""
     rows = {
         "Kept": (percent(run.kept_fraction), "of prompt"),
-        "KV cache": (mebibytes(run.kv_bytes), f"of {mebibytes(run.kv_bytes_full)}"),
+        "KV cache": kv_row(run, trace),
         "Prefill": (seconds(trace.prefill_seconds), "shared"),
         "Score + prune": compression_row(run),
         "Decode": decode_row(run.decode_seconds, run.decoded_together),
@@ -230,6 +234,15 @@ def receipts(run: Run, trace: Trace) -> list[dict[str, str]]:
         {"label": label, "value": value, "note": note, "hint": CARD_HINTS[label]}
         for label, (value, note) in rows.items()
     ]
+
+
+def kv_row(run: Run, trace: Trace) -> tuple[str, str]:
+    """Bytes held of FullKV's, and of what numbers, where all layers hold alike."""
+    model = trace.model
+    numbers = 2 * model.num_layers * model.num_kv_heads * model.head_dim * trace.prompt.length
+    each = run.kv_bytes_full / numbers
+    of = f", {each:.0f} bytes a number" if each in (2, 4) else ""
+    return mebibytes(run.kv_bytes), f"of {mebibytes(run.kv_bytes_full)}{of}"
 
 
 def compression_row(run: Run) -> tuple[str, str]:

@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 import dynamickv as dkv
+from app.settings import LABELS
 from app.wording import count, seconds
 
 from .turns import Place
@@ -72,9 +73,13 @@ def told(error: Exception, event: str, noun: str, remedy: str) -> Status:
 
 
 def sentence_of(error: object) -> str:
-    """An error as a sentence: capital first, but not in a parameter's or file's name, full stop
-    last."""
+    """An error as a sentence: the form's numbers as it calls them, capital first, but not in a
+    parameter's or file's name, full stop last."""
     text = str(error).strip() or type(error).__name__
+    for name, label in LABELS.items():
+        # "window_size=8" is a name with its value; "window_size.txt" is somebody's file.
+        text = re.sub(rf"(?<![\w-]){name}=", f"{label} ", text)
+        text = re.sub(rf"(?<![\w-]){name}(?![\w-]|\.\w)", label, text)
     first = text[0] if re.search(r"[_.]\w", text.split(maxsplit=1)[0]) else text[0].upper()
     return first + text[1:] + ("" if text[-1] in ".!?" else ".")
 

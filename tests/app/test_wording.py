@@ -5,6 +5,17 @@ from __future__ import annotations
 from app.wording import MIB, count, mebibytes, percent, seconds
 
 
+def test_a_small_share_tells_from_its_half() -> None:
+    assert [percent(x) for x in (0.0014, 0.0007, 0.0002, 0.0001, 4e-7, 0.0)] == [
+        "0.1 %",
+        "0.07 %",
+        "0.02 %",
+        "0.01 %",
+        "4e-5 %",
+        "0.0 %",
+    ]
+
+
 def test_numbers_read_well() -> None:
     assert [percent(x) for x in (0.0371, 0.5, 1.0, 0.9996)] == [
         "3.7 %",

@@ -112,6 +112,19 @@ def test_a_link_goes_before_what_was_kept(page: Page, page_url: str) -> None:
     expect_kept(page)
 
 
+def test_a_link_opened_again_shows_its_own_text_and_loses_none(page: Page, page_url: str) -> None:
+    open_page(page, page_url, "?ex=three")
+    expect(page.locator("#dkv-example input")).to_have_value("Three")
+    fill(page)
+    page.reload()  # which is no link that somebody follows
+    expect_kept(page)
+    open_page(page, page_url, "?ex=three")
+    expect(page.locator("#dkv-document textarea")).to_have_value(re.compile("river"))
+    expect(page.locator("#dkv-example input")).to_have_value("Three")
+    pick(page, "Your own text")
+    expect_kept(page)
+
+
 def test_the_last_run_comes_back_with_its_words_and_its_what_if(page: Page, tiny_url: str) -> None:
     run(page, tiny_url)
     answers = page.locator(".dkv-words").all_inner_texts()

@@ -181,6 +181,15 @@ def test_the_hall_shows_one_thing_per_screen_and_follows_a_clicker(
     expect(bar).to_have_count(0)
 
 
+def test_the_hall_says_what_the_big_figures_are(page: Page, page_url: str) -> None:
+    page.set_viewport_size({"width": 1366, "height": 768})
+    page.goto(f"{page_url}?big=1&ex=three")
+    words = page.locator(".dkv-card .dkv-big small")
+    expect(words).to_have_text(["the reference", "survives", "survives"])
+    for number in range(3):
+        expect(words.nth(number)).to_be_visible()
+
+
 def test_the_hall_does_what_it_tells(page: Page, page_url: str) -> None:
     page.goto(f"{page_url}?big=1")
     bar = page.locator(".dkv-hall-bar")

@@ -9,6 +9,7 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from app.examples import Example
+from app.wording import percent
 from dynamickv.record.trace import Trace
 from tests.browser.conftest import HOSTILE, open_page, pick
 
@@ -69,6 +70,14 @@ def test_first_paint_is_a_recorded_run(page: Page, page_url: str) -> None:
     expect(page.locator(".dkv-model")).to_have_attribute("data-state", "failed")
     expect(page.locator(".dkv-model")).to_contain_text("no network")
     assert page.evaluate("localStorage.length") == 0
+
+
+def test_a_small_probability_tells_from_its_half(page: Page, page_url: str) -> None:
+    open_page(page, page_url)
+    shares = [0.0014, 0.0007, 0.0002, 0.0001, 4e-7]
+    words = page.evaluate("(shares) => shares.map(DynamicKV.percent)", shares)
+    assert words == [percent(share) for share in shares]
+    assert page.evaluate("DynamicKV.percent(0)") == "0 %"
 
 
 @pytest.mark.parametrize(("theme", "width"), [("light", 1366), ("dark", 1400), ("light", 390)])
@@ -272,7 +281,16 @@ def test_a_capacity_below_the_window_names_both(page: Page, page_url: str) -> No
     # The form knows it: on a busy machine a click came sooner, and ran with the capacity before.
     page.wait_for_url("**/?*b=8*")
     page.locator("#dkv-run").click()
-    expect(page.locator(".dkv-status[data-state=error]")).to_contain_text("window_size=8")
+    said = page.locator(".dkv-status[data-state=error]")
+    expect(said).to_contain_text("Capacity must exceed Window size 8 tokens, got 8.")
+
+
+def test_the_slider_offers_no_capacity_that_the_window_forbids(page: Page, page_url: str) -> None:
+    open_page(page, page_url)
+    slider = page.locator("#dkv-capacity input[type=range]")
+    slider.press("Home")
+    expect(page.locator("#dkv-capacity input[type=number]")).to_have_value("16")
+    expect(page.locator("#dkv-capacity [data-testid=min-value]")).to_have_text("16")
 
 
 def test_a_missing_model_is_one_sentence(page: Page, page_url: str) -> None:

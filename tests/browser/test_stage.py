@@ -269,6 +269,8 @@ def test_the_whole_table_is_seen_with_six_methods(page: Page, large_stage_url: s
     expect(page.locator(".dkv-evidence")).to_be_in_viewport(ratio=1)
     hidden = table.evaluate("n => [n.scrollWidth - n.clientWidth, n.scrollHeight - n.clientHeight]")
     assert hidden == [0, 0]
+    reason = "the reference: the others are compared with it"
+    expect(table.locator(".dkv-sums td").first).to_have_attribute("title", reason)
 
 
 @pytest.fixture(scope="module")

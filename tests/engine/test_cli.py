@@ -10,11 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 import dynamickv as dkv
-from dynamickv.cli import main
+from dynamickv.cli import lost_words, main
 from tests.engine.tiny import DOCUMENT, QUESTION, tiny_llm, tiny_model, tiny_tokenizer
 
 
@@ -159,6 +160,13 @@ def test_every_registered_method_can_be_reported_when_nothing_is_compressed(run:
     assert code == 0, err
     for name in dkv.METHODS:
         assert f"{name}:" in out
+
+
+def test_manual_without_budgets_is_said_to_keep_the_capacity_everywhere(run: Any) -> None:
+    said = "Manual without budgets keeps the capacity in every layer"
+    code, _, err = run(methods="FullKV,Manual", max_new_tokens="2")
+    assert (code, err.count(said)) == (0, 1)
+    assert said not in run(methods="FullKV,SnapKV", max_new_tokens="2")[2]
 
 
 def test_the_document_may_come_from_stdin(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -396,9 +404,29 @@ def test_the_table_says_what_survives_and_which_word_is_lost(run: Any, tmp_path:
     assert held.loss is not None
     first, last = held.token_spans[held.loss]
     word = "".join(full.pieces[first:last]).strip()
-    share = f"{held.probabilities_full[held.loss]:.0%} -> {held.probabilities[held.loss]:.0%}"
-    assert row.endswith(f"{word} {share}")
+    both = held.probabilities_full[held.loss], held.probabilities[held.loss]
+    shares = (f"{share:.0%}" if share >= 0.01 else f"{100 * share:.1g}%" for share in both)
+    assert row.endswith(f"{word} {' -> '.join(shares)}")
     assert trace.model.precision in out.splitlines()[0]
+
+
+def test_without_fullkv_the_dashes_are_explained(run: Any) -> None:
+    said = "-: there is no FullKV run to compare with; add FullKV to --methods."
+    assert said in run(methods="DynamicKV", max_new_tokens="2")[1].splitlines()
+    assert said not in run(max_new_tokens="2")[1]
+
+
+def test_a_lost_word_s_small_probabilities_tell_apart() -> None:
+    full = Mock(pieces=[" goose"])
+    for before, after, said in (
+        (0.9, 0.02, "goose 90% -> 2%"),
+        (0.014, 0.006, "goose 1% -> 0.6%"),
+        (0.0003, 0.0, "goose 0.03% -> 0%"),
+    ):
+        held = Mock(
+            loss=0, token_spans=[[0, 1]], probabilities=[after], probabilities_full=[before]
+        )
+        assert lost_words(held, full) == said
 
 
 def test_compression_while_answering_is_said_and_recorded(run: Any, tmp_path: Path) -> None:

@@ -23,6 +23,8 @@
       });
     }
 
+    const REFERENCE = "the reference: the others are compared with it";
+    const unanswered = (run) => (run.method === "FullKV" ? REFERENCE : store.trace.runs.some((other) => other.method === "FullKV") ? "stopped before it could be compared" : "there is no FullKV run to compare with");
     const answered = (run) => {
       if (run.predicted) return "not run";
       if (run.method === "FullKV") return "–";
@@ -76,7 +78,7 @@
         if (rows.last[layer] > rows.rank[layer]) rank.title = `between ${plain(rows.rank[layer])} and ${plain(rows.last[layer])}: ${counting(rows.last[layer] - rows.rank[layer] + 1, "token")} have this score`;
         return [make("td", { className: "dkv-reason" }, String(rows.score[layer])), rank, make("td", { className: "dkv-reason" }, plain(rows.cut[layer]))];
       };
-      const sums = (name, words) => make("tr", { className: "dkv-sums" }, make("th", { scope: "row" }, name), ...columns.map((item) => make("td", {}, words(item))), ...(rows ? [make("td", { colSpan: 3 }, "")] : []));
+      const sums = (name, words) => make("tr", { className: "dkv-sums" }, make("th", { scope: "row" }, name), ...columns.map((item) => make("td", { title: words(item) === "–" ? unanswered(item.run) : "" }, words(item))), ...(rows ? [make("td", { colSpan: 3 }, "")] : []));
       return make("table", { className: columns.length > 4 ? "dkv-tall" : "" },
         make("thead", {},
           make("tr", {}, column(["layer"], "dkv-side"), ...columns.map(({ run, index }) => {

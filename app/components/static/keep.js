@@ -9,6 +9,7 @@
   const [EXAMPLE, EXPECTED, DOCUMENT, QUESTION] = [0, 1, 2, 3]; // places in KEPT of explore/layout.py
   const OWN_TEXT = "own";
   const asked = new URLSearchParams(window.location.search).get("ex"); // as the page was opened: it changes with what is shown
+  const followed = Boolean(asked) && performance.getEntriesByType("navigation")[0]?.type === "navigate"; // no reload, no way back
 
   // A full or forbidden storage loses the kept state, and nothing else.
   const write = (key, value) => { try { if (value === null) sessionStorage.removeItem(key); else sessionStorage.setItem(key, JSON.stringify(value)); return true; } catch { return false; } };
@@ -69,7 +70,7 @@
   DynamicKV.restoreForm = (now) => {
     restored = true;
     const state = read(STATE);
-    const same = state && Array.isArray(state.values) && state.values.length === now.length && (!asked || asked === state.example);
+    const same = state && Array.isArray(state.values) && state.values.length === now.length && (!asked || (asked === state.example && !(followed && state.typed)));
     if (!same) { values = now; return now; }
     typed = state.typed;
     values = state.values;

@@ -12,8 +12,8 @@
   const whole = (text) => (/^\d{1,4}$/.test(text ?? "") ? Number(text) : null);
 
   const offered = (size) => {
-    const slider = document.querySelector("#dkv-capacity input[type=range]");
-    return size !== null && slider && size >= Number(slider.min) && size <= Number(slider.max) ? size : null;
+    const box = document.querySelector("#dkv-capacity input[type=number]");
+    return size !== null && box && size >= Number(box.min) && size <= Number(box.max) ? size : null;
   };
 
   // "m" is the shown method, and after a comma the one it is compared with.

@@ -25,6 +25,16 @@
     return out;
   };
 
+  // The form's slider starts where this panel's does, above the window; the field beside it takes what is typed, and the form says
+  // what is wrong with it.
+  function offerCapacities({ min }, looks = 40) {
+    const slider = document.querySelector("#dkv-capacity input[type=range]");
+    if (!slider) { if (looks) setTimeout(() => offerCapacities({ min }, looks - 1), 250); return; }
+    slider.min = min;
+    const least = document.querySelector("#dkv-capacity [data-testid=min-value]");
+    if (least) least.textContent = min;
+  }
+
   DynamicKV.register("whatif", (element, props, link) => {
     const find = (role) => element.querySelector(`[data-role="${role}"]`);
     let form = null; // {methods: {name: [setting]}, drawn: [setting], controls: {setting: its control}, defaults}
@@ -248,7 +258,7 @@
     });
     on("view", () => { if (store.trace) say(); });
     return (payload) => {
-      if (payload?.methods) form = payload;
+      if (payload?.methods) { form = payload; offerCapacities(form.controls.capacity); }
       if (payload?.key && store.trace) Object.assign(store.trace, { key: payload.key, ready: true });
       if (store.trace && !predicted()) adopt();
       if (payload?.key && marked()) changed();

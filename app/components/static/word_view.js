@@ -6,7 +6,9 @@
   const { store, on, make, framed } = DynamicKV;
   const HINT = "Point at a word of an answer, or click it: the text shows what it read, and this strip how much of that each cache still holds.";
 
-  DynamicKV.percent = (share) => (share >= 0.9995 ? "100 %" : share < 0.0005 ? "< 0.1 %" : `${(100 * share).toFixed(share >= 0.1 ? 0 : 1)} %`);
+  // Small shares keep one digit, so that a half tells.
+  const small = (value) => (value >= 1e-4 ? value.toPrecision(1) : value && value.toExponential(0));
+  DynamicKV.percent = (share) => (share >= 0.9995 ? "100 %" : share < 0.001 ? `${small(100 * share)} %` : `${(100 * share).toFixed(share >= 0.1 ? 0 : 1)} %`);
   const { percent } = DynamicKV;
 
   DynamicKV.register("word", (element) => {

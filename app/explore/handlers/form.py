@@ -152,9 +152,11 @@ class FormHandlers:
         """How the chosen model stands; output: the page's head."""
         return asdict(self._models.state(model))
 
-    def price(self) -> dict[str, str]:
-        """What reading all attention costs, by the last run that did; output: its readout."""
-        return vm.price(self._mass_ratio())
+    def price(self, methods: list[str]) -> dict[str, str]:
+        """What reading all attention costs the chosen methods, by the last run that did; output:
+        its readout.
+        """
+        return vm.price(self._mass_ratio(), methods)
 
     def upload(self, path: str | None) -> Any:
         """Read an uploaded text; output: document."""

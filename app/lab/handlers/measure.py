@@ -92,20 +92,8 @@ class LabHandlers:
         """Measure a needle grid."""
 
         def work(stop: threading.Event) -> Generator[Outputs, None, None]:
-            sizes, longest = numbers("capacity", capacities), numbers("length", lengths)
-            chosen = lab.methods_at(listed(methods), sizes)
-            grid = lab.needle.NeedleGrid(
-                lengths=tuple(longest),
-                depths=lab.needle.even_depths(whole_number("depths", depths, 1, 21)),
-                samples=whole_number("samples", samples, 1, 50),
-                needles=whole_number("needles", needles, 1, 8),
-            )
-            cells = len(grid.lengths) * len(grid.depths) * grid.samples
-            if cells > MOST_CELLS:
-                raise ValueError(f"{cells:,} cells are more than {MOST_CELLS:,}; choose fewer")
+            chosen, grid, guess = self._grid(methods, capacities, lengths, depths, samples, needles)
             lab.metrics.require_libraries()
-            each = sum(longest) * len(grid.depths) * grid.samples
-            guess = self._guess(each, cells * len(chosen), grid.max_new_tokens)
             yield running(f"Loading {model}"), gr.skip(), *busy_buttons()
             llm = self._models.get(model)
             experiment = lab.needle.NeedleExperiment(llm, grid)
@@ -118,6 +106,41 @@ class LabHandlers:
             )  # fmt: skip
 
         yield from self._guarded(request, "needle", work)
+
+    def needle_time(self, *form: Any) -> dict[str, str]:
+        """How long the grid that the form asks for will take, without its model; output: its
+        readout, which is empty where Measure would refuse the form.
+        """
+        try:
+            _, _, guess = self._grid(*form)
+        except ValueError:
+            guess = ""
+        return {"value": "", "note": guess}
+
+    def _grid(
+        self,
+        methods: list[str],
+        capacities: str,
+        lengths: str,
+        depths: float,
+        samples: float,
+        needles: float,
+    ) -> tuple[list[dkv.CompressionMethod], lab.needle.NeedleGrid, str]:
+        """The methods and the grid that a form asks for, and how long they will take."""
+        sizes, longest = numbers("capacity", capacities), numbers("length", lengths)
+        chosen = lab.methods_at(listed(methods), sizes)
+        grid = lab.needle.NeedleGrid(
+            lengths=tuple(longest),
+            depths=lab.needle.even_depths(whole_number("depths", depths, 1, 21)),
+            samples=whole_number("samples", samples, 1, 50),
+            needles=whole_number("needles", needles, 1, 8),
+        )
+        cells = len(grid.lengths) * len(grid.depths) * grid.samples
+        if cells > MOST_CELLS:
+            raise ValueError(f"{cells:,} cells are more than {MOST_CELLS:,}; choose fewer")
+        each = sum(longest) * len(grid.depths) * grid.samples
+        mass = any(method.needs_mass for method in chosen)
+        return chosen, grid, self._guess(each, cells * len(chosen), grid.max_new_tokens, mass)
 
     def sweep(
         self,
@@ -299,10 +322,10 @@ class LabHandlers:
                     return
                 yield shown
 
-    def _guess(self, prefill_tokens: int, answers: int, new_tokens: int) -> str:
+    def _guess(self, prefill_tokens: int, answers: int, new_tokens: int, mass: bool = False) -> str:
         if self._speed is None:
             return ""
-        return self._speed.estimate(prefill_tokens, answers, new_tokens).words()
+        return self._speed.estimate(prefill_tokens, answers, new_tokens, mass).words()
 
     def _kept(self, kind: str, settings: dict[str, Any]) -> lab.Journal:
         """The journal of these settings."""

@@ -105,10 +105,11 @@ def test_typing_while_a_run_is_on_leaves_its_buttons_alone(host: ModelHost) -> N
     assert page.explore.form.ready("The river.", "Who?", asking()) == gr.skip()
 
 
-def test_what_reads_all_attention_says_its_price(host: ModelHost) -> None:
+def test_what_reads_all_attention_says_its_price_where_it_is_chosen(host: ModelHost) -> None:
     page = Page(host)
-    said = page.explore.form.price()["note"]
+    said = page.explore.form.price(["FullKV", "H2O"])["note"]
     assert said == "H2O reads the whole attention matrix: about 2.0 times the reading."
+    assert page.explore.form.price(["FullKV", "DynamicKV"])["note"] == ""
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,21 @@ def test_a_grid_is_measured_with_progress_estimate_and_the_papers_row(
     ]
 
 
+def test_a_grid_says_how_long_it_will_take_before_it_is_measured(
+    host: ModelHost, example: Example, tmp_path: Path
+) -> None:
+    lab = LabHandlers(host, [example], Turns(), tmp_path)
+
+    def seconds(**changes: Any) -> float:
+        form = {"methods": ["SnapKV"], "capacities": "24", "lengths": "512", "depths": 3}
+        form |= {"samples": 1, "needles": 1} | changes
+        return float(lab.needle_time(*form.values())["note"].split()[2])
+
+    assert seconds(samples=8) == pytest.approx(8 * seconds(), rel=0.2)
+    assert seconds(methods=["SnapKV", "H2O"]) > 1.5 * seconds()
+    assert lab.needle_time(["SnapKV"], "?", "512", 3, 1, 1)["note"] == ""
+
+
 def test_a_stopped_grid_goes_on_where_it_was(handlers: LabHandlers) -> None:
     steps = handlers.needle(None, *NEEDLE)
     seen = []

@@ -22,6 +22,22 @@ def test_card_marks_the_first_token_that_differs(trace: Trace) -> None:
     assert rows["KV cache"][1].startswith("of ")
 
 
+def test_the_cache_s_bytes_are_said_with_those_of_a_number(trace: Trace) -> None:
+    run, model = trace.run("DynamicKV"), trace.model
+    numbers = 2 * model.num_layers * model.num_kv_heads * model.head_dim * trace.prompt.length
+    for each, said in ((4, ", 4 bytes a number"), (2, ", 2 bytes a number"), (3, "MiB")):
+        shown = card(replace(run, kv_bytes_full=each * numbers), trace)
+        notes = {row["label"]: row["note"] for row in shown["receipts"]}
+        assert notes["KV cache"].endswith(said)
+
+
+def test_without_fullkv_the_dashes_say_why(trace: Trace) -> None:
+    run = replace(trace.run("DynamicKV"), aligned=None, agreement=None)
+    shown = card(run, replace(trace, runs=[run]))
+    rows = {row["label"]: (row["value"], row["note"]) for row in shown["receipts"]}
+    assert rows["Survives"] == rows["Token match"] == ("\u2013", "no FullKV")
+
+
 def test_fullkv_card_is_the_reference(trace: Trace) -> None:
     shown = card(trace.run("FullKV"), trace)
     assert shown["chip"] == "keeps everything"
@@ -129,6 +145,6 @@ def test_partings_show_both_tokens_and_their_probabilities(trace: Trace) -> None
     (found,) = partings(both)
     assert (found["at"], found["shared"]) == (2, " The")
     assert found["tokens"] == [" old", "token 8"]
-    assert found["here"] == ["41 %", "< 0.1 %"]
+    assert found["here"] == ["41 %", "0.01 %"]
     assert found["full"] == ["2.0 %", "90 %"]
     assert partings(trace) == []

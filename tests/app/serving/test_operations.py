@@ -348,6 +348,8 @@ def entry_point() -> Any:
         (["--keep", "-1"], "--keep must be at least 0 MiB, got -1"),
         (["--port", "99999"], "--port must be from 0 to 65535, got 99999"),
         (["--log-level", "chatty"], "invalid choice: 'chatty'"),
+        (["--model", "nope"], "there is no model 'nope'; give one of smollm2-135m"),
+        (["--model", "missing.gguf"], "there is no model 'missing.gguf'; give one of"),
     ],
 )
 def test_bad_options_end_with_a_sentence(
@@ -360,6 +362,12 @@ def test_bad_options_end_with_a_sentence(
     with pytest.raises(SystemExit, match="2"):
         entry_point().read_options()
     assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["SmolLM2-135M", "organisation/model", "none", str(ROOT)])
+def test_what_may_be_a_model_is_let_through(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["app.py", "--model", name])
+    assert entry_point().read_options().model == name
 
 
 def test_options_reach_the_page(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,19 @@ def test_sentences_end_like_sentences() -> None:
     assert sentence_of(KeyError()) == "KeyError."
 
 
+def test_sentences_call_the_form_s_numbers_as_it_does() -> None:
+    for error, sentence in (
+        (
+            "capacity must exceed window_size=8 tokens, got 8",
+            "Capacity must exceed Window size 8 tokens, got 8.",
+        ),
+        ("kernel_size must be odd, got 4", "Kernel size must be odd, got 4."),
+        ("decode_buffer must be 1", "Decode buffer must be 1."),
+        ("window_size.txt is a folder", "window_size.txt is a folder."),
+    ):
+        assert sentence_of(ValueError(error)) == sentence
+
+
 @pytest.mark.parametrize(
     ("ahead", "seconds", "words"),
     [
