@@ -116,6 +116,8 @@ class KVCache(Cache):
         Raises:
             ValueError: a layer cannot give them back.
         """
+        # Transformers 5.17 gives a tensor, which every count would become.
+        tokens_to_remove = int(tokens_to_remove)
         count = abs(tokens_to_remove)
         for place, layer in enumerate(self.layers):
             possible = layer.removable if isinstance(layer, KVLayer) else None

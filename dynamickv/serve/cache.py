@@ -132,7 +132,7 @@ class CompressedCache(KVCache):
     def crop(self, tokens_to_remove: int) -> None:
         """Remove that many of the last tokens, as drafts that were not confirmed are."""
         super().crop(tokens_to_remove)
-        count = abs(tokens_to_remove)
+        count = abs(int(tokens_to_remove))
         self._seen -= count
         if self._forgetting is not None:
             self._forgetting.crop(count)
