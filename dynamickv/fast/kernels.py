@@ -64,8 +64,9 @@ def kept_on_disk(make: Any, signature: Any, **options: Any) -> Any:
 
 
 def inlined(function: Function) -> Function:
-    """A part of the functions below."""
-    done: Any = numba.njit(inline="always", fastmath=True)(function)
+    """A part of compiled functions, by whose fastmath it goes: so in a cfunc, which has none, no
+    loop that computes may stand."""
+    done: Any = numba.njit(inline="always")(function)
     return done  # type: ignore[no-any-return]
 
 
