@@ -77,7 +77,7 @@ class RunsHandlers:
             job = replace(form, document=question, question=question).request()
             model = self._models.check(form.model)
         except ValueError as error:
-            sentence = " ".join(sentence_of(error).split())
+            sentence = " ".join(sentence_of(error, labels={}).split())
             note = f"# The form cannot be run as it is; these are the defaults. {sentence}\n"
             job = build_request(
                 question,

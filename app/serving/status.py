@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import dynamickv as dkv
@@ -72,11 +73,15 @@ def told(error: Exception, event: str, noun: str, remedy: str) -> Status:
     return failed(f"The {noun} failed ({type(error).__name__}): {remedy}.")
 
 
-def sentence_of(error: object) -> str:
+def sentence_of(error: object, labels: Mapping[str, str] = LABELS) -> str:
     """An error as a sentence: the form's numbers as it calls them, capital first, but not in a
-    parameter's or file's name, full stop last."""
+    parameter's or file's name, full stop last.
+
+    Args:
+        labels: what stands for parameters' names; none beside code, which has the names.
+    """
     text = str(error).strip() or type(error).__name__
-    for name, label in LABELS.items():
+    for name, label in labels.items():
         # "window_size=8" is a name with its value; "window_size.txt" is somebody's file.
         text = re.sub(rf"(?<![\w-]){name}=", f"{label} ", text)
         text = re.sub(rf"(?<![\w-]){name}(?![\w-]|\.\w)", label, text)

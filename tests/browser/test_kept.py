@@ -113,14 +113,14 @@ def test_a_link_goes_before_what_was_kept(page: Page, page_url: str) -> None:
 
 
 def test_a_link_opened_again_shows_its_own_text_and_loses_none(page: Page, page_url: str) -> None:
-    open_page(page, page_url, "?ex=three")
-    expect(page.locator("#dkv-example input")).to_have_value("Three")
+    open_page(page, page_url, "?ex=scored")
+    expect(page.locator("#dkv-example input")).to_have_value("Scored")
     fill(page)
     page.reload()  # which is no link that somebody follows
     expect_kept(page)
-    open_page(page, page_url, "?ex=three")
+    open_page(page, page_url, "?ex=scored")
     expect(page.locator("#dkv-document textarea")).to_have_value(re.compile("river"))
-    expect(page.locator("#dkv-example input")).to_have_value("Three")
+    expect(page.locator("#dkv-example input")).to_have_value("Scored")
     pick(page, "Your own text")
     expect_kept(page)
 
