@@ -18,6 +18,7 @@ from dynamickv.cache import KVCache, prune
 from dynamickv.decoding.decode import extend, follow
 from dynamickv.decoding.forgetting import Forgetting
 from dynamickv.fast.decoder import packed_throughout
+from dynamickv.memory import free_host_memory
 from dynamickv.methods import FullKV
 from dynamickv.models import LoadedModel
 from dynamickv.record.agreement import yardstick_of
@@ -114,19 +115,31 @@ def _passes(
     asked: Sequence[Asked],
 ) -> list[Pass]:
     """`along` for several caches, in one pass where the model can."""
-    both = zip(caches, asked, strict=True)
-    if llm.packed is None or not packed_throughout(llm):
-        return [along(llm, prefill, prompt, make, answer, own) for make, own in both]
-    begun = [_begin(llm, prefill, prompt, make, answer, own) for make, own in both]
-    shared = [one for one in begun if one.forgetting is None and one.cache.plain]
-    # Numba takes a second to load.
-    from dynamickv.decoding.side_by_side import follow_all
+    both = list(zip(caches, asked, strict=True))
+    passes: list[Pass | None] = [None] * len(both)
+    packed = llm.packed if packed_throughout(llm) else None
+    # All are in memory at once then.
+    if packed is not None and free_host_memory() > 2 * len(both) * prefill.whole_bytes:
+        # Numba takes a second to load.
+        from dynamickv.decoding.side_by_side import follow_all
 
-    grown = [one.cache for one in shared]
-    for blocks in follow_all(llm, llm.packed, grown, answer[:-1], prompt.length):
-        for one, logits in zip(shared, blocks, strict=True):
-            one.take(logits)
-    return [one.made if one in shared else one.follow(llm, prompt.length) for one in begun]
+        begun: dict[int, _Begun] = {}
+        for index, (make, own) in enumerate(both):
+            one = _begin(llm, prefill, prompt, make, answer, own)
+            if one.forgetting is None and one.cache.plain:
+                begun[index] = one
+            elif one.forgetting is not None:
+                one.forgetting.end()
+        shared = list(begun.values())
+        grown = [one.cache for one in shared]
+        for number, logits in follow_all(llm, packed, grown, answer[:-1], prompt.length):
+            shared[number].take(logits)
+        for index, one in begun.items():
+            passes[index] = one.made
+    return [
+        along(llm, prefill, prompt, make, answer, own) if done is None else done
+        for (make, own), done in zip(both, passes, strict=True)
+    ]
 
 
 def along(

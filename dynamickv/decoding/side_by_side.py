@@ -57,7 +57,7 @@ def follow_all(
     token_ids: Sequence[int],
     position: int,
     block: int = 64,
-) -> Iterator[list[Tensor]]:
+) -> Iterator[tuple[int, Tensor]]:
     """Feed given tokens to each of several caches, as `follow` does to one.
 
     Args:
@@ -67,7 +67,8 @@ def follow_all(
         block: most tokens at a time.
 
     Yields:
-        for every block each cache's next-token logits, (tokens, vocabulary).
+        for every block and each cache its number and its next-token logits, (tokens, vocabulary):
+        one after the other, as those of a large vocabulary take much memory.
     """
     model: Any = llm.model
     decoder = model.model
@@ -81,5 +82,5 @@ def follow_all(
         cos, sin = decoder.rotary_emb(x, places[None])
         rotation = cos[0][:, None], sin[0][:, None]
         x = through(llm, ops, x, rotation, decoder.layers, layers)
-        # One after the other: a large vocabulary's logits of all would take much memory.
-        yield [ops.logits(own, decoder.norm, model.lm_head) for own in x.chunk(len(caches))]
+        for number, own in enumerate(x.chunk(len(caches))):
+            yield number, ops.logits(own, decoder.norm, model.lm_head)

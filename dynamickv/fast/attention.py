@@ -34,7 +34,7 @@ from dynamickv.fast.kernels import (
 from dynamickv.fast.team import bits_at, floats_at, numbers_at, take
 from dynamickv.neighbours import openmp
 
-MADE_OF = "cdd145c6a33d"
+MADE_OF = "d1790c330008"
 """Digest of kernels.py and team.py, see there."""
 BLOCK = 256
 """Positions whose weights are computed before their values are summed."""
@@ -272,8 +272,11 @@ def attend(
 
     Raises:
         TypeError: other numbers, or keys or values that are not contiguous.
+        ValueError: shapes that do not fit each other.
     """
     rows, query_heads, dim = query.shape
+    if len(held) != rows:
+        raise ValueError(f"{rows} queries cannot attend to {len(held)} caches")
     # The threads are told addresses alone.
     if query.dtype != torch.float32:
         raise TypeError(f"queries must be float32, got {query.dtype}")
@@ -289,6 +292,12 @@ def attend(
         if not (keys.is_contiguous() and values.is_contiguous()):
             raise TypeError("keys and values must be contiguous")
         _, heads, size, _ = keys.shape
+        fits = keys.shape == values.shape and keys.shape[3] == dim and query_heads % heads == 0
+        if not fits or not 0 < length <= size:
+            raise ValueError(
+                f"{query_heads} queries of {dim} cannot attend to {length} positions of keys "
+                f"{tuple(keys.shape)} and values {tuple(values.shape)}"
+            )
         parts = threads * -(-PARTS // heads) if length >= SHARED else 1
         items += heads * parts
         places = keys.data_ptr(), values.data_ptr()

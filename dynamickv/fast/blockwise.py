@@ -78,6 +78,7 @@ def _in_blocks(
     asked, sizes = asked.flatten(1, 2), sizes.flatten(1, 2)
     # No product is greater than that of both lengths.
     bounds = sizes * keys.float().norm(dim=-1).amax(dim=1, keepdim=True)
+    spoiled = None if bool(bounds.isfinite().all()) else _spoiled(queries, keys)
     attended, totals = torch.empty_like(asked), torch.empty_like(sizes)
     received = torch.zeros(num_kv_heads, group, length) if mass else None
     members = torch.eye(group).repeat(1, block)
@@ -93,6 +94,8 @@ def _in_blocks(
             torch.mm(asked[head, rows], columns[:, :end], out=logits)
             total = totals[head, rows]
             causal_exponentials(logits, bounds[head, rows], total, before + first, group)
+            if spoiled is not None:
+                total.masked_fill_(spoiled[head, rows], torch.nan)
             if received is not None:
                 # As a product: many times faster than a sum over rows, and summed in float32.
                 counted = (members[:, :count] / total).to(torch.bfloat16)
@@ -101,3 +104,12 @@ def _in_blocks(
     shape = (num_query_heads, length)
     context = divided(attended, totals, group)
     return context, None if received is None else received.view(shape)
+
+
+def _spoiled(queries: Tensor, keys: Tensor) -> Tensor:
+    """Which queries are no numbers or see keys that are none, (num_kv_heads, m * group): what is
+    compiled would not say so."""
+    heads, asking = len(keys), queries.shape[1]
+    own = ~queries.isfinite().all(dim=-1)
+    seen = (~keys.isfinite().all(dim=-1)).cumsum(dim=1)[:, -asking:] > 0
+    return (own.view(heads, -1, asking) | seen[:, None]).transpose(1, 2).flatten(1)

@@ -20,6 +20,7 @@ import numba
 import numpy as np
 import torch
 from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
 from numba import carray
 from numba.core import types
 from numba.extending import intrinsic
@@ -135,8 +136,14 @@ def rounding(instruction: bool) -> Any:
     return intrinsic(fitting)
 
 
-# Elsewhere LLVM calls a function for it that need not be there.
-_fit = rounding(instruction=torch.cpu._is_avx512_bf16_supported())
+def rounds_by_instruction() -> bool:
+    """Whether numba compiles for a CPU that rounds to bfloat16 itself: for others LLVM calls a
+    function that need not be there."""
+    chosen = numba.config.CPU_NAME is not None or numba.config.CPU_FEATURES is not None
+    return not chosen and bool(get_host_cpu_features().get("avx512bf16"))
+
+
+_fit = rounding(instruction=rounds_by_instruction())
 
 
 def _operation(name: str) -> Any:

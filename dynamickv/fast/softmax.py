@@ -24,7 +24,7 @@ from dynamickv.fast.kernels import (
 )
 from dynamickv.fast.team import bits_at, floats_at, share, take
 
-MADE_OF = "cdd145c6a33d"
+MADE_OF = "d1790c330008"
 """Digest of kernels.py and team.py, see there."""
 PARTS = 4
 """Parts for each thread: one that a neighbour disturbs takes fewer."""
@@ -150,7 +150,13 @@ def divided(attended: Tensor, totals: Tensor, group: int) -> Tensor:
 
     Returns:
         (queries, num_kv_heads * group, head_dim) bfloat16.
+
+    Raises:
+        TypeError: other numbers, or not contiguous.
     """
+    for given, dtype in ((attended, torch.bfloat16), (totals, torch.float32)):
+        if given.dtype != dtype or not given.is_contiguous():
+            raise TypeError(f"what is divided must be contiguous {dtype}, got {given.dtype}")
     heads, rows, dim = attended.shape
     out = attended.new_empty(rows // group, heads * group, dim)
     each = -(-rows // (PARTS * torch.get_num_threads()))

@@ -71,3 +71,32 @@ def test_what_all_keys_share_costs_no_precision(
         queries[None], keys[None], values[None], is_causal=True, scale=0.25, enable_gqa=True
     )[0]
     torch.testing.assert_close(context.float().transpose(0, 1), expected, atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 60.0])
+def test_logits_of_any_size_are_attended_by(scale: float) -> None:
+    queries, keys, values = states(300)
+    context, received = causal_attention(queries * scale, keys, values, 0.25, mass=True)
+    expected = F.scaled_dot_product_attention(
+        queries[None] * scale, keys[None], values[None], is_causal=True, scale=0.25, enable_gqa=True
+    )[0]
+    assert received is not None
+    torch.testing.assert_close(received.sum(dim=1), torch.full((6,), 300.0), rtol=0.01, atol=0)
+    # bfloat16 logits of a hundred are half a unit apart: most are the same all the same.
+    off = (context.float().transpose(0, 1) - expected).abs().amax(dim=-1)
+    assert (off > 0.06).float().mean() < (0.15 if scale > 1 else 0.001)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_no_number_stays_none(value: float) -> None:
+    queries, keys, values = states(100)
+    queries[1, 40, 3] = value
+    context, received = causal_attention(queries, keys, values, 0.25, mass=True)
+    wrong = context.isnan().any(dim=-1).nonzero().tolist()
+    assert wrong == [[40, 1]]
+    assert received is not None
+    queries, keys, values = states(100)
+    keys[1, 60, 3] = value
+    context, _ = causal_attention(queries, keys, values, 0.25)
+    assert context[60:, 3:].isnan().all()
+    assert not context[:, :3].isnan().any()

@@ -163,3 +163,14 @@ def test_caches_side_by_side_say_of_an_answer_what_each_says_alone(
             own, wanted = getattr(one.aligned, name), getattr(other.aligned, name)
             assert own == pytest.approx(wanted, rel=0.06)
         assert (one.agreement is None) == (other.agreement is None)
+
+
+def test_caches_that_memory_has_no_room_for_at_once_are_followed_one_by_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    llm = both()[1]
+    monkeypatch.setattr(alignment, "free_host_memory", lambda: 0)
+    monkeypatch.setattr(side_by_side, "follow_all", None)
+    asked = [dkv.FullKV(), dkv.SnapKV(capacity=24)]
+    run = dkv.compare(llm, DOCUMENT, QUESTION, methods=asked, max_new_tokens=4).runs[1]
+    assert run.aligned is not None

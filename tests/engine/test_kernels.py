@@ -99,7 +99,7 @@ def test_place_rotates_and_writes_every_copy_of_every_row(rows: int, dtype: torc
 
 @pytest.mark.parametrize("instruction", [False, True])
 def test_both_ways_of_rounding_are_torch_s(instruction: bool) -> None:
-    if instruction and not torch.cpu._is_avx512_bf16_supported():
+    if instruction and not kernels.rounds_by_instruction():
         pytest.skip("the CPU has no instruction for it")
     numba = pytest.importorskip("numba")
     fit = kernels.rounding(instruction=instruction)
@@ -219,6 +219,29 @@ def test_threads_are_not_let_at_keys_that_they_cannot_read(spoil: Any) -> None:
         attended_by_us(query, spoil(keys), values, 1500, 0.3)
     with pytest.raises(TypeError, match="queries must be float32"):
         attended_by_us(query.half(), keys, values, 1500, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("query_heads", "dim", "length", "caches"),
+    [(9, 64, 30, 1), (9, 64, 0, 1), (8, 64, 9, 1), (9, 32, 9, 1), (9, 64, 9, 2), (9, 64, 9, 0)],
+)
+def test_shapes_that_do_not_fit_are_refused(
+    query_heads: int, dim: int, length: int, caches: int
+) -> None:
+    _, keys, values = held_of(9, 3, 3, 64)
+    out = torch.empty(1, query_heads, dim, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="cannot attend to"):
+        attention.attend(random(1, query_heads, dim), [(keys, values, length)] * caches, 0.3, out)
+
+
+@pytest.mark.parametrize(("name", "features"), [("generic", None), (None, "+avx2")])
+def test_a_cpu_that_numba_is_told_is_not_asked_for_more(
+    name: str | None, features: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numba = pytest.importorskip("numba")
+    monkeypatch.setattr(numba.config, "CPU_NAME", name)
+    monkeypatch.setattr(numba.config, "CPU_FEATURES", features)
+    assert not kernels.rounds_by_instruction()
 
 
 def test_several_callers_attend_at_once() -> None:

@@ -29,8 +29,39 @@ def both(family: str = "llama") -> tuple[dkv.LoadedModel, dkv.LoadedModel]:
     return exact, dataclasses.replace(exact, packed=PackedWeights(exact.model))
 
 
+def biased() -> tuple[dkv.LoadedModel, dkv.LoadedModel]:
+    """`both`, with a bias in every projection of the attention."""
+    exact = tiny_llm("llama", initializer_range=0.05, attention_bias=True)
+    made = torch.Generator().manual_seed(1)
+    for name, weight in exact.model.named_parameters():
+        if name.endswith("_proj.bias"):
+            weight.data.normal_(std=0.3, generator=made)
+    return exact, dataclasses.replace(exact, packed=PackedWeights(exact.model))
+
+
 def close(fast: torch.Tensor, exact: torch.Tensor, share: float = 0.03) -> bool:
     return bool((fast - exact).norm() < share * exact.norm())
+
+
+@needs_fast
+def test_biases_of_the_attention_are_added() -> None:
+    exact, fast = (dkv.prefill(llm, DOCUMENT, QUESTION) for llm in biased())
+    assert close(fast.logits, exact.logits)
+    exact_run, fast_run = (
+        dkv.compare(llm, DOCUMENT, QUESTION, methods=[dkv.FullKV()], max_new_tokens=4).runs[0]
+        for llm in biased()
+    )
+    assert fast_run.logprobs == pytest.approx(exact_run.logprobs, abs=0.05)
+
+
+@needs_fast
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_prompt_longer_than_the_parts_it_is_turned_in(family: str) -> None:
+    exact, fast = (dkv.prefill(llm, DOCUMENT * 6, QUESTION) for llm in both(family))
+    assert exact.length > 600
+    for own, wanted in zip(fast.keys, exact.keys, strict=True):
+        assert (own.float() - wanted).abs().amax() < 0.15 * wanted.abs().amax()
+    assert close(fast.logits, exact.logits)
 
 
 @needs_fast

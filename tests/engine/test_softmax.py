@@ -91,6 +91,14 @@ def test_division_puts_heads_and_groups_in_their_place() -> None:
     torch.testing.assert_close(found.float(), wanted, rtol=2**-8, atol=1e-7)
 
 
+@pytest.mark.parametrize("place", [0, 1])
+def test_what_cannot_be_divided_is_refused(place: int) -> None:
+    given = [logits(6, 8).view(2, 3, 8), torch.ones(2, 3)]
+    given[place] = given[place].double()
+    with pytest.raises(TypeError, match="what is divided must be contiguous"):
+        softmax.divided(*given, 3)
+
+
 def test_one_thread_does_the_same_where_torch_has_another_runtime(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
