@@ -50,6 +50,13 @@ def seconds(value: float) -> str:
     return f"{value:.1f} s" if value >= 1 else milliseconds(value)
 
 
+def duration(value: float) -> str:
+    """Seconds; from two minutes on minutes, from two hours on hours."""
+    if value < 120:
+        return seconds(value)
+    return f"{value / 60:.0f} minutes" if value < 7200 else f"{value / 3600:.1f} hours"
+
+
 def milliseconds(value: float) -> str:
     """Milliseconds, two digits at least."""
     value *= 1000

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import dynamickv as dkv
 from app.examples import Example
-from app.wording import seconds as in_seconds
+from app.wording import duration
 
 MASS_RATIO = 2.0
 """Until a run here has measured it."""
@@ -72,5 +72,5 @@ class Estimate:
     def words(self, elapsed: float = 0) -> str:
         """The estimate as one phrase, or that it did not hold."""
         if elapsed > self.seconds:
-            return f"longer than the estimated {in_seconds(self.seconds)}"
-        return f"up to {in_seconds(self.seconds)}, at the speed of {self.origin}"
+            return f"longer than the estimated {duration(self.seconds)}"
+        return f"up to {duration(self.seconds)}, at the speed of {self.origin}"

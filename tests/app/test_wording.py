@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from app.wording import MIB, count, mebibytes, percent, seconds
+from app.wording import MIB, count, duration, mebibytes, percent, seconds
 
 
 def test_a_small_share_tells_from_its_half() -> None:
@@ -29,4 +29,6 @@ def test_numbers_read_well() -> None:
         "241 MiB",
     ]
     assert [seconds(x) for x in (6.34, 0.0042, 0.031)] == ["6.3 s", "4.2 ms", "31 ms"]
+    said = [duration(x) for x in (0.031, 119.9, 120, 7199, 14114.7)]
+    assert said == ["31 ms", "119.9 s", "2 minutes", "120 minutes", "3.9 hours"]
     assert count(1, "token") == "1 token"
