@@ -45,7 +45,6 @@ def _taking(context: Any, counter: Any) -> Any:
 
 
 floats_at: Any = _pointer_to(types.float32)
-double_at: Any = _pointer_to(types.float64)
 numbers_at: Any = _pointer_to(types.int64)
 bits_at: Any = _pointer_to(types.uint16)
 take: Any = intrinsic(_taking)

@@ -30,3 +30,9 @@ def llm() -> dkv.LoadedModel:
 def prefill(llm: dkv.LoadedModel) -> dkv.Prefill:
     """A prompt of about 160 tokens, with everything recorded that any method needs."""
     return dkv.prefill(llm, DOCUMENT, QUESTION, mass=True)
+
+
+@pytest.fixture(params=[1, 2, 5])
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So many threads as torch counts them, of which there need not be as many."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: request.param)

@@ -15,11 +15,6 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(params=[1, 2, 5])
-def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: request.param)
-
-
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("length", [1, 5, 256, 700])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -14,11 +14,6 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(params=[1, 2, 5])
-def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: request.param)
-
-
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("rows", [1, 127, 128, 500])
 def test_rows_are_added_unrounded(rows: int) -> None:
@@ -32,9 +27,9 @@ def test_rows_are_added_unrounded(rows: int) -> None:
 @pytest.mark.parametrize("rows", [1, 127, 128, 500])
 def test_rows_are_normalised_by_rms(rows: int) -> None:
     x, weight = random(rows, 96) * 4, random(96, seed=1)
-    found = sums.normed_rows(x, weight, 1e-5)
+    found = sums.normed_rows(x, weight, 0.5)
     torch.testing.assert_close(
-        found.float(), F.rms_norm(x, (96,), weight, 1e-5), rtol=2**-8, atol=0
+        found.float(), F.rms_norm(x, (96,), weight, 0.5), rtol=2**-8, atol=0
     )
 
 
