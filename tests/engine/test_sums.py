@@ -28,9 +28,7 @@ def test_rows_are_added_unrounded(rows: int) -> None:
 def test_rows_are_normalised_by_rms(rows: int) -> None:
     x, weight = random(rows, 96) * 4, random(96, seed=1)
     found = sums.normed_rows(x, weight, 0.5)
-    torch.testing.assert_close(
-        found.float(), F.rms_norm(x, (96,), weight, 0.5), rtol=2**-8, atol=0
-    )
+    torch.testing.assert_close(found.float(), F.rms_norm(x, (96,), weight, 0.5), rtol=2**-8, atol=0)
 
 
 def test_a_part_of_the_rows_is_added_to_in_its_place() -> None:
