@@ -23,7 +23,9 @@ from app.serving.shelf import Shelf
 from dynamickv.record.trace import Scores, Trace
 from tests.app.synthetic import synthetic_trace
 
-LEFT = re.compile("console: (AbortError: signal is aborted|Unexpected error Connection errored)")
+LEFT = re.compile(
+    "console: (AbortError: signal is aborted|Unexpected error (Connection errored|404: Not Found))"
+)
 LOCAL = re.compile(r"(https?|wss?)://(127\.0\.0\.1|localhost)[:/]|data:|blob:")
 HOSTILE = (
     "Cost ${window.pwned=1} and `ticks` and C:\\users\\u0041 {{constructor}} $x^2$ **bold** _it_\n"
@@ -161,8 +163,9 @@ def page(window: BrowserContext) -> Iterator[Page]:
     """A fresh tab that fails the test on any console error, page error or outside request.
 
     What a page leaves in the window, beyond its tab's session, is cleared behind it. Gradio
-    complains of its own requests that leaving the page cuts off: a test that loads a second page
-    may see that.
+    complains of its own requests that leaving the page cuts off, and of the stream it opens after
+    that for an event it had just sent, whose session the server has forgotten: a test that loads a
+    second page may see both.
     """
     page = window.new_page()
     problems: list[str] = []
