@@ -34,8 +34,8 @@ from dynamickv.fast.kernels import (
 from dynamickv.fast.team import bits_at, floats_at, numbers_at, take
 from dynamickv.neighbours import openmp
 
-MADE_OF = "6a88e0ab7924"
-"""Digest of kernels.py and team.py, see there."""
+MADE_OF = "dd3dc7604ee5"
+"""Digest of kernels.py, team.py and tiles.py, see the first."""
 BLOCK = 256
 """Positions whose weights are computed before their values are summed."""
 AHEAD = 64

@@ -13,10 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ELEMENTS = 3 * 2**19
-"""Attention weights computed at a time, which should stay in the cache."""
+ELEMENTS = 9 * 2**19
+"""Attention weights held at a time where they are summed up, which should stay in the cache."""
 ROWS = (32, 256)
 """Least and most queries in a block."""
+MULTIPLE = 64
+"""Keys that weights have room for come in as many."""
 
 
 def has_tiles() -> bool:
@@ -40,11 +42,7 @@ def causal_attention(
     Returns:
         (m, num_query_heads, head_dim) bfloat16, and (num_query_heads, n) float32 or None.
     """
-    # The same vector taken from all keys moves all logits of a query alike, which softmax does not
-    # see; what is left is smaller, and so is what rounding does to it (SageAttention,
-    # arXiv:2410.02367).
-    wide_keys = keys.float()
-    narrow_keys = (wide_keys - wide_keys.mean(dim=1, keepdim=True)).to(torch.bfloat16)
+    narrow_keys = _centred(keys).to(torch.bfloat16)
     narrow_values = values.to(torch.bfloat16)
     whole = queries.shape[1] == keys.shape[1]
     if has_tiles() and whole and not mass:
@@ -60,50 +58,60 @@ def causal_attention(
     return _in_blocks(queries, narrow_keys, narrow_values, scaling, mass)
 
 
+def _centred(keys: Tensor) -> Tensor:
+    """The same vector taken from all keys moves all logits of a query alike, which softmax does not
+    see; what is left is smaller, and so is what rounding does to it (SageAttention,
+    arXiv:2410.02367).
+    """
+    keys = keys.float()
+    return keys - keys.mean(dim=1, keepdim=True)
+
+
 def _in_blocks(
     queries: Tensor, keys: Tensor, values: Tensor, scaling: float, mass: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Blocks of queries, and of the keys only what they see."""
     # Numba takes a second to load, which only who reads a prompt should wait for.
+    from dynamickv.fast.causal import Held, attend
     from dynamickv.fast.heads import asked_in_groups
-    from dynamickv.fast.softmax import causal_exponentials, divided
 
     num_query_heads, asking, _ = queries.shape
     num_kv_heads, length, _ = keys.shape
     group = num_query_heads // num_kv_heads
     before = length - asking
-    block = min(max(ELEMENTS // (group * length), ROWS[0]), ROWS[1])
     # To base 2, which a factor on the queries costs nothing.
     asked, sizes = asked_in_groups(queries, scaling / math.log(2), group)
     asked, sizes = asked.flatten(1, 2), sizes.flatten(1, 2)
     # No product is greater than that of both lengths.
     bounds = sizes * keys.float().norm(dim=-1).amax(dim=1, keepdim=True)
     spoiled = None if bool(bounds.isfinite().all()) else _spoiled(queries, keys)
-    attended, totals = torch.empty_like(asked), torch.empty_like(sizes)
-    received = torch.zeros(num_kv_heads, group, length) if mass else None
-    members = torch.eye(group).repeat(1, block)
-    # Written over for every block: fresh memory costs as much time as the softmax.
-    room = asked.new_empty(group * min(block, asking) * length)
-    for head in range(num_kv_heads):
-        columns = keys[head].t()
+    held = Held(keys, values)
+    if not mass:
+        context, _ = attend(asked, held, bounds, group, before)
+    else:
+        context = asked.new_empty(asking, num_query_heads, keys.shape[2])
+        received = torch.zeros(num_kv_heads, group, length)
+        block = min(max(ELEMENTS // (num_query_heads * length), ROWS[0]), ROWS[1])
+        room = asked.new_empty(num_query_heads * min(block, asking) * held.room)
+        members = torch.eye(group).repeat(1, block)
         for first in range(0, asking, block):
-            rows = slice(first * group, min(first + block, asking) * group)
-            end = before + rows.stop // group
+            last = min(first + block, asking)
+            rows = slice(first * group, last * group)
             count = rows.stop - rows.start
-            logits = room[: count * end].view(count, end)
-            torch.mm(asked[head, rows], columns[:, :end], out=logits)
-            total = totals[head, rows]
-            causal_exponentials(logits, bounds[head, rows], total, before + first, group)
+            seen = -(-(before + last) // MULTIPLE) * MULTIPLE
+            weights = room[: num_kv_heads * count * seen].view(num_kv_heads, count, seen)
+            weights[:, :, before + first :] = 0
+            part = asked[:, rows].contiguous(), held, bounds[:, rows].contiguous()
+            context[first:last], totals = attend(*part, group, before + first, weights)
             if spoiled is not None:
-                total.masked_fill_(spoiled[head, rows], torch.nan)
-            if received is not None:
-                # As a product: many times faster than a sum over rows, and summed in float32.
-                counted = (members[:, :count] / total).to(torch.bfloat16)
-                received[head, :, :end] += torch.mm(counted, logits)
-            torch.mm(logits, values[head, :end], out=attended[head, rows])
-    shape = (num_query_heads, length)
-    context = divided(attended, totals, group)
-    return context, None if received is None else received.view(shape)
+                totals.masked_fill_(spoiled[:, rows], torch.nan)
+            # As a product: many times faster than a sum over rows, and summed in float32.
+            counted = (members[:, :count] / totals[:, None]).to(torch.bfloat16)
+            received[:, :, : before + last] += torch.bmm(counted, weights)[..., : before + last]
+    if spoiled is not None:
+        wrong = spoiled.view(num_kv_heads, asking, group).transpose(0, 1).flatten(1)
+        context.masked_fill_(wrong[..., None], torch.nan)
+    return context, received.view(num_query_heads, length) if mass else None
 
 
 def _spoiled(queries: Tensor, keys: Tensor) -> Tensor:

@@ -4,9 +4,10 @@ products takes torch some forty operations, and each of them longer to start tha
 bfloat16 comes and goes as its bits, uint16 (numba has no such number); all that is computed is
 float32. Compiled when a machine first imports this, in some seconds, and kept in Python's cache
 beside this file, or in the user's. One thread each, as every caller may be in a thread of its own;
-attention.py, heads.py, softmax.py and sums.py have what takes several. Their functions are made of
-these and of team.py's, but numba looks for changes in a function's own file alone: each of those
-files names the digest of these two, so that it changes with them (a test says which).
+attention.py, causal.py, heads.py and sums.py have what takes several. Their functions are made of
+these, of team.py's and of tiles.py's, but numba looks for changes in a function's own file alone:
+each of those files names the digest of these three, so that it changes with them (a test says
+which).
 """
 
 # mypy: disable-error-code="attr-defined"
@@ -36,6 +37,10 @@ LN_2 = np.float32(0.6931471805599453)
 LEAST = np.float32(-87)
 """Below it exp is 0 in float32, near enough."""
 LOWEST = np.float32(-1e30)
+SERIES = 0.05500895, 0.24221101, 0.6932829, 1.0
+"""Of polynomials for 2^x on -1/2 to 1/2 the one whose relative error is least."""
+LEAST_POWER = -126.0
+"""Below it 2^x is 0 in float32, near enough."""
 NUMBERS = "float32", "uint16"
 """What keys and values may be held in: float32, or bfloat16 as its bits."""
 HELD = tuple(f"{number}[:, :, ::1], {number}[:, :, ::1]" for number in NUMBERS)
@@ -109,6 +114,7 @@ class _BFloat(ir.types._BaseFloatType):  # type: ignore[misc]
 
 
 _BFloat._create_instance()
+BFLOAT = _BFloat()
 
 
 def rounding(instruction: bool) -> Any:
@@ -124,7 +130,7 @@ def rounding(instruction: bool) -> Any:
             if like == types.float32:
                 return arguments[0]
             if instruction:
-                return builder.bitcast(builder.fptrunc(arguments[0], _BFloat()), ir.IntType(16))
+                return builder.bitcast(builder.fptrunc(arguments[0], BFLOAT), ir.IntType(16))
             word = ir.IntType(32)
             bits = builder.bitcast(arguments[0], word)
             odd = builder.and_(builder.lshr(bits, ir.Constant(word, 16)), ir.Constant(word, 1))
@@ -201,8 +207,8 @@ def power_of_two(x: Any) -> Any:
     whose relative error is least."""
     n = _nearest(x)
     r = x - n
-    series = np.float32(0.05500895)
-    for factor in (0.24221101, 0.6932829, 1.0):
+    series = np.float32(SERIES[0])
+    for factor in SERIES[1:]:
         series = series * r + np.float32(factor)
     return series * float_of(np.uint32(np.int32(n) + np.int32(127)) << np.uint32(23))
 

@@ -293,4 +293,5 @@ def _reads_one_prompt(
         and len(query) == 1
         and query.shape[2] == key.shape[2] > 1
         and key.shape == value.shape
+        and key.shape[3] % 2 == 0
     )

@@ -14,8 +14,8 @@ from torch import Tensor
 from dynamickv.fast.kernels import add, kept_on_disk, norm
 from dynamickv.fast.team import bits_at, floats_at, share, take
 
-MADE_OF = "6a88e0ab7924"
-"""Digest of kernels.py and team.py, see there."""
+MADE_OF = "dd3dc7604ee5"
+"""Digest of kernels.py, team.py and tiles.py, see the first."""
 ROWS = 128
 """Positions that a thread takes at a time."""
 

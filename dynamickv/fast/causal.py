@@ -1,0 +1,250 @@
+"""Causal attention of many queries, compiled: the products of a few rows become weights, and these
+sums of values, while they are in the nearest cache. Torch's threads share the rows (see team)."""
+
+# mypy: disable-error-code="attr-defined,untyped-decorator"
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numba import carray, cfunc
+from torch import Tensor
+
+from dynamickv.fast.kernels import LOWEST, Array, compiled, greater, kept_on_disk, narrow
+from dynamickv.fast.team import bits_at, floats_at, numbers_at, share, take
+from dynamickv.fast.tiles import (
+    COLUMNS,
+    LANES,
+    ROWS,
+    in_columns,
+    in_pairs,
+    products,
+    weighed,
+)
+
+MADE_OF = "dd3dc7604ee5"
+"""Digest of kernels.py, team.py and tiles.py, see the first."""
+PART = 16 * ROWS
+"""Rows that a thread takes at a time."""
+KEYS = 8 * COLUMNS
+"""Keys whose weights are computed before their values are summed."""
+REACH = 100
+"""Logits up to which 2^logit can be summed as it is, of 127 in float32: what is left are thousands
+of positions and values."""
+TOLD = 20
+"""Numbers that say what the threads share; the first two are the next part and the next
+thread."""
+BYTES = 2
+"""Of a bfloat16."""
+
+# For as many rows as a tile has, and for those that are left over one by one.
+_multiply_tile, _multiply_row = products(ROWS, fresh=True), products(1, fresh=True)
+_add_tile, _add_row = products(ROWS, fresh=False), products(1, fresh=False)
+_weigh_tile, _weigh_row = weighed(ROWS, limited=True), weighed(1, limited=True)
+_weigh_whole_tile = weighed(ROWS, limited=False)
+
+
+def _room(across: int) -> int:
+    """Numbers that a thread writes over: sums of values, sums of weights, weights, a tile's
+    products, each row's greatest and its limits."""
+    return PART * (across + LANES) + ROWS * (KEYS // 2 + COLUMNS) + PART + 2 * ROWS
+
+
+@compiled("void(int64[::1], int64, int64, int64, float32[::1])")
+def _attend_part(told: Array, head: int, first: int, last: int, room: Array) -> None:
+    """Of rows `first` to before `last` of a head, at most PART."""
+    heads, rows, length, dim, across = told[2], told[3], told[4], told[5], told[6]
+    group, before, kept, keeps = told[7], told[8], told[16], told[17]
+    size, steps, step = dim * BYTES, dim // 2, COLUMNS * 2 * BYTES
+    asked = told[9] + head * rows * size
+    keys = told[10] + head * length * size
+    values = told[11] + head * length * across * BYTES
+    bounds = carray(floats_at(told[12]), (heads, rows))[head]
+    totals = carray(floats_at(told[13]), (heads, rows))[head]
+    out = carray(bits_at(told[14]), (rows // group, heads * group, dim))
+    at = PART * across
+    sums, lanes = room[:at], room[at : at + PART * LANES]
+    at += PART * LANES
+    weights = np.int64(room[at:].ctypes.data)
+    at += ROWS * KEYS // 2
+    logits = room[at : at + ROWS * COLUMNS]
+    at += ROWS * COLUMNS
+    mosts, limits = room[at : at + PART], room[at + PART :]
+    limit = limits.ctypes.data
+    apart = keeps * BYTES if kept else KEYS * BYTES
+
+    sums[:] = np.float32(0)
+    lanes[:] = np.float32(0)
+    row = first
+    while row < last:
+        count = ROWS if row + ROWS <= last else 1
+        calm = True
+        for r in range(row, row + count):
+            calm = calm and bounds[r] <= REACH
+            mosts[r - first] = np.float32(0)
+        if not calm:
+            mosts[row - first : row - first + count] = LOWEST
+            for key in range(0, before + (row + count - 1) // group + 1, COLUMNS):
+                query, column = asked + row * size, keys + key * size
+                if count == ROWS:
+                    _multiply_tile(query, size, column, step, steps, logits.ctypes.data)
+                else:
+                    _multiply_row(query, size, column, step, steps, logits.ctypes.data)
+                for r in range(count):
+                    most = mosts[row - first + r]
+                    for i in range(min(COLUMNS, before + (row + r) // group + 1 - key)):
+                        most = greater(most, logits[r * COLUMNS + i])
+                    mosts[row - first + r] = most
+        row += count
+
+    for start in range(0, before + (last - 1) // group + 1, KEYS):
+        row = first
+        while row < last:
+            own = row - first
+            count = ROWS if row + ROWS <= last else 1
+            end = min(start + KEYS, before + (row + count - 1) // group + 1)
+            calm = count == ROWS
+            for r in range(own, own + count):
+                calm = calm and mosts[r] == 0
+            if kept:
+                weights = kept + ((head * rows + row) * keeps + start) * BYTES
+            lane = lanes[own * LANES :].ctypes.data
+            for key in range(start, end, COLUMNS):
+                query, column = asked + row * size, keys + key * size
+                here = weights + (key - start) * BYTES
+                if calm and key + COLUMNS <= before + row // group + 1:
+                    _weigh_whole_tile(query, size, column, step, steps, here, apart, lane, limit)
+                    continue
+                for r in range(count):
+                    limits[2 * r] = np.float32(before + (row + r) // group + 1 - key)
+                    limits[2 * r + 1] = mosts[own + r]
+                if count == ROWS:
+                    _weigh_tile(query, size, column, step, steps, here, apart, lane, limit)
+                else:
+                    _weigh_row(query, size, column, step, steps, here, apart, lane, limit)
+            pairs = (end - start + COLUMNS - 1) // COLUMNS * (COLUMNS // 2)
+            for column in range(0, across, COLUMNS):
+                value = values + (start * across + 2 * column) * BYTES
+                place = sums[column * PART + own * COLUMNS :].ctypes.data
+                if count == ROWS:
+                    _add_tile(weights, apart, value, across * 2 * BYTES, pairs, place)
+                else:
+                    _add_row(weights, apart, value, across * 2 * BYTES, pairs, place)
+            row += count
+
+    for row in range(first, last):
+        total = np.float32(0)
+        for lane in range(LANES):
+            total += lanes[(row - first) * LANES + lane]
+        totals[row] = total
+        factor = np.float32(1) / total
+        for column in range(0, dim, COLUMNS):
+            at = column * PART + (row - first) * COLUMNS
+            for i in range(min(COLUMNS, dim - column)):
+                shared = narrow(sums[at + i] * factor)
+                out[row // group, head * group + row % group, column + i] = shared
+
+
+@compiled("void(CPointer(int64))")
+def _take_parts(address: Any) -> None:
+    """Compute parts of what `attend` wrote there, as long as there are any."""
+    told = carray(address, (TOLD,))
+    heads, rows, size = told[2], told[3], told[18]
+    thread = take(numbers_at(np.int64(told.ctypes.data) + 8))
+    if thread >= told[19]:  # torch has more threads since there was room for them
+        return
+    room = carray(floats_at(told[15] + 4 * thread * size), (size,))
+    parts = (rows + PART - 1) // PART
+    item = take(address)
+    while item < parts * heads:
+        # The last rows, which see most, come first.
+        first = (parts - 1 - item // heads) * PART
+        _attend_part(told, item % heads, first, min(first + PART, rows), room)
+        item = take(address)
+
+
+@kept_on_disk(cfunc, "void(CPointer(int64))")
+def _share(address: Any) -> None:
+    """One thread's share."""
+    _take_parts(address)
+
+
+class Held:
+    """Keys and values as products take them."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        """From (num_kv_heads, n, head_dim) bfloat16 each.
+
+        Raises:
+            TypeError: other numbers.
+            ValueError: unlike shapes, or a head_dim that is odd.
+        """
+        if keys.dtype != torch.bfloat16 or values.dtype != torch.bfloat16:
+            raise TypeError(f"keys and values must be bfloat16, got {keys.dtype}, {values.dtype}")
+        if keys.shape != values.shape or keys.shape[2] % 2:
+            raise ValueError(f"cannot attend to {tuple(keys.shape)} and {tuple(values.shape)}")
+        self.heads, self.length, self.dim = keys.shape
+        self.columns = in_columns(keys)
+        """(num_kv_heads, room // 64, head_dim // 2, 64, 2)."""
+        self.room = self.columns.shape[1] * COLUMNS
+        """Positions with those behind the last, which are 0."""
+        self.pairs = in_pairs(values, self.room)
+        """(num_kv_heads, room // 2, head_dim rounded up to 64s, 2)."""
+
+
+def attend(
+    asked: Tensor, held: Held, bounds: Tensor, group: int, before: int, kept: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention of consecutive queries to their own positions and those before.
+
+    Args:
+        asked: (num_kv_heads, queries * group, head_dim) bfloat16, contiguous, scaled so that
+            products with keys are logits to base 2: row r belongs to the query at position before
+            + r // group.
+        bounds: what no logit of a row exceeds, whatever its sign, (num_kv_heads, queries * group)
+            float32, contiguous: rows of great logits take a pass more.
+        group: query heads for each KV head.
+        before: position of the first query.
+        kept: written where a row sees something, and up to the next multiple of 64 with 0: its
+            weights up to a factor, (num_kv_heads, queries * group, keys) bfloat16, contiguous, keys
+            a multiple of 64.
+
+    Returns:
+        (queries, num_kv_heads * group, head_dim) bfloat16, and every row's factor, the sum of its
+        weights, (num_kv_heads, queries * group) float32.
+
+    Raises:
+        TypeError: other numbers, or not contiguous.
+        ValueError: shapes that do not fit each other.
+    """
+    heads, rows, dim = asked.shape
+    # The threads are told addresses alone.
+    for given, dtype in ((asked, torch.bfloat16), (bounds, torch.float32), (kept, torch.bfloat16)):
+        if given is not None and (given.dtype != dtype or not given.is_contiguous()):
+            raise TypeError(f"queries and weights must be contiguous {dtype}, got {given.dtype}")
+    end = before + rows // group
+    fits = (heads, dim) == (held.heads, held.dim) and bounds.shape == (heads, rows)
+    if not fits or rows % group or before < 0 or end > held.length:
+        raise ValueError(
+            f"queries {tuple(asked.shape)} of {group} heads from position {before} with bounds "
+            f"{tuple(bounds.shape)} cannot attend to {held.heads} heads of {held.length} positions"
+        )
+    keeps = 0 if kept is None else kept.shape[-1]
+    if kept is not None and (kept.shape != (heads, rows, keeps) or keeps % COLUMNS or keeps < end):
+        raise ValueError(f"weights {tuple(kept.shape)} have no room for {end} keys")
+    across = held.pairs.shape[2]
+    size = _room(across)
+    out = asked.new_empty(rows // group, heads * group, dim)
+    totals = torch.empty(heads, rows)
+    threads = torch.get_num_threads()
+    room = torch.empty(threads, size)
+    arrays = asked, held.columns, held.pairs, bounds, totals, out, room
+    places = [array.data_ptr() for array in arrays]
+    place = 0 if kept is None else kept.data_ptr()
+    share(
+        _share, 0, heads, rows, held.room, dim, across, group, before, *places, place, keeps, size,
+        threads,
+    )  # fmt: skip
+    return out, totals

@@ -1,0 +1,262 @@
+"""Products of a few rows with 64 columns of bfloat16, whose sums stay in registers: what compiled
+functions that multiply on a CPU are made of.
+
+Torch's products reach nine tenths of what AVX512-BF16 can do and leave what they compute in memory;
+between these products a compiled function goes on with it while it is near.
+"""
+
+# mypy: disable-error-code="no-untyped-call"
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+from torch import Tensor
+
+from dynamickv.fast.kernels import BFLOAT, LEAST_POWER, SERIES, rounds_by_instruction
+
+ROWS = 6
+"""Rows of a tile: their sums take 24 of 32 registers."""
+COLUMNS = 64
+"""Columns of a tile."""
+LANES = 16
+"""Numbers in a register."""
+FLOAT, WORD, LONG = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+FLOATS, WORDS = ir.VectorType(FLOAT, LANES), ir.VectorType(WORD, LANES)
+PAIRS = ir.VectorType(BFLOAT, 2 * LANES)
+
+
+def _at(builder: Any, address: Any, offset: int, kind: Any) -> Any:
+    place = builder.add(address, ir.Constant(LONG, offset))
+    return builder.inttoptr(place, kind.as_pointer())
+
+
+def _load(builder: Any, address: Any, offset: int, kind: Any) -> Any:
+    loaded = builder.load(_at(builder, address, offset, kind))
+    loaded.align = 4
+    return loaded
+
+
+def _store(builder: Any, number: Any, address: Any, offset: int) -> None:
+    stored = builder.store(number, _at(builder, address, offset, number.type))
+    stored.align = 2
+
+
+def _all(number: Any, kind: Any) -> Any:
+    return ir.Constant(kind, [number] * LANES)
+
+
+def _repeated(builder: Any, number: Any) -> Any:
+    """A number in every lane."""
+    nothing = ir.Constant(ir.VectorType(number.type, LANES), ir.Undefined)
+    one = builder.insert_element(nothing, number, ir.Constant(WORD, 0))
+    return builder.shuffle_vector(one, nothing, _all(0, WORDS))
+
+
+def _greater(builder: Any, x: Any, other: Any) -> Any:
+    return builder.select(builder.fcmp_ordered(">", x, other), x, other)
+
+
+def _halves(builder: Any, words: Any) -> tuple[Any, Any]:
+    """Both bfloat16 of every word, as float32."""
+    low = builder.shl(words, _all(16, WORDS))
+    high = builder.and_(words, _all(0xFFFF0000, WORDS))
+    return builder.bitcast(low, FLOATS), builder.bitcast(high, FLOATS)
+
+
+def _function(builder: Any, name: str, *takes: Any) -> Any:
+    """One of LLVM's own, that gives floats."""
+    kind = ir.FunctionType(FLOATS, list(takes))
+    return cgutils.get_or_insert_function(builder.module, kind, name)
+
+
+def _adding(builder: Any, instruction: bool) -> Any:
+    """What adds the products of two words' numbers to a float32, in every lane."""
+    if instruction:
+        function = _function(builder, "llvm.x86.avx512bf16.dpbf16ps.512", FLOATS, PAIRS, PAIRS)
+
+        def dot(total: Any, one: Any, other: Any) -> Any:
+            pairs = builder.bitcast(one, PAIRS), builder.bitcast(other, PAIRS)
+            return builder.call(function, [total, *pairs])
+
+        return dot
+    fma = _function(builder, "llvm.fma.v16f32", FLOATS, FLOATS, FLOATS)
+
+    def sums(total: Any, one: Any, other: Any) -> Any:
+        for a, b in zip(_halves(builder, one), _halves(builder, other), strict=True):
+            total = builder.call(fma, [a, b, total])
+        return total
+
+    return sums
+
+
+def _places(rows: int) -> list[tuple[int, int, int]]:
+    """Registers that a tile's sums take: row, column, and how many numbers lie before them."""
+    return [
+        (row, column, row * COLUMNS + column)
+        for row in range(rows)
+        for column in range(0, COLUMNS, LANES)
+    ]
+
+
+def _multiplied(builder: Any, rows: int, arguments: Any, begin: Any, instruction: bool) -> list[Any]:
+    """A tile's sums, in the order of `_places`, that were `begin` before."""
+    first, apart, columns, step, steps = arguments
+    dot = _adding(builder, instruction)
+    # In registers: LLVM keeps nothing of it in memory.
+    sums = [cgutils.alloca_once(builder, FLOATS) for _ in begin]
+    for room, number in zip(sums, begin, strict=True):
+        builder.store(number, room)
+    starts = [first]
+    for _ in range(1, rows):
+        starts.append(builder.add(starts[-1], apart))
+    with cgutils.for_range(builder, steps) as loop:
+        here = builder.add(columns, builder.mul(loop.index, step))
+        words = [_load(builder, here, 4 * column, WORDS) for column in range(0, COLUMNS, LANES)]
+        offset = builder.mul(loop.index, ir.Constant(LONG, 4))
+        for row, start in enumerate(starts):
+            repeated = _repeated(builder, _load(builder, builder.add(start, offset), 0, WORD))
+            for column, other in enumerate(words):
+                room = sums[row * len(words) + column]
+                builder.store(dot(builder.load(room), other, repeated), room)
+    return [builder.load(room) for room in sums]
+
+
+def products(rows: int, fresh: bool, instruction: bool | None = None) -> Any:
+    """What multiplies `rows` rows with 64 columns, for compiled functions.
+
+    Called with addresses of bfloat16, which a row has one behind the other: of the rows and how many
+    bytes they are apart, of the columns as `in_columns` lays them out and how many bytes a step is
+    apart, how many steps of two numbers there are; and the address of (rows, 64) float32, which are
+    added to, or written if `fresh`.
+
+    Args:
+        instruction: multiply as CPUs with AVX512-BF16 do it; None where the CPU is one.
+    """
+    native = rounds_by_instruction() if instruction is None else instruction
+    places = _places(rows)
+
+    def typed(
+        context: Any, a: Any, a_apart: Any, b: Any, b_apart: Any, steps: Any, out: Any
+    ) -> Any:
+        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            *told, out = arguments
+            begin = [
+                _all(0.0, FLOATS) if fresh else _load(builder, out, 4 * before, FLOATS)
+                for _, _, before in places
+            ]
+            sums = _multiplied(builder, rows, told, begin, native)
+            for number, (_, _, before) in zip(sums, places, strict=True):
+                _store(builder, number, out, 4 * before)
+            return context.get_dummy_value()
+
+        return types.void(a, a_apart, b, b_apart, steps, out), code
+
+    return intrinsic(typed)
+
+
+def _power_of_two(builder: Any, x: Any) -> Any:
+    """As `kernels.power_of_two`, of a register."""
+    nearest = builder.call(_function(builder, "llvm.nearbyint.v16f32", FLOATS), [x])
+    left = builder.fsub(x, nearest)
+    fma = _function(builder, "llvm.fma.v16f32", FLOATS, FLOATS, FLOATS)
+    series = _all(SERIES[0], FLOATS)
+    for factor in SERIES[1:]:
+        series = builder.call(fma, [series, left, _all(factor, FLOATS)])
+    exponent = builder.add(builder.fptosi(nearest, WORDS), _all(127, WORDS))
+    power = builder.bitcast(builder.shl(exponent, _all(23, WORDS)), FLOATS)
+    return builder.fmul(series, power)
+
+
+def _narrowed(builder: Any, x: Any, instruction: bool) -> Any:
+    """As `kernels.narrow`, of a register."""
+    if instruction:
+        return builder.fptrunc(x, ir.VectorType(BFLOAT, LANES))
+    bits = builder.bitcast(x, WORDS)
+    odd = builder.and_(builder.lshr(bits, _all(16, WORDS)), _all(1, WORDS))
+    nearest = builder.add(builder.add(bits, _all(0x7FFF, WORDS)), odd)
+    return builder.trunc(builder.lshr(nearest, _all(16, WORDS)), ir.VectorType(ir.IntType(16), LANES))
+
+
+def weighed(rows: int, limited: bool, instruction: bool | None = None) -> Any:
+    """What makes weights of `rows` rows' products with 64 columns, 2^(product - most), for compiled
+    functions.
+
+    Called as `products`, but with these addresses at the end: of the weights, bfloat16, and how
+    many bytes their rows are apart; of (rows, 16) float32, to which every sixteenth weight is
+    added; and of (rows, 2) float32: how many columns of a row count, where all others get 0, and
+    its most. Unless `limited` all columns count, and most is 0.
+
+    Args:
+        instruction: as for `products`.
+    """
+    native = rounds_by_instruction() if instruction is None else instruction
+    registers = COLUMNS // LANES
+
+    def typed(
+        context: Any, a: Any, a_apart: Any, b: Any, b_apart: Any, steps: Any,
+        out: Any, out_apart: Any, totals: Any, limits: Any,
+    ) -> Any:  # fmt: skip
+        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            *told, out, out_apart, totals, limits = arguments
+            none = _all(0.0, FLOATS)
+            sums = _multiplied(builder, rows, told, [none] * rows * registers, native)
+            for row in range(rows):
+                total = _load(builder, totals, 4 * row * LANES, FLOATS)
+                count, most = (
+                    _repeated(builder, _load(builder, limits, 8 * row + place, FLOAT))
+                    for place in (0, 4)
+                )
+                for register in range(registers):
+                    x = sums[row * registers + register]
+                    if limited:
+                        x = _greater(builder, builder.fsub(x, most), _all(LEAST_POWER, FLOATS))
+                    weight = _power_of_two(builder, x)
+                    if limited:
+                        column = [float(register * LANES + lane) for lane in range(LANES)]
+                        counts = builder.fcmp_ordered("<", ir.Constant(FLOATS, column), count)
+                        weight = builder.select(counts, weight, none)
+                    total = builder.fadd(total, weight)
+                    _store(builder, _narrowed(builder, weight, native), out, 2 * register * LANES)
+                _store(builder, total, totals, 4 * row * LANES)
+                out = builder.add(out, out_apart)
+            return context.get_dummy_value()
+
+        return types.void(a, a_apart, b, b_apart, steps, out, out_apart, totals, limits), code
+
+    return intrinsic(typed)
+
+
+def in_columns(rows: Tensor) -> Tensor:
+    """What `products` multiplies with, for products with each of many rows: every 64 rows are the
+    columns of a tile.
+
+    Args:
+        rows: (..., n, size) bfloat16, size even.
+
+    Returns:
+        (..., ceil(n / 64), size // 2, 64, 2) bfloat16, with rows of zeros behind the last.
+    """
+    *outer, count, size = rows.shape
+    padded = torch.nn.functional.pad(rows, (0, 0, 0, -count % COLUMNS)).contiguous()
+    words = padded.view(torch.int32).view(*outer, -1, COLUMNS, size // 2)
+    return words.transpose(-1, -2).contiguous().view(torch.bfloat16).unflatten(-1, (COLUMNS, 2))
+
+
+def in_pairs(rows: Tensor, count: int) -> Tensor:
+    """What `products` multiplies with, for sums of rows by weights.
+
+    Args:
+        rows: (..., n, size) bfloat16.
+        count: rows to be had, at least n, even.
+
+    Returns:
+        (..., count // 2, size rounded up to 64s, 2) bfloat16, zeros where there were no numbers.
+    """
+    *outer, length, size = rows.shape
+    padded = torch.nn.functional.pad(rows, (0, -size % COLUMNS, 0, count - length))
+    return padded.view(*outer, count // 2, 2, -1).transpose(-1, -2).contiguous()
