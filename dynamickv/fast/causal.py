@@ -24,7 +24,7 @@ from dynamickv.fast.tiles import (
     weighed,
 )
 
-MADE_OF = "dd3dc7604ee5"
+MADE_OF = "63af22bac863"
 """Digest of kernels.py, team.py and tiles.py, see the first."""
 PART = 16 * ROWS
 """Rows that a thread takes at a time."""
@@ -47,39 +47,31 @@ _weigh_whole_tile = weighed(ROWS, limited=False)
 
 
 def _room(across: int) -> int:
-    """Numbers that a thread writes over: sums of values, sums of weights, weights, a tile's
-    products, each row's greatest and its limits."""
+    """Numbers that a thread writes over: every row's sums of values, and of weights, a tile's
+    weights, its products, every row's greatest, and a tile's limits."""
     return PART * (across + LANES) + ROWS * (KEYS // 2 + COLUMNS) + PART + 2 * ROWS
 
 
-@compiled("void(int64[::1], int64, int64, int64, float32[::1])")
-def _attend_part(told: Array, head: int, first: int, last: int, room: Array) -> None:
-    """Of rows `first` to before `last` of a head, at most PART."""
-    heads, rows, length, dim, across = told[2], told[3], told[4], told[5], told[6]
-    group, before, kept, keeps = told[7], told[8], told[16], told[17]
-    size, steps, step = dim * BYTES, dim // 2, COLUMNS * 2 * BYTES
-    asked = told[9] + head * rows * size
-    keys = told[10] + head * length * size
-    values = told[11] + head * length * across * BYTES
-    bounds = carray(floats_at(told[12]), (heads, rows))[head]
-    totals = carray(floats_at(told[13]), (heads, rows))[head]
-    out = carray(bits_at(told[14]), (rows // group, heads * group, dim))
-    at = PART * across
-    sums, lanes = room[:at], room[at : at + PART * LANES]
-    at += PART * LANES
-    weights = np.int64(room[at:].ctypes.data)
-    at += ROWS * KEYS // 2
-    logits = room[at : at + ROWS * COLUMNS]
-    at += ROWS * COLUMNS
-    mosts, limits = room[at : at + PART], room[at + PART :]
-    limit = limits.ctypes.data
-    apart = keeps * BYTES if kept else KEYS * BYTES
+@compiled("void(int64[::1], int64, int64, int64, float32[::1], float32[::1])")
+def _find_greatest(
+    told: Array, head: int, first: int, last: int, mosts: Array, logits: Array
+) -> None:
+    """Each row's greatest logit, or 0 throughout a tile whose bounds say that nothing need be taken
+    off.
 
-    sums[:] = np.float32(0)
-    lanes[:] = np.float32(0)
+    Args:
+        mosts: (at least last - first,), written.
+        logits: (ROWS * COLUMNS,), written over.
+    """
+    heads, rows, length, dim = told[2], told[3], told[4], told[5]
+    group, before = told[7], told[8]
+    size, step = dim * BYTES, COLUMNS * 2 * BYTES
+    bounds = carray(floats_at(told[12]), (heads, rows))[head]
+    out = logits.ctypes.data
     row = first
     while row < last:
         count = ROWS if row + ROWS <= last else 1
+        query = told[9] + (head * rows + row) * size
         calm = True
         for r in range(row, row + count):
             calm = calm and bounds[r] <= REACH
@@ -87,11 +79,11 @@ def _attend_part(told: Array, head: int, first: int, last: int, room: Array) -> 
         if not calm:
             mosts[row - first : row - first + count] = LOWEST
             for key in range(0, before + (row + count - 1) // group + 1, COLUMNS):
-                query, column = asked + row * size, keys + key * size
+                column = told[10] + (head * length + key) * size
                 if count == ROWS:
-                    _multiply_tile(query, size, column, step, steps, logits.ctypes.data)
+                    _multiply_tile(query, size, column, step, dim // 2, out)
                 else:
-                    _multiply_row(query, size, column, step, steps, logits.ctypes.data)
+                    _multiply_row(query, size, column, step, dim // 2, out)
                 for r in range(count):
                     most = mosts[row - first + r]
                     for i in range(min(COLUMNS, before + (row + r) // group + 1 - key)):
@@ -99,41 +91,13 @@ def _attend_part(told: Array, head: int, first: int, last: int, room: Array) -> 
                     mosts[row - first + r] = most
         row += count
 
-    for start in range(0, before + (last - 1) // group + 1, KEYS):
-        row = first
-        while row < last:
-            own = row - first
-            count = ROWS if row + ROWS <= last else 1
-            end = min(start + KEYS, before + (row + count - 1) // group + 1)
-            calm = count == ROWS
-            for r in range(own, own + count):
-                calm = calm and mosts[r] == 0
-            if kept:
-                weights = kept + ((head * rows + row) * keeps + start) * BYTES
-            lane = lanes[own * LANES :].ctypes.data
-            for key in range(start, end, COLUMNS):
-                query, column = asked + row * size, keys + key * size
-                here = weights + (key - start) * BYTES
-                if calm and key + COLUMNS <= before + row // group + 1:
-                    _weigh_whole_tile(query, size, column, step, steps, here, apart, lane, limit)
-                    continue
-                for r in range(count):
-                    limits[2 * r] = np.float32(before + (row + r) // group + 1 - key)
-                    limits[2 * r + 1] = mosts[own + r]
-                if count == ROWS:
-                    _weigh_tile(query, size, column, step, steps, here, apart, lane, limit)
-                else:
-                    _weigh_row(query, size, column, step, steps, here, apart, lane, limit)
-            pairs = (end - start + COLUMNS - 1) // COLUMNS * (COLUMNS // 2)
-            for column in range(0, across, COLUMNS):
-                value = values + (start * across + 2 * column) * BYTES
-                place = sums[column * PART + own * COLUMNS :].ctypes.data
-                if count == ROWS:
-                    _add_tile(weights, apart, value, across * 2 * BYTES, pairs, place)
-                else:
-                    _add_row(weights, apart, value, across * 2 * BYTES, pairs, place)
-            row += count
 
+@compiled("void(int64[::1], int64, int64, int64, float32[::1], float32[::1])")
+def _hand_over(told: Array, head: int, first: int, last: int, sums: Array, lanes: Array) -> None:
+    """Write rows' attention and the sums of their weights."""
+    heads, rows, dim, group = told[2], told[3], told[5], told[7]
+    totals = carray(floats_at(told[13]), (heads, rows))[head]
+    out = carray(bits_at(told[14]), (rows // group, heads * group, dim))
     for row in range(first, last):
         total = np.float32(0)
         for lane in range(LANES):
@@ -145,6 +109,65 @@ def _attend_part(told: Array, head: int, first: int, last: int, room: Array) -> 
             for i in range(min(COLUMNS, dim - column)):
                 shared = narrow(sums[at + i] * factor)
                 out[row // group, head * group + row % group, column + i] = shared
+
+
+@compiled("void(int64[::1], int64, int64, int64, float32[::1])")
+def _attend_part(told: Array, head: int, first: int, last: int, room: Array) -> None:
+    """Of rows `first` to before `last` of a head, at most PART."""
+    rows, length, dim, across = told[3], told[4], told[5], told[6]
+    group, before, kept, keeps = told[7], told[8], told[16], told[17]
+    size, step, pair = dim * BYTES, COLUMNS * 2 * BYTES, across * 2 * BYTES
+    values = told[11] + head * length * across * BYTES
+    # What a thread writes over, see `_room`.
+    at = PART * across
+    sums, lanes = room[:at], room[at : at + PART * LANES]
+    at += PART * LANES
+    weights, apart = np.int64(room[at:].ctypes.data), KEYS * BYTES
+    at += ROWS * KEYS // 2
+    logits = room[at : at + ROWS * COLUMNS]
+    at += ROWS * COLUMNS
+    mosts, limits = room[at : at + PART], room[at + PART :]
+    limit = limits.ctypes.data
+    sums[:] = np.float32(0)
+    lanes[:] = np.float32(0)
+    _find_greatest(told, head, first, last, mosts, logits)
+    for start in range(0, before + (last - 1) // group + 1, KEYS):
+        row = first
+        while row < last:
+            own = row - first
+            count = ROWS if row + ROWS <= last else 1
+            end = min(start + KEYS, before + (row + count - 1) // group + 1)
+            query = told[9] + (head * rows + row) * size
+            lane = lanes[own * LANES :].ctypes.data
+            whole = count == ROWS
+            for r in range(own, own + count):
+                whole = whole and mosts[r] == 0
+            if kept:
+                weights = kept + ((head * rows + row) * keeps + start) * BYTES
+                apart = keeps * BYTES
+            for key in range(start, end, COLUMNS):
+                column = told[10] + (head * length + key) * size
+                here = weights + (key - start) * BYTES
+                if whole and key + COLUMNS <= before + row // group + 1:
+                    _weigh_whole_tile(query, size, column, step, dim // 2, here, apart, lane, limit)
+                    continue
+                for r in range(count):
+                    limits[2 * r] = np.float32(before + (row + r) // group + 1 - key)
+                    limits[2 * r + 1] = mosts[own + r]
+                if count == ROWS:
+                    _weigh_tile(query, size, column, step, dim // 2, here, apart, lane, limit)
+                else:
+                    _weigh_row(query, size, column, step, dim // 2, here, apart, lane, limit)
+            steps = (end - start + COLUMNS - 1) // COLUMNS * (COLUMNS // 2)
+            for column in range(0, across, COLUMNS):
+                value = values + (start * across + 2 * column) * BYTES
+                place = sums[column * PART + own * COLUMNS :].ctypes.data
+                if count == ROWS:
+                    _add_tile(weights, apart, value, pair, steps, place)
+                else:
+                    _add_row(weights, apart, value, pair, steps, place)
+            row += count
+    _hand_over(told, head, first, last, sums, lanes)
 
 
 @compiled("void(CPointer(int64))")

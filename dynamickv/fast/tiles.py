@@ -103,7 +103,9 @@ def _places(rows: int) -> list[tuple[int, int, int]]:
     ]
 
 
-def _multiplied(builder: Any, rows: int, arguments: Any, begin: Any, instruction: bool) -> list[Any]:
+def _multiplied(
+    builder: Any, rows: int, arguments: Any, begin: Any, instruction: bool
+) -> list[Any]:
     """A tile's sums, in the order of `_places`, that were `begin` before."""
     first, apart, columns, step, steps = arguments
     dot = _adding(builder, instruction)
@@ -129,10 +131,10 @@ def _multiplied(builder: Any, rows: int, arguments: Any, begin: Any, instruction
 def products(rows: int, fresh: bool, instruction: bool | None = None) -> Any:
     """What multiplies `rows` rows with 64 columns, for compiled functions.
 
-    Called with addresses of bfloat16, which a row has one behind the other: of the rows and how many
-    bytes they are apart, of the columns as `in_columns` lays them out and how many bytes a step is
-    apart, how many steps of two numbers there are; and the address of (rows, 64) float32, which are
-    added to, or written if `fresh`.
+    Called with addresses of bfloat16, which a row has one behind the other: of the rows and how
+    many bytes they are apart, of the columns as `in_columns` lays them out and how many bytes a
+    step is apart, how many steps of two numbers there are; and the address of (rows, 64) float32,
+    which are added to, or written if `fresh`.
 
     Args:
         instruction: multiply as CPUs with AVX512-BF16 do it; None where the CPU is one.
@@ -179,7 +181,8 @@ def _narrowed(builder: Any, x: Any, instruction: bool) -> Any:
     bits = builder.bitcast(x, WORDS)
     odd = builder.and_(builder.lshr(bits, _all(16, WORDS)), _all(1, WORDS))
     nearest = builder.add(builder.add(bits, _all(0x7FFF, WORDS)), odd)
-    return builder.trunc(builder.lshr(nearest, _all(16, WORDS)), ir.VectorType(ir.IntType(16), LANES))
+    half = ir.VectorType(ir.IntType(16), LANES)
+    return builder.trunc(builder.lshr(nearest, _all(16, WORDS)), half)
 
 
 def weighed(rows: int, limited: bool, instruction: bool | None = None) -> Any:
@@ -244,7 +247,8 @@ def in_columns(rows: Tensor) -> Tensor:
     *outer, count, size = rows.shape
     padded = torch.nn.functional.pad(rows, (0, 0, 0, -count % COLUMNS)).contiguous()
     words = padded.view(torch.int32).view(*outer, -1, COLUMNS, size // 2)
-    return words.transpose(-1, -2).contiguous().view(torch.bfloat16).unflatten(-1, (COLUMNS, 2))
+    pairs = words.transpose(-1, -2).contiguous().view(torch.bfloat16)
+    return pairs.view(*pairs.shape[:-1], COLUMNS, 2)
 
 
 def in_pairs(rows: Tensor, count: int) -> Tensor:

@@ -19,9 +19,10 @@ class Case:
     """Queries, keys and values of some geometry, and what attention makes of them in float64."""
 
     def __init__(
-        self, queries: int, keys: int, group: int = 3, heads: int = 2, dim: int = 16, size: float = 1
+        self, queries: int, keys: int, group: int = 3, dim: int = 16, size: float = 1
     ) -> None:
         made = torch.Generator().manual_seed(queries * keys + dim)
+        heads = 2
         self.group, self.before = group, keys - queries
         asked = torch.randn(heads, queries * group, dim, generator=made) * size
         self.asked = asked.bfloat16()
