@@ -50,15 +50,16 @@ bits_at: Any = _pointer_to(types.uint16)
 take: Any = intrinsic(_taking)
 
 
-def share(function: Any, *told: int) -> None:
+def share(function: Any, *told: int, threads: int | None = None) -> None:
     """Let torch's threads do what a compiled `function` of one address does.
 
     Args:
         told: numbers that stand there behind a counter, which is 0.
+        threads: as many of them; None for all.
     """
     numbers = np.array([0, *told], np.int64)
     address = numbers.ctypes.data
-    threads = torch.get_num_threads()
+    threads = threads or torch.get_num_threads()
     runtime = openmp() if threads > 1 else None
     if runtime is None:
         ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function.address)(address)

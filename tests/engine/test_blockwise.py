@@ -28,7 +28,6 @@ def states(
 @pytest.mark.parametrize("length", [2, 31, 32, 33, 300])
 def test_it_is_causal_attention(length: int, tiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blockwise, "has_tiles", lambda: tiles)
-    monkeypatch.setattr(blockwise, "ELEMENTS", 3 * 32 * length)
     queries, keys, values = states(length)
     context, received = causal_attention(queries, keys, values, 0.25)
     expected = F.scaled_dot_product_attention(
@@ -44,7 +43,6 @@ def test_the_last_positions_alone_get_what_they_get_among_all(
     asking: int, tiles: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(blockwise, "has_tiles", lambda: tiles)
-    monkeypatch.setattr(blockwise, "ELEMENTS", 3 * 32 * 300)
     queries, keys, values = states(300)
     whole, _ = causal_attention(queries, keys, values, 0.25)
     last, _ = causal_attention(queries[:, -asking:], keys, values, 0.25)
@@ -52,7 +50,10 @@ def test_the_last_positions_alone_get_what_they_get_among_all(
 
 
 @pytest.mark.parametrize("length", [2, 40, 300])
-def test_its_blocks_add_up_to_the_attention_received(length: int) -> None:
+def test_its_blocks_add_up_to_the_attention_received(
+    length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blockwise, "ELEMENTS", 6 * 70 * length)
     queries, keys, values = states(length)
     _, received = causal_attention(queries, keys, values, 0.25, mass=True)
     assert received is not None
@@ -95,6 +96,8 @@ def test_what_is_no_number_stays_none(value: float) -> None:
     wrong = context.isnan().any(dim=-1).nonzero().tolist()
     assert wrong == [[40, 1]]
     assert received is not None
+    assert received[1].isnan().any()
+    assert received[3:].isfinite().all()
     queries, keys, values = states(100)
     keys[1, 60, 3] = value
     context, _ = causal_attention(queries, keys, values, 0.25)
