@@ -34,8 +34,8 @@ from dynamickv.fast.kernels import (
 from dynamickv.fast.team import bits_at, floats_at, numbers_at, take
 from dynamickv.neighbours import openmp
 
-MADE_OF = "12b2b2d19d84"
-"""Digest of kernels.py, team.py and tiles.py, see the first."""
+MADE_OF = "8530f67108e0"
+"""Digest of kernels.py, team.py and microkernel.py, see the first."""
 BLOCK = 256
 """Positions whose weights are computed before their values are summed."""
 AHEAD = 64

@@ -12,9 +12,8 @@ import torch
 from numba import carray, cfunc
 from torch import Tensor
 
-from dynamickv.fast.kernels import LOWEST, Array, compiled, greater, kept_on_disk, narrow
-from dynamickv.fast.team import bits_at, floats_at, numbers_at, share, take
-from dynamickv.fast.tiles import (
+from dynamickv.fast.kernels import LOWEST, REACH, Array, compiled, greater, kept_on_disk, narrow
+from dynamickv.fast.microkernel import (
     COLUMNS,
     LANES,
     ROWS,
@@ -23,16 +22,14 @@ from dynamickv.fast.tiles import (
     products,
     weighed,
 )
+from dynamickv.fast.team import bits_at, floats_at, numbers_at, share, take
 
-MADE_OF = "12b2b2d19d84"
-"""Digest of kernels.py, team.py and tiles.py, see the first."""
+MADE_OF = "8530f67108e0"
+"""Digest of kernels.py, team.py and microkernel.py, see the first."""
 PART = 16 * ROWS
 """Rows that a thread takes at a time."""
 KEYS = 8 * COLUMNS
 """Keys whose weights are computed before their values are summed."""
-REACH = 100
-"""Logits up to which 2^logit can be summed as it is, of 127 in float32: what is left are thousands
-of positions and values."""
 TOLD = 19
 """Numbers that say what the threads share; the first two are the next part and the next
 thread."""

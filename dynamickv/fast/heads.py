@@ -15,8 +15,8 @@ from torch import Tensor
 from dynamickv.fast.kernels import NUMBERS, Array, compiled, kept_on_disk, narrow, wide
 from dynamickv.fast.team import bits_at, floats_at, share, take
 
-MADE_OF = "12b2b2d19d84"
-"""Digest of kernels.py, team.py and tiles.py, see the first."""
+MADE_OF = "8530f67108e0"
+"""Digest of kernels.py, team.py and microkernel.py, see the first."""
 ROWS = 256
 """Positions that a thread takes at a time."""
 TURNS = "float32[:, ::1], float32[:, ::1]"

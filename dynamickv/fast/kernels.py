@@ -4,10 +4,10 @@ products takes torch some forty operations, and each of them longer to start tha
 bfloat16 comes and goes as its bits, uint16 (numba has no such number); all that is computed is
 float32. Compiled when a machine first imports this, in some seconds, and kept in Python's cache
 beside this file, or in the user's. One thread each, as every caller may be in a thread of its own;
-attention.py, causal.py, heads.py and sums.py have what takes several. Their functions are made of
-these, of team.py's and of tiles.py's, but numba looks for changes in a function's own file alone:
-each of those files names the digest of these three, so that it changes with them (a test says
-which).
+attention.py, causal.py, heads.py, softmax.py and sums.py have what takes several. Their functions
+are made of these, of team.py's and of microkernel.py's, but numba looks for changes in a function's
+own file alone: each of those files names the digest of these three, so that it changes with them (a
+test says which).
 """
 
 # mypy: disable-error-code="attr-defined"
@@ -39,6 +39,9 @@ LEAST = np.float32(-87)
 LOWEST = np.float32(-1e30)
 SERIES = 0.05500895, 0.24221101, 0.6932829, 1.0
 """Of polynomials for 2^x on -1/2 to 1/2 the one whose relative error is least."""
+REACH = 100
+"""Logits up to which 2^logit can be summed as it is, of 127 in float32: what is left are thousands
+of positions and values."""
 LEAST_POWER = -126.0
 """Below it 2^x is 0 in float32, near enough."""
 NUMBERS = "float32", "uint16"

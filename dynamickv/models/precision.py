@@ -55,5 +55,5 @@ def packed_for(
 
 
 def _import_compiled() -> None:
-    for name in ("causal", "many_rows", "attention"):
+    for name in ("causal", "softmax", "many_rows", "attention"):
         import_module(f"dynamickv.fast.{name}")

@@ -49,11 +49,15 @@ def test_the_last_positions_alone_get_what_they_get_among_all(
     torch.testing.assert_close(last.float(), whole[-asking:].float(), atol=0.02, rtol=0)
 
 
+@pytest.mark.parametrize("tiles", [False, True])
+@pytest.mark.parametrize("together", [1, 2])
 @pytest.mark.parametrize("length", [2, 40, 300])
 def test_its_blocks_add_up_to_the_attention_received(
-    length: int, monkeypatch: pytest.MonkeyPatch
+    length: int, together: int, tiles: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(blockwise, "ELEMENTS", 6 * 70 * length)
+    monkeypatch.setattr(blockwise, "has_tiles", lambda: tiles)
+    monkeypatch.setattr(blockwise, "ELEMENTS", 3 * 70 * length)
+    monkeypatch.setattr(blockwise, "TOGETHER", together * 3 * 70 * length)
     queries, keys, values = states(length)
     _, received = causal_attention(queries, keys, values, 0.25, mass=True)
     assert received is not None
@@ -74,8 +78,12 @@ def test_what_all_keys_share_costs_no_precision(
     torch.testing.assert_close(context.float().transpose(0, 1), expected, atol=0.03, rtol=0)
 
 
+@pytest.mark.parametrize("tiles", [False, True])
 @pytest.mark.parametrize("scale", [0.01, 1.0, 60.0])
-def test_logits_of_any_size_are_attended_by(scale: float) -> None:
+def test_logits_of_any_size_are_attended_by(
+    scale: float, tiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blockwise, "has_tiles", lambda: tiles)
     queries, keys, values = states(300)
     context, received = causal_attention(queries * scale, keys, values, 0.25, mass=True)
     expected = F.scaled_dot_product_attention(
@@ -88,8 +96,12 @@ def test_logits_of_any_size_are_attended_by(scale: float) -> None:
     assert (off > 0.06).float().mean() < (0.15 if scale > 1 else 0.001)
 
 
+@pytest.mark.parametrize("tiles", [False, True])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_what_is_no_number_stays_none(value: float) -> None:
+def test_what_is_no_number_stays_none(
+    value: float, tiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blockwise, "has_tiles", lambda: tiles)
     queries, keys, values = states(100)
     queries[1, 40, 3] = value
     context, received = causal_attention(queries, keys, values, 0.25, mass=True)

@@ -1,5 +1,5 @@
-"""Products of a few rows with 64 columns of bfloat16, whose sums stay in registers: what compiled
-functions that multiply on a CPU are made of.
+"""The microkernel of compiled functions that multiply on a CPU: products of a few rows with 64
+columns of bfloat16, a micro-tile, whose sums stay in registers.
 
 Torch's products reach nine tenths of what AVX512-BF16 can do and leave what they compute in memory;
 between these products a compiled function goes on with it while it is near.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 kernels = pytest.importorskip("dynamickv.fast.kernels", reason="needs numba")
-tiles = pytest.importorskip("dynamickv.fast.tiles")
+microkernel = pytest.importorskip("dynamickv.fast.microkernel")
 
 HOW = [
     pytest.param(False, id="emulated"),
@@ -43,22 +43,22 @@ def caller(code: Any, takes: int) -> Any:
 @pytest.mark.parametrize("size", [2, 64, 96])
 def test_products_are_products_and_are_added(rows: int, size: int, instruction: bool) -> None:
     a, b = random(rows, size + 6), random(64, size)
-    columns = tiles.in_columns(b)
+    columns = microkernel.in_columns(b)
     assert columns.shape == (1, size // 2, 64, 2)
     out = torch.full((rows, 64), 3.0)
     wanted = a[:, :size].float() @ b.float().t()
     told = a.data_ptr(), (size + 6) * 2, columns.data_ptr(), 256, size // 2, out.data_ptr()
-    caller(tiles.products(rows, True, instruction), 6)(*told)
+    caller(microkernel.products(rows, True, instruction), 6)(*told)
     torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
-    caller(tiles.products(rows, False, instruction), 6)(*told)
+    caller(microkernel.products(rows, False, instruction), 6)(*told)
     torch.testing.assert_close(out, 2 * wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_pairs_of_rows_are_summed_by_weights() -> None:
     weights, values = random(6, 40), random(40, 80)
-    pairs = tiles.in_pairs(values, 64)
+    pairs = microkernel.in_pairs(values, 64)
     assert pairs.shape == (32, 128, 2)
-    add = caller(tiles.products(6, True), 6)
+    add = caller(microkernel.products(6, True), 6)
     for column in (0, 64):
         out = torch.empty(6, 64)
         add(weights.data_ptr(), 80, pairs.data_ptr() + column * 4, 512, 20, out.data_ptr())
@@ -73,13 +73,13 @@ def test_pairs_of_rows_are_summed_by_weights() -> None:
 def test_weights_are_powers_of_what_counts(rows: int, limited: bool, instruction: bool) -> None:
     a, b = random(rows, 16) * 3, random(64, 16)
     logits = a.float() @ b.float().t()
-    columns = tiles.in_columns(b)
+    columns = microkernel.in_columns(b)
     counts = torch.tensor([64.0, 1, 0, 17, -3, 900])[:rows]
     most = logits.amax(dim=1)
     limits = torch.stack([counts, most], dim=1).contiguous()
     weights, totals = torch.ones(rows, 96, dtype=torch.bfloat16), torch.ones(rows, 16)
     places = weights.data_ptr(), 192, totals.data_ptr(), limits.data_ptr()
-    code = tiles.weighed(rows, limited, instruction)
+    code = microkernel.weighed(rows, limited, instruction)
     caller(code, 9)(a.data_ptr(), 32, columns.data_ptr(), 256, 8, *places)
     wanted = torch.exp2(logits)
     if limited:
@@ -96,9 +96,9 @@ def test_weights_of_logits_far_below_the_greatest_are_none() -> None:
     b[1:] = -3e4
     limits = torch.tensor([[64.0, 0.0]])
     weights, totals = torch.ones(1, 64, dtype=torch.bfloat16), torch.zeros(1, 16)
-    columns = tiles.in_columns(b)
+    columns = microkernel.in_columns(b)
     places = weights.data_ptr(), 128, totals.data_ptr(), limits.data_ptr()
-    caller(tiles.weighed(1, True), 9)(a.data_ptr(), 4, columns.data_ptr(), 256, 1, *places)
+    caller(microkernel.weighed(1, True), 9)(a.data_ptr(), 4, columns.data_ptr(), 256, 1, *places)
     assert weights[0, 0] == 1
     assert weights[0, 1:].float().max() < 1e-37
     assert np.isclose(totals.sum().item(), 1, atol=1e-6)
