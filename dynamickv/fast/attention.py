@@ -34,7 +34,7 @@ from dynamickv.fast.kernels import (
 from dynamickv.fast.team import bits_at, floats_at, numbers_at, take
 from dynamickv.neighbours import openmp
 
-MADE_OF = "8530f67108e0"
+MADE_OF = "d7e60accd4d8"
 """Digest of kernels.py, team.py and microkernel.py, see the first."""
 BLOCK = 256
 """Positions whose weights are computed before their values are summed."""

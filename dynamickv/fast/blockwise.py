@@ -8,6 +8,8 @@ Knows tensors only.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,8 +24,6 @@ ELEMENTS, TOGETHER = 3 * 2**19, 9 * 2**19
 stay in the cache."""
 ROWS = (32, 256)
 """Least and most queries in a block."""
-MULTIPLE = 64
-"""Keys that weights have room for come in as many."""
 
 
 def has_tiles() -> bool:
@@ -89,118 +89,120 @@ def _in_blocks(
     bounds = sizes * keys.float().norm(dim=-1).amax(dim=1, keepdim=True)
     spoiled = None if bool(bounds.isfinite().all()) else _spoiled(queries, keys)
     received = torch.zeros(num_kv_heads, group, length) if mass else None
-    way = _by_torch if has_tiles() else _by_microkernel
-    context = way(asked, keys, values, bounds, group, spoiled, received)
+    asking = _Asking(asked, bounds, spoiled, group, length - queries.shape[1])
+    context = (_by_torch if has_tiles() else _by_microkernel)(asking, keys, values, received)
+    if spoiled is not None:
+        wrong = spoiled.view(num_kv_heads, -1, group).transpose(0, 1).flatten(1)
+        context.masked_fill_(wrong[..., None], torch.nan)
     return context, None if received is None else received.view(num_query_heads, length)
 
 
-def _block(queries: int, per_query: int) -> int:
-    """Queries whose weights, so many for each, are held at a time."""
-    return min(max(ELEMENTS // per_query, ROWS[0]), ROWS[1], queries)
+@dataclass(frozen=True, slots=True)
+class _Asking:
+    """Consecutive queries, those that read one KV head together."""
+
+    asked: Tensor
+    """As `causal.attend` takes them, and so the next."""
+    bounds: Tensor
+    spoiled: Tensor | None
+    """Which rows are no numbers or see what is none, as bounds; None where no row does."""
+    group: int
+    before: int
+
+    def of_heads(self, heads: slice) -> _Asking:
+        """Of some KV heads."""
+        spoiled = None if self.spoiled is None else self.spoiled[heads]
+        return replace(self, asked=self.asked[heads], bounds=self.bounds[heads], spoiled=spoiled)
+
+    def blocks(self, per_query: int) -> Iterator[tuple[slice, int]]:
+        """Rows whose weights, so many for each query, are in memory at a time, and how many keys
+        the last of them sees."""
+        rows = self.asked.shape[1]
+        each = self.block(per_query) * self.group
+        for first in range(0, rows, each):
+            last = min(first + each, rows)
+            yield slice(first, last), self.before + last // self.group
+
+    def block(self, per_query: int) -> int:
+        """Queries in a block."""
+        queries = self.asked.shape[1] // self.group
+        return min(max(ELEMENTS // per_query, ROWS[0]), ROWS[1], queries)
+
+    def counted(self, totals: Tensor, rows: slice) -> Tensor:
+        """What every row's weights count for in the sums of the group's heads, (..., group, rows)
+        bfloat16, from their sums, (..., rows)."""
+        if self.spoiled is not None:
+            totals = totals.masked_fill(self.spoiled[..., rows], torch.nan)
+        members = torch.eye(self.group).repeat(1, totals.shape[-1] // self.group)
+        return (members / totals[..., None, :]).to(torch.bfloat16)
 
 
 def _by_microkernel(
-    asked: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    bounds: Tensor,
-    group: int,
-    spoiled: Tensor | None,
-    received: Tensor | None,
+    asking: _Asking, keys: Tensor, values: Tensor, received: Tensor | None
 ) -> Tensor:
     """All rows in one pass, or where what is received is asked for, in blocks of some heads."""
     from dynamickv.fast.causal import Held, attend
 
-    heads, rows, dim = asked.shape
+    group = asking.group
     if received is None:
-        before = keys.shape[1] - rows // group
-        context, _ = attend(asked, Held(keys, values), bounds, group, before)
-    else:
-        context = asked.new_empty(rows // group, heads, group, dim)
-        block = _block(rows // group, group * keys.shape[1])
-        some = max(TOGETHER // (group * block * keys.shape[1]), 1)
-        for first in range(0, heads, some):
-            own = slice(first, min(first + some, heads))
-            wrong = None if spoiled is None else spoiled[own]
-            given = asked[own], Held(keys[own], values[own]), bounds[own], block, wrong
-            context[:, own] = _received(*given, received[own]).view(
-                -1, own.stop - first, group, dim
-            )
-        context = context.flatten(1, 2)
-    if spoiled is not None:
-        wrong = spoiled.view(heads, -1, group).transpose(0, 1).flatten(1)
-        context.masked_fill_(wrong[..., None], torch.nan)
-    return context
+        held = Held(keys, values)
+        return attend(asking.asked, held, asking.bounds, group, asking.before)[0]
+    heads, length, dim = keys.shape
+    block = asking.block(group * length)
+    some = max(TOGETHER // (group * block * length), 1)
+    context = values.new_empty(asking.asked.shape[1] // group, heads, group, dim)
+    for first in range(0, heads, some):
+        own = slice(first, first + some)
+        held = Held(keys[own], values[own])
+        part = _received(asking.of_heads(own), held, received[own])
+        context[:, own] = part.view(len(part), -1, group, dim)
+    return context.flatten(1, 2)
 
 
-def _received(
-    asked: Tensor,
-    held: Held,
-    bounds: Tensor,
-    block: int,
-    spoiled: Tensor | None,
-    received: Tensor,
-) -> Tensor:
+def _received(asking: _Asking, held: Held, received: Tensor) -> Tensor:
     """Attention of some heads' rows; what every position got of them is added to `received`."""
     from dynamickv.fast.causal import attend
+    from dynamickv.fast.microkernel import COLUMNS
 
+    asked, group = asking.asked, asking.group
     heads, rows, dim = asked.shape
-    group = received.shape[1]
-    before = held.length - rows // group
+    per_query = group * held.length
     context = asked.new_empty(rows // group, heads * group, dim)
     # Written over for every block: fresh memory costs as much time as the weights.
-    room = asked.new_empty(heads * group * block * held.room)
-    members = torch.eye(group).repeat(1, block)
-    for first in range(0, rows // group, block):
-        last = min(first + block, rows // group)
-        part = slice(first * group, last * group)
-        count, end = part.stop - part.start, before + last
-        seen = -(-end // MULTIPLE) * MULTIPLE
+    room = asked.new_empty(heads * group * asking.block(per_query) * held.room)
+    for part, end in asking.blocks(per_query):
+        first, count = part.start // group, part.stop - part.start
+        seen = -(-end // COLUMNS) * COLUMNS
         weights = room[: heads * count * seen].view(heads, count, seen)
-        weights[:, :, before + first :] = 0
-        given = asked[:, part].contiguous(), held, bounds[:, part].contiguous()
-        context[first:last], totals = attend(*given, group, before + first, weights)
-        if spoiled is not None:
-            totals.masked_fill_(spoiled[:, part], torch.nan)
+        before = asking.before + first
+        weights[:, :, before:] = 0
+        given = asked[:, part].contiguous(), held, asking.bounds[:, part].contiguous()
+        context[first : part.stop // group], totals = attend(*given, group, before, weights)
         # As a product: many times faster than a sum over rows, and summed in float32.
-        counted = (members[:, :count] / totals[:, None]).to(torch.bfloat16)
-        received[:, :, :end] += torch.bmm(counted, weights)[..., :end]
+        received[:, :, :end] += torch.bmm(asking.counted(totals, part), weights)[..., :end]
     return context
 
 
-def _by_torch(
-    asked: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    bounds: Tensor,
-    group: int,
-    spoiled: Tensor | None,
-    received: Tensor | None,
-) -> Tensor:
-    """In torch's products, which matrix tiles make up to eight times as fast as the microkernel's:
-    so much that it pays to have the logits in memory."""
+def _by_torch(asking: _Asking, keys: Tensor, values: Tensor, received: Tensor | None) -> Tensor:
+    """In torch's products, which matrix tiles make faster than the microkernel's: so much that it
+    pays to have the logits in memory."""
     from dynamickv.fast.softmax import causal_exponentials, divided
 
-    heads, rows, _ = asked.shape
-    length = keys.shape[1]
-    before = length - rows // group
-    block = _block(rows // group, group * length)
-    attended, totals = torch.empty_like(asked), torch.empty_like(bounds)
-    members = torch.eye(group).repeat(1, block)
-    room = asked.new_empty(group * block * length)
+    asked, group = asking.asked, asking.group
+    heads, length, _ = keys.shape
+    per_query = group * length
+    attended, totals = torch.empty_like(asked), torch.empty_like(asking.bounds)
+    room = asked.new_empty(per_query * asking.block(per_query))
     for head in range(heads):
-        columns = keys[head].t()
-        for first in range(0, rows, block * group):
-            part = slice(first, min(first + block * group, rows))
-            count, end = part.stop - part.start, before + part.stop // group
+        own = asking.of_heads(slice(head, head + 1))
+        for part, end in own.blocks(per_query):
+            count = part.stop - part.start
             weights = room[: count * end].view(count, end)
-            torch.mm(asked[head, part], columns[:, :end], out=weights)
-            total = totals[head, part]
-            causal_exponentials(weights, bounds[head, part], total, before + first // group, group)
-            if spoiled is not None:
-                total.masked_fill_(spoiled[head, part], torch.nan)
+            torch.mm(asked[head, part], keys[head, :end].t(), out=weights)
+            total, start = totals[head, part], asking.before + part.start // group
+            causal_exponentials(weights, asking.bounds[head, part], total, start, group)
             if received is not None:
-                counted = (members[:, :count] / total).to(torch.bfloat16)
+                counted = own.counted(total[None], part)[0]
                 received[head, :, :end] += torch.mm(counted, weights)
             torch.mm(weights, values[head, :end], out=attended[head, part])
     return divided(attended, totals, group)

@@ -24,7 +24,7 @@ from dynamickv.fast.microkernel import (
 )
 from dynamickv.fast.team import bits_at, floats_at, numbers_at, share, take
 
-MADE_OF = "8530f67108e0"
+MADE_OF = "d7e60accd4d8"
 """Digest of kernels.py, team.py and microkernel.py, see the first."""
 PART = 16 * ROWS
 """Rows that a thread takes at a time."""

@@ -120,6 +120,25 @@ _BFloat._create_instance()
 BFLOAT = _BFloat()
 
 
+def narrowed(builder: Any, number: Any, instruction: bool) -> Any:
+    """The code for the nearest bfloat16 of a float32, or of a register full of them, as such or as
+    its bits; `instruction` as in `rounding`."""
+    count = getattr(number.type, "count", None)
+
+    def kind(one: Any) -> Any:
+        return one if count is None else ir.VectorType(one, count)
+
+    def word(value: int) -> Any:
+        return ir.Constant(kind(ir.IntType(32)), value if count is None else [value] * count)
+
+    if instruction:
+        return builder.fptrunc(number, kind(BFLOAT))
+    bits = builder.bitcast(number, kind(ir.IntType(32)))
+    odd = builder.and_(builder.lshr(bits, word(16)), word(1))
+    nearest = builder.add(builder.add(bits, word(0x7FFF)), odd)
+    return builder.trunc(builder.lshr(nearest, word(16)), kind(ir.IntType(16)))
+
+
 def rounding(instruction: bool) -> Any:
     """What gives a float32 in the format of another number, float32 or the nearest bfloat16's bits.
 
@@ -132,13 +151,7 @@ def rounding(instruction: bool) -> Any:
         def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             if like == types.float32:
                 return arguments[0]
-            if instruction:
-                return builder.bitcast(builder.fptrunc(arguments[0], BFLOAT), ir.IntType(16))
-            word = ir.IntType(32)
-            bits = builder.bitcast(arguments[0], word)
-            odd = builder.and_(builder.lshr(bits, ir.Constant(word, 16)), ir.Constant(word, 1))
-            nearest = builder.add(builder.add(bits, ir.Constant(word, 0x7FFF)), odd)
-            return builder.trunc(builder.lshr(nearest, ir.Constant(word, 16)), ir.IntType(16))
+            return builder.bitcast(narrowed(builder, arguments[0], instruction), ir.IntType(16))
 
         return like(types.float32, like), code
 

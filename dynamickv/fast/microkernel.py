@@ -17,7 +17,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from dynamickv.fast.kernels import BFLOAT, LEAST_POWER, SERIES, rounds_by_instruction
+from dynamickv.fast.kernels import BFLOAT, LEAST_POWER, SERIES, narrowed, rounds_by_instruction
 
 ROWS = 6
 """Rows of a tile: their sums take 24 of 32 registers."""
@@ -94,19 +94,15 @@ def _adding(builder: Any, instruction: bool) -> Any:
     return sums
 
 
-def _places(rows: int) -> list[tuple[int, int, int]]:
-    """Registers that a tile's sums take: row, column, and how many numbers lie before them."""
-    return [
-        (row, column, row * COLUMNS + column)
-        for row in range(rows)
-        for column in range(0, COLUMNS, LANES)
-    ]
+def _before(rows: int) -> range:
+    """How many numbers of a tile lie before each of the registers that it takes."""
+    return range(0, rows * COLUMNS, LANES)
 
 
 def _multiplied(
     builder: Any, rows: int, arguments: Any, begin: Any, instruction: bool
 ) -> list[Any]:
-    """A tile's sums, in the order of `_places`, that were `begin` before."""
+    """A tile's sums, in the order of `_before`, that were `begin` before."""
     first, apart, columns, step, steps = arguments
     dot = _adding(builder, instruction)
     # In registers: LLVM keeps nothing of it in memory.
@@ -140,7 +136,6 @@ def products(rows: int, fresh: bool, instruction: bool | None = None) -> Any:
         instruction: multiply as CPUs with AVX512-BF16 do it; None where the CPU is one.
     """
     native = rounds_by_instruction() if instruction is None else instruction
-    places = _places(rows)
 
     def typed(
         context: Any, a: Any, a_apart: Any, b: Any, b_apart: Any, steps: Any, out: Any
@@ -149,10 +144,10 @@ def products(rows: int, fresh: bool, instruction: bool | None = None) -> Any:
             *told, out = arguments
             begin = [
                 _all(0.0, FLOATS) if fresh else _load(builder, out, 4 * before, FLOATS)
-                for _, _, before in places
+                for before in _before(rows)
             ]
             sums = _multiplied(builder, rows, told, begin, native)
-            for number, (_, _, before) in zip(sums, places, strict=True):
+            for number, before in zip(sums, _before(rows), strict=True):
                 _store(builder, number, out, 4 * before)
             return context.get_dummy_value()
 
@@ -172,17 +167,6 @@ def _power_of_two(builder: Any, x: Any) -> Any:
     exponent = builder.add(builder.fptosi(nearest, WORDS), _all(127, WORDS))
     power = builder.bitcast(builder.shl(exponent, _all(23, WORDS)), FLOATS)
     return builder.fmul(series, power)
-
-
-def _narrowed(builder: Any, x: Any, instruction: bool) -> Any:
-    """As `kernels.narrow`, of a register."""
-    if instruction:
-        return builder.fptrunc(x, ir.VectorType(BFLOAT, LANES))
-    bits = builder.bitcast(x, WORDS)
-    odd = builder.and_(builder.lshr(bits, _all(16, WORDS)), _all(1, WORDS))
-    nearest = builder.add(builder.add(bits, _all(0x7FFF, WORDS)), odd)
-    half = ir.VectorType(ir.IntType(16), LANES)
-    return builder.trunc(builder.lshr(nearest, _all(16, WORDS)), half)
 
 
 def weighed(rows: int, limited: bool, instruction: bool | None = None) -> Any:
@@ -224,7 +208,7 @@ def weighed(rows: int, limited: bool, instruction: bool | None = None) -> Any:
                         counts = builder.fcmp_ordered("<", ir.Constant(FLOATS, column), count)
                         weight = builder.select(counts, weight, none)
                     total = builder.fadd(total, weight)
-                    _store(builder, _narrowed(builder, weight, native), out, 2 * register * LANES)
+                    _store(builder, narrowed(builder, weight, native), out, 2 * register * LANES)
                 _store(builder, total, totals, 4 * row * LANES)
                 out = builder.add(out, out_apart)
             return context.get_dummy_value()

@@ -27,7 +27,7 @@ from dynamickv.fast.kernels import (
 )
 from dynamickv.fast.team import bits_at, floats_at, share, take
 
-MADE_OF = "8530f67108e0"
+MADE_OF = "d7e60accd4d8"
 """Digest of kernels.py, team.py and microkernel.py, see the first."""
 PARTS = 4
 """Parts for each thread: one that a neighbour disturbs takes fewer."""
