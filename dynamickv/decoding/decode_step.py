@@ -6,7 +6,7 @@ prompts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +24,12 @@ from dynamickv.fast.decoder import (
     normed,
     through,
 )
+from dynamickv.fast.packed import FEW_ROWS
 from dynamickv.memory import free_host_memory
 from dynamickv.models import LoadedModel
+
+if TYPE_CHECKING:
+    from dynamickv.decoding.fast_step import FastStep
 
 
 class Slots(NamedTuple):
@@ -137,12 +141,16 @@ class RowSteps:
         self._packed: PackedOps | None = None
         self._packable = PackedOps.available()
         self._fast: CpuOps | None = None
+        self._step: FastStep | None = None
         if llm.packed is not None:
             # As in prefill.py: numba takes a second to load.
             from dynamickv.decoding.fast_ops import FastOps
+            from dynamickv.decoding.fast_step import FastStep
 
             llm.packed.prepare(linears_of(llm), few=True)
             self._fast = FastOps(llm.packed)
+            if FastStep.takes(llm, llm.packed):
+                self._step = FastStep(llm, llm.packed)
 
     @torch.inference_mode()
     def __call__(
@@ -163,6 +171,9 @@ class RowSteps:
         x = decoder.embed_tokens(torch.tensor([*token_ids, *padding]))
         rotation = decoder.rotary_emb(x, torch.tensor([*positions, *padding])[:, None])
         layers = list(zip(*(cache.whole_layers() for cache in caches), strict=True))
+        if self._step is not None and len(caches) <= FEW_ROWS:
+            x = self._step(x, rotation, layers)
+            return ops.speak(x, decoder.norm, self._llm.model.lm_head)
         logits = next_logits(self._llm, ops, x, rotation, layers)
         return logits[: len(caches)].contiguous()
 

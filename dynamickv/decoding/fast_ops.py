@@ -16,13 +16,13 @@ from dynamickv.fast import kernels
 from dynamickv.fast.attention import attend
 from dynamickv.fast.decoder import HeadNorms, Rotation
 from dynamickv.fast.kernels import bits
-from dynamickv.fast.packed import FEW_ROWS, PackedWeights
+from dynamickv.fast.packed import PackedWeights
 from dynamickv.layers.kv import KVLayer
 
 
 class FastOps(CpuOps):
-    """One row and more. The sum that runs through the layers stays float32; what a product reads is
-    bfloat16."""
+    """One row and more. What products of codes read and give stays float32, of others it is
+    bfloat16; so does the sum that runs through the layers."""
 
     least_rows = 1
 
@@ -34,7 +34,7 @@ class FastOps(CpuOps):
         return self._weights.product(x, linear)
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """RMS norm over the last dimension, bfloat16."""
+        """RMS norm over the last dimension."""
         if x.dim() > 2:
             return F.rms_norm(x, weight.shape, weight, eps)
         return kernels.normed(x, weight, eps)
@@ -48,13 +48,8 @@ class FastOps(CpuOps):
         return residual
 
     def gate(self, x: Tensor, gate: nn.Linear, up: nn.Linear) -> Tensor:
-        """Both in one product."""
-        if len(x) > FEW_ROWS or self._weights.of(gate, up).narrow is None:
-            return self._weights.gated(x, gate, up)
-        opened = self._weights.product(x, gate, up)
-        out = torch.empty(len(x), opened.shape[1] // 2, dtype=torch.bfloat16)
-        kernels.gate(bits(opened), bits(out))
-        return out
+        """In as few passes as there are."""
+        return self._weights.gated(x, gate, up)
 
     def speak(self, x: Tensor, norm: Any, head: nn.Linear) -> Tensor:
         """The likeliest tokens' unrounded."""
@@ -86,7 +81,7 @@ class FastOps(CpuOps):
 
     def attend(self, query: Tensor, store: Sequence[KVLayer], scaling: float) -> Tensor:
         """Each row attends to its own cache."""
-        out = torch.empty(query.shape, dtype=torch.bfloat16)
+        out = torch.empty(query.shape)
         attend(query, [(*layer.buffers, layer.length) for layer in store], scaling, out)
         for row, layer in enumerate(store):
             show(layer, query[row], scaling)

@@ -20,19 +20,18 @@ from torch import Tensor
 from dynamickv.fast.kernels import (
     LOWEST,
     NUMBERS,
+    TABLE,
     Array,
-    bits,
+    bits_of,
     compiled,
     exp_of,
     float_of,
     greater,
     inlined,
     kept_on_disk,
-    narrow,
     wide,
 )
-from dynamickv.fast.team import bits_at, floats_at, numbers_at, take
-from dynamickv.neighbours import openmp
+from dynamickv.fast.team import bits_at, floats_at, numbers_at, run, runtime, take
 
 MADE_OF = "d7e60accd4d8"
 """Digest of kernels.py, team.py and microkernel.py, see the first."""
@@ -231,13 +230,10 @@ def _share(address: Any) -> None:
     _take_parts(address)
 
 
-@compiled("void(int64, boolean, uint16[:, :, ::1])")
-def _finish(address: Any, alone: bool, out: Array) -> None:
-    """Write attention from its parts, which are computed here if there is no one else."""
-    pointer = numbers_at(address)
-    if alone:
-        _take_parts(pointer)
-    table, totals, weights, _ = _laid_out(pointer)
+@compiled("void(CPointer(int64), float32[:, :, ::1])")
+def _finish(address: Any, out: Array) -> None:
+    """Write attention from its parts."""
+    table, totals, weights, _ = _laid_out(address)
     rows, query_heads, dim = out.shape
     for row in range(rows):
         parts, start = table[row, 5], table[row, 7]
@@ -256,7 +252,83 @@ def _finish(address: Any, alone: bool, out: Array) -> None:
                 for part in range(parts):
                     slot = start + part * query_heads + head
                     attended += weights[slot, 0] * totals[slot, j]
-                out[row, head, j] = narrow(attended / whole)
+                out[row, head, j] = attended / whole
+
+
+WORK: int = _share.address
+"""Of the function that threads share."""
+
+
+@compiled(
+    f"void({TABLE}, float32[:, :, ::1], float32, float32[:, :, ::1], int64, int64, int64)"
+)
+def attend_all(
+    held: Array, query: Array, scaling: Any, out: Array, work: Any, runtime: Any, threads: Any
+) -> None:
+    """Attention of a token for each cache.
+
+    Args:
+        held: (rows, 6) int64, as `kernels.place` takes it: positions up to the slot count.
+        query: (rows, query_heads, head_dim).
+        out: in the shape of the queries, written.
+        work: `WORK`; runtime and threads as for `team.run`.
+    """
+    rows, query_heads, dim = query.shape
+    positions = items = slots = 0
+    for row in range(rows):
+        heads, length = held[row, 2], held[row, 4] + 1
+        parts = threads * -(-PARTS // heads) if length >= SHARED else 1
+        positions += length
+        items += heads * parts
+        slots += query_heads * parts
+    # In one piece: what is told, and behind it what the threads write.
+    room = TOLD + rows * COLUMNS + slots * (dim + 2 + BLOCK) // 2 + 1
+    told = np.empty(room, np.int64)
+    address = np.int64(told.ctypes.data)
+    told[0], told[1], told[2], told[3], told[4] = 0, rows, query_heads, dim, items
+    told[5], told[6] = slots, bits_of(scaling)
+    told[7], told[8] = np.int64(query.ctypes.data), address + 8 * TOLD
+    items = slots = 0
+    for row in range(rows):
+        heads, length = held[row, 2], held[row, 4] + 1
+        parts = threads * -(-PARTS // heads) if length >= SHARED else 1
+        items += heads * parts
+        own = told[TOLD + row * COLUMNS : TOLD + (row + 1) * COLUMNS]
+        own[0], own[1], own[2], own[3] = held[row, 0], held[row, 1], heads, held[row, 3]
+        own[4], own[5], own[6], own[7], own[8] = length, parts, items, slots, held[row, 5]
+        slots += query_heads * parts
+    pointer = numbers_at(address)
+    if runtime != 0 and positions >= SHARED:
+        run(runtime, work, address, threads)
+    else:
+        _take_parts(pointer)
+    _finish(pointer, out)
+
+
+def place_of(keys: Tensor, values: Tensor, length: int) -> tuple[int, ...]:
+    """What compiled functions are told of a cache: addresses of keys and values, heads, room, the
+    last slot that counts, and whether it holds bfloat16.
+
+    Args:
+        keys: (1, heads, room, head_dim), float32 or bfloat16; values likewise.
+        length: positions that count.
+
+    Raises:
+        TypeError: other numbers, or keys or values that are not contiguous.
+        ValueError: shapes that do not fit each other.
+    """
+    narrowed = keys.dtype == torch.bfloat16
+    if not (narrowed or keys.dtype == torch.float32) or values.dtype != keys.dtype:
+        raise TypeError(f"keys and values must be float32 or bfloat16, got {keys.dtype}")
+    if not (keys.is_contiguous() and values.is_contiguous()):
+        raise TypeError("keys and values must be contiguous")
+    _, heads, room, _ = keys.shape
+    if keys.shape != values.shape or not 0 < length <= room:
+        raise ValueError(
+            f"a token cannot attend to {length} positions of keys {tuple(keys.shape)} and values "
+            f"{tuple(values.shape)}"
+        )
+    return keys.data_ptr(), values.data_ptr(), heads, room, length - 1, narrowed
 
 
 def attend(
@@ -266,9 +338,9 @@ def attend(
 
     Args:
         query: (rows, query_heads, head_dim) float32.
-        held: for every row keys and values, (1, heads, room, head_dim), both float32 or bfloat16,
-            and how many of the positions in them count; query head h reads head h // group.
-        out: (rows, query_heads, head_dim) bfloat16, contiguous, written.
+        held: for every row keys, values and how many positions count, as `place_of` takes them;
+            query head h reads head h // group.
+        out: (rows, query_heads, head_dim) float32, contiguous, written.
 
     Raises:
         TypeError: other numbers, or keys or values that are not contiguous.
@@ -280,38 +352,11 @@ def attend(
     # The threads are told addresses alone.
     if query.dtype != torch.float32:
         raise TypeError(f"queries must be float32, got {query.dtype}")
-    query = query.contiguous()
-    threads = torch.get_num_threads()
-    positions = sum(length for _, _, length in held)
-    table: list[int] = []
-    items = slots = 0
-    for keys, values, length in held:
-        narrowed = keys.dtype == torch.bfloat16
-        if not (narrowed or keys.dtype == torch.float32) or values.dtype != keys.dtype:
-            raise TypeError(f"keys and values must be float32 or bfloat16, got {keys.dtype}")
-        if not (keys.is_contiguous() and values.is_contiguous()):
-            raise TypeError("keys and values must be contiguous")
-        _, heads, size, _ = keys.shape
-        fits = keys.shape == values.shape and keys.shape[3] == dim and query_heads % heads == 0
-        if not fits or not 0 < length <= size:
+    for keys, _, length in held:
+        if keys.shape[3] != dim or query_heads % keys.shape[1]:
             raise ValueError(
-                f"{query_heads} queries of {dim} cannot attend to {length} positions of keys "
-                f"{tuple(keys.shape)} and values {tuple(values.shape)}"
+                f"{query_heads} queries of {dim} cannot attend to keys {tuple(keys.shape)}"
             )
-        parts = threads * -(-PARTS // heads) if length >= SHARED else 1
-        items += heads * parts
-        places = keys.data_ptr(), values.data_ptr()
-        table += *places, heads, size, length, parts, items, slots, narrowed
-        slots += query_heads * parts
-    # In one piece: what is told, and behind it what the threads write.
-    told = np.empty(TOLD + len(table) + slots * (dim + 2 + BLOCK) // 2 + 1, np.int64)
-    address = told.ctypes.data
-    behind = address + 8 * TOLD
-    factor = int(np.float32(scaling).view(np.uint32))
-    told[: TOLD + len(table)] = [
-        0, rows, query_heads, dim, items, slots, factor, query.data_ptr(), behind, *table
-    ]  # fmt: skip
-    runtime = openmp() if threads > 1 and positions >= SHARED else None
-    if runtime is not None:
-        runtime.GOMP_parallel(_share.address, address, threads, 0)
-    _finish(address, runtime is None, bits(out))
+    places = np.array([place_of(*one) for one in held], np.int64)
+    asked = query.contiguous().numpy()
+    attend_all(places, asked, np.float32(scaling), out.numpy(), WORK, *runtime())

@@ -92,6 +92,7 @@ def _recast(source: Any, target: Any, bits: Any) -> Any:
 
 
 float_of = _recast(types.uint32, types.float32, ir.FloatType())
+bits_of = _recast(types.float32, types.uint32, ir.IntType(32))
 
 
 def _widening(context: Any, value: Any) -> Any:
@@ -229,14 +230,16 @@ def power_of_two(x: Any) -> Any:
     return series * float_of(np.uint32(np.int32(n) + np.int32(127)) << np.uint32(23))
 
 
-@compiled("void(float32[:, ::1], float32[::1], float64, uint16[:, ::1])")
+@compiled(
+    *(f"void(float32[:, ::1], float32[::1], float64, {number}[:, ::1])" for number in NUMBERS)
+)
 def norm(x: Array, weight: Array, eps: float, out: Array) -> None:
     """RMS norm of rows.
 
     Args:
         x: (rows, size) float32.
         weight: (size,) float32.
-        out: (rows, size) bfloat16, written.
+        out: (rows, size) float32 or bfloat16, written.
     """
     rows, size = x.shape
     for row in range(rows):
@@ -245,7 +248,7 @@ def norm(x: Array, weight: Array, eps: float, out: Array) -> None:
             squares += x[row, i] * x[row, i]
         scale = np.float32(1) / np.sqrt(squares / np.float32(size) + np.float32(eps))
         for i in range(size):
-            out[row, i] = narrow(x[row, i] * scale * weight[i])
+            out[row, i] = _fit(x[row, i] * scale * weight[i], out[row, i])
 
 
 @compiled("void(float32[:, ::1], uint16[:, ::1])", "void(float32[:, ::1], float32[:, ::1])")
@@ -255,22 +258,6 @@ def add(x: Array, more: Array) -> None:
     for row in range(rows):
         for i in range(size):
             x[row, i] += wide(more[row, i])
-
-
-@compiled("void(uint16[:, ::1], uint16[:, ::1])")
-def gate(opened: Array, out: Array) -> None:
-    """silu of the first half of a row times its second half.
-
-    Args:
-        opened: (rows, 2 * size) bfloat16.
-        out: (rows, size) bfloat16, written.
-    """
-    rows, size = out.shape
-    for row in range(rows):
-        for i in range(size):
-            x = wide(opened[row, i])
-            silu = x / (np.float32(1) + exp_of(min(-x, np.float32(80))))
-            out[row, i] = narrow(silu * wide(opened[row, size + i]))
 
 
 @compiled(
@@ -344,7 +331,7 @@ def bits(states: Tensor) -> Array:
 
 
 def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMS norm of float32 rows, (rows, size), bfloat16."""
-    out = torch.empty(x.shape, dtype=torch.bfloat16)
-    norm(x.numpy(), weight.detach().numpy(), eps, bits(out))
+    """RMS norm of float32 rows, (rows, size)."""
+    out = torch.empty_like(x)
+    norm(x.numpy(), weight.detach().numpy(), eps, out.numpy())
     return out

@@ -30,31 +30,35 @@ FLOATS, WORDS = ir.VectorType(FLOAT, LANES), ir.VectorType(WORD, LANES)
 PAIRS = ir.VectorType(BFLOAT, 2 * LANES)
 
 
-def _at(builder: Any, address: Any, offset: int, kind: Any) -> Any:
+def place_at(builder: Any, address: Any, offset: int, kind: Any) -> Any:
+    """The code for a pointer to a kind of number so many bytes behind an address."""
     place = builder.add(address, ir.Constant(LONG, offset))
     return builder.inttoptr(place, kind.as_pointer())
 
 
-def _load(builder: Any, address: Any, offset: int, kind: Any) -> Any:
-    loaded = builder.load(_at(builder, address, offset, kind))
+def load(builder: Any, address: Any, offset: int, kind: Any) -> Any:
+    """The code for a number, or a register of them, from there."""
+    loaded = builder.load(place_at(builder, address, offset, kind))
     loaded.align = 4
     return loaded
 
 
-def _store(builder: Any, number: Any, address: Any, offset: int) -> None:
-    stored = builder.store(number, _at(builder, address, offset, number.type))
+def store(builder: Any, number: Any, address: Any, offset: int) -> None:
+    """The code that writes it there."""
+    stored = builder.store(number, place_at(builder, address, offset, number.type))
     stored.align = 2
 
 
-def _all(number: Any, kind: Any) -> Any:
+def every(number: Any, kind: Any) -> Any:
+    """A constant in every lane."""
     return ir.Constant(kind, [number] * LANES)
 
 
-def _repeated(builder: Any, number: Any) -> Any:
+def repeated(builder: Any, number: Any) -> Any:
     """A number in every lane."""
     nothing = ir.Constant(ir.VectorType(number.type, LANES), ir.Undefined)
     one = builder.insert_element(nothing, number, ir.Constant(WORD, 0))
-    return builder.shuffle_vector(one, nothing, _all(0, WORDS))
+    return builder.shuffle_vector(one, nothing, every(0, WORDS))
 
 
 def _greater(builder: Any, x: Any, other: Any) -> Any:
@@ -63,13 +67,13 @@ def _greater(builder: Any, x: Any, other: Any) -> Any:
 
 def _halves(builder: Any, words: Any) -> tuple[Any, Any]:
     """Both bfloat16 of every word, as float32."""
-    low = builder.shl(words, _all(16, WORDS))
-    high = builder.and_(words, _all(0xFFFF0000, WORDS))
+    low = builder.shl(words, every(16, WORDS))
+    high = builder.and_(words, every(0xFFFF0000, WORDS))
     return builder.bitcast(low, FLOATS), builder.bitcast(high, FLOATS)
 
 
-def _function(builder: Any, name: str, *takes: Any) -> Any:
-    """One of LLVM's own, that gives floats."""
+def function_of(builder: Any, name: str, *takes: Any) -> Any:
+    """One of LLVM's own, that gives a register of floats."""
     kind = ir.FunctionType(FLOATS, list(takes))
     return cgutils.get_or_insert_function(builder.module, kind, name)
 
@@ -77,14 +81,14 @@ def _function(builder: Any, name: str, *takes: Any) -> Any:
 def _adding(builder: Any, instruction: bool) -> Any:
     """What adds the products of two words' numbers to a float32, in every lane."""
     if instruction:
-        function = _function(builder, "llvm.x86.avx512bf16.dpbf16ps.512", FLOATS, PAIRS, PAIRS)
+        function = function_of(builder, "llvm.x86.avx512bf16.dpbf16ps.512", FLOATS, PAIRS, PAIRS)
 
         def dot(total: Any, one: Any, other: Any) -> Any:
             pairs = builder.bitcast(one, PAIRS), builder.bitcast(other, PAIRS)
             return builder.call(function, [total, *pairs])
 
         return dot
-    fma = _function(builder, "llvm.fma.v16f32", FLOATS, FLOATS, FLOATS)
+    fma = function_of(builder, "llvm.fma.v16f32", FLOATS, FLOATS, FLOATS)
 
     def sums(total: Any, one: Any, other: Any) -> Any:
         for a, b in zip(_halves(builder, one), _halves(builder, other), strict=True):
@@ -114,13 +118,13 @@ def _multiplied(
         starts.append(builder.add(starts[-1], apart))
     with cgutils.for_range(builder, steps) as loop:
         here = builder.add(columns, builder.mul(loop.index, step))
-        words = [_load(builder, here, 4 * column, WORDS) for column in range(0, COLUMNS, LANES)]
+        words = [load(builder, here, 4 * column, WORDS) for column in range(0, COLUMNS, LANES)]
         offset = builder.mul(loop.index, ir.Constant(LONG, 4))
         for row, start in enumerate(starts):
-            repeated = _repeated(builder, _load(builder, builder.add(start, offset), 0, WORD))
+            number = repeated(builder, load(builder, builder.add(start, offset), 0, WORD))
             for column, other in enumerate(words):
                 room = sums[row * len(words) + column]
-                builder.store(dot(builder.load(room), other, repeated), room)
+                builder.store(dot(builder.load(room), other, number), room)
     return [builder.load(room) for room in sums]
 
 
@@ -143,12 +147,12 @@ def products(rows: int, fresh: bool, instruction: bool | None = None) -> Any:
         def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             *told, out = arguments
             begin = [
-                _all(0.0, FLOATS) if fresh else _load(builder, out, 4 * before, FLOATS)
+                every(0.0, FLOATS) if fresh else load(builder, out, 4 * before, FLOATS)
                 for before in _before(rows)
             ]
             sums = _multiplied(builder, rows, told, begin, native)
             for number, before in zip(sums, _before(rows), strict=True):
-                _store(builder, number, out, 4 * before)
+                store(builder, number, out, 4 * before)
             return context.get_dummy_value()
 
         return types.void(a, a_apart, b, b_apart, steps, out), code
@@ -158,14 +162,14 @@ def products(rows: int, fresh: bool, instruction: bool | None = None) -> Any:
 
 def _power_of_two(builder: Any, x: Any) -> Any:
     """As `kernels.power_of_two`, of a register."""
-    nearest = builder.call(_function(builder, "llvm.nearbyint.v16f32", FLOATS), [x])
+    nearest = builder.call(function_of(builder, "llvm.nearbyint.v16f32", FLOATS), [x])
     left = builder.fsub(x, nearest)
-    fma = _function(builder, "llvm.fma.v16f32", FLOATS, FLOATS, FLOATS)
-    series = _all(SERIES[0], FLOATS)
+    fma = function_of(builder, "llvm.fma.v16f32", FLOATS, FLOATS, FLOATS)
+    series = every(SERIES[0], FLOATS)
     for factor in SERIES[1:]:
-        series = builder.call(fma, [series, left, _all(factor, FLOATS)])
-    exponent = builder.add(builder.fptosi(nearest, WORDS), _all(127, WORDS))
-    power = builder.bitcast(builder.shl(exponent, _all(23, WORDS)), FLOATS)
+        series = builder.call(fma, [series, left, every(factor, FLOATS)])
+    exponent = builder.add(builder.fptosi(nearest, WORDS), every(127, WORDS))
+    power = builder.bitcast(builder.shl(exponent, every(23, WORDS)), FLOATS)
     return builder.fmul(series, power)
 
 
@@ -190,26 +194,26 @@ def weighed(rows: int, limited: bool, instruction: bool | None = None) -> Any:
     ) -> Any:  # fmt: skip
         def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             *told, out, out_apart, totals, limits = arguments
-            none = _all(0.0, FLOATS)
+            none = every(0.0, FLOATS)
             sums = _multiplied(builder, rows, told, [none] * rows * registers, native)
             for row in range(rows):
-                total = _load(builder, totals, 4 * row * LANES, FLOATS)
+                total = load(builder, totals, 4 * row * LANES, FLOATS)
                 count, most = (
-                    _repeated(builder, _load(builder, limits, 8 * row + place, FLOAT))
+                    repeated(builder, load(builder, limits, 8 * row + place, FLOAT))
                     for place in (0, 4)
                 )
                 for register in range(registers):
                     x = sums[row * registers + register]
                     if limited:
-                        x = _greater(builder, builder.fsub(x, most), _all(LEAST_POWER, FLOATS))
+                        x = _greater(builder, builder.fsub(x, most), every(LEAST_POWER, FLOATS))
                     weight = _power_of_two(builder, x)
                     if limited:
                         column = [float(register * LANES + lane) for lane in range(LANES)]
                         counts = builder.fcmp_ordered("<", ir.Constant(FLOATS, column), count)
                         weight = builder.select(counts, weight, none)
                     total = builder.fadd(total, weight)
-                    _store(builder, narrowed(builder, weight, native), out, 2 * register * LANES)
-                _store(builder, total, totals, 4 * row * LANES)
+                    store(builder, narrowed(builder, weight, native), out, 2 * register * LANES)
+                store(builder, total, totals, 4 * row * LANES)
                 out = builder.add(out, out_apart)
             return context.get_dummy_value()
 

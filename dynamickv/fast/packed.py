@@ -1,6 +1,7 @@
 """Weights of linear layers in the forms that a CPU multiplies fastest: bfloat16 in oneDNN's own
-order for many rows, and for a few rows the four bits that a GGUF file gave each weight, where it
-did. Products round as bfloat16 products do, with sums in float32. Knows no models and no tokens.
+order for many rows, and for a few rows the codes that a GGUF file gave them, where it did. Products
+of the first round as bfloat16 products do, with sums in float32, those of the second as float32
+does. Knows no models and no tokens.
 """
 
 from __future__ import annotations
@@ -16,19 +17,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from dynamickv.fast.blockwise import causal_attention
+from dynamickv.fast.codes import Coded, coded
 
-GROUP = 32
-"""Neighbouring weights that share a scale and a zero: GGUF's blocks, and the least torch takes."""
 FEW_ROWS = 8
-"""Rows up to which four-bit weights take less time than bfloat16 ones."""
-LEVELS = 15
-"""Steps between the least and the greatest four-bit number."""
-SAMPLE = 64
-"""Groups that tell most other formats apart."""
+"""Rows up to which codes take less time than bfloat16."""
 REFINED = 64
 """Of a row's logits, how many of the greatest are computed again in float32."""
-OFF_LEVEL = 1 / 64
-"""How far from a level, in steps, a weight that had four bits can lie: float32 rounds little."""
 
 
 def has_fast_products() -> bool:
@@ -74,19 +68,23 @@ class PackedWeights:
     def prepare(self, groups: Iterable[tuple[nn.Linear, ...]], few: bool) -> None:
         """Pack now what will be multiplied with few rows or many, so that no step waits for it."""
         for linears in groups:
-            if few and self.of(*linears).narrow is not None:
+            # Of a prompt's logits, too, only the last are asked for.
+            if (few or linears == (self._head,)) and self.of(*linears).narrow is not None:
                 continue
             # Gate and up projections of many rows are multiplied one after the other.
             for one in linears if len(linears) == 2 else [linears]:
                 _ = self.of(*(one if isinstance(one, tuple) else (one,))).wide
 
     def product(self, x: Tensor, *linears: nn.Linear) -> Tensor:
-        """Projections of one input, (rows, size), in one product, (rows, all outputs): bfloat16, or
-        float32 with a bias, which is added unrounded."""
+        """Projections of one input, (rows, size), in one product, (rows, all outputs): float32
+        from codes or with a bias, which is added unrounded, else bfloat16."""
         packed = self.of(*linears)
-        x = x.to(torch.bfloat16)
-        narrow = packed.narrow if x.shape[0] <= FEW_ROWS else None
-        out = multiply(x, packed.wide) if narrow is None else multiply_few(x, *narrow)
+        if len(x) <= FEW_ROWS and packed.narrow is not None:
+            # As in prefill.py: numba takes a second to load.
+            from dynamickv.fast.few_rows import multiply as multiply_few
+
+            return multiply_few(x.float(), packed.narrow, packed.bias)
+        out = multiply(x.to(torch.bfloat16), packed.wide)
         return out if packed.bias is None else out + packed.bias
 
     def logits(self, x: Tensor, head: nn.Linear) -> Tensor:
@@ -95,7 +93,10 @@ class PackedWeights:
         bfloat16 has an eighth between neighbouring logits from 16 on, so that the likeliest tokens
         would tie: these are computed again from the head's own weights.
         """
-        rough = self.product(x, head).float()
+        product = self.product(x, head)
+        if len(x) <= FEW_ROWS and self.of(head).narrow is not None:
+            return product
+        rough = product.float()
         best = rough.topk(min(REFINED, rough.shape[-1]), dim=-1).indices
         exact = torch.bmm(head.weight[best], x.unsqueeze(-1))[..., 0]
         if head.bias is not None:
@@ -104,13 +105,14 @@ class PackedWeights:
 
     def gated(self, x: Tensor, gate: nn.Linear, up: nn.Linear) -> Tensor:
         """silu(gate(x)) * up(x), of projections without bias."""
+        narrow = self.of(gate, up).narrow if len(x) <= FEW_ROWS else None
+        if narrow is not None:
+            from dynamickv.fast.few_rows import gated as gated_few
+
+            return gated_few(x.float(), narrow)
         x = x.to(torch.bfloat16)
-        narrow = self.of(gate, up).narrow if x.shape[0] <= FEW_ROWS else None
-        if narrow is None:
-            opened = multiply(x, self.of(gate).wide, activation="swish")
-            return multiply(x, self.of(up).wide, factor=opened)
-        opened, raised = multiply_few(x, *narrow).float().chunk(2, dim=-1)
-        return F.silu(opened) * raised
+        opened = multiply(x, self.of(gate).wide, activation="swish")
+        return multiply(x, self.of(up).wide, factor=opened)
 
 
 class Packed:
@@ -133,8 +135,8 @@ class Packed:
         """Bytes of the forms made so far."""
         made = vars(self)
         wide = sum(2 * one.numel() for one in self._weights) if "wide" in made else 0
-        narrow: tuple[Tensor, ...] = made.get("narrow") or ()
-        return wide + sum(part.nbytes for part in narrow)
+        narrow: Coded | None = made.get("narrow")
+        return wide + (0 if narrow is None else narrow.nbytes)
 
     @cached_property
     def wide(self) -> Tensor:
@@ -143,25 +145,12 @@ class Packed:
         return packed
 
     @cached_property
-    def narrow(self) -> tuple[Tensor, Tensor] | None:
-        """In four bits, as `multiply_few` takes it; None where it never had four."""
-        found = four_bits(self._joined())
-        if found is None:
-            return None
-        codes, scale, zero = found
-        # Made anew in every process: the order of the bytes differs between CPUs.
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-        scales = torch.stack([scale, zero], dim=-1).transpose(0, 1).contiguous()
-        return packed, scales.to(torch.bfloat16)
+    def narrow(self) -> Coded | None:
+        """As codes; None where the weights never were."""
+        return coded(self._joined())
 
     def _joined(self) -> Tensor:
         return self._weights[0] if len(self._weights) == 1 else torch.cat(self._weights)
-
-
-def multiply_few(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    """(rows, size) times four-bit weights, in bfloat16."""
-    out: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, codes, GROUP, scales)
-    return out
 
 
 def multiply(
@@ -179,60 +168,6 @@ def multiply(
         return out
     out = ops(x, weight, None, activation, [], "")
     return out
-
-
-def four_bits(weight: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The four-bit numbers that a float32 matrix was computed from, where it was.
-
-    Q4_0, Q4_1 and Q4_K give every block of 32 weights in a row sixteen levels at most, equally far
-    from each other; so the levels can be found again.
-
-    Args:
-        weight: (outputs, inputs).
-
-    Returns:
-        codes, (outputs, inputs) int32 from 0 to 15, scales and zeros, (outputs, inputs // 32), with
-        weight = (code - 8) * scale + zero; None where the weights have other levels or torch has no
-        kernel for the shape.
-    """
-    outputs, inputs = weight.shape
-    if outputs % 16 or inputs % GROUP or weight.dtype != torch.float32:
-        return None
-    groups = weight.reshape(-1, GROUP)
-    found = _levels(groups) if _levels(groups[:SAMPLE]) is not None else None
-    if found is None:
-        return None
-    codes, scale, least = found
-    return (
-        codes.view(outputs, inputs),
-        scale.view(outputs, -1),
-        (least + 8 * scale).view(outputs, -1),
-    )
-
-
-def _levels(groups: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Codes, scale and least value of every group; None where a group has no such levels."""
-    least, most = torch.aminmax(groups, dim=-1, keepdim=True)
-    scale = (most - least) / LEVELS
-    codes, on = _nearest(groups, least, scale)
-    left = (~on).nonzero()[:, 0]
-    # Nearly every group uses the first or the last level, and most of them both.
-    for steps in range(LEVELS - 1, 0, -1):
-        if len(left) == 0:
-            break
-        size = (most[left] - least[left]) / steps
-        near, on = _nearest(groups[left], least[left], size)
-        codes[left[on]], scale[left[on]] = near[on], size[on]
-        left = left[~on]
-    return None if len(left) else (codes, scale, least)
-
-
-def _nearest(groups: Tensor, least: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
-    """Each weight's nearest level, int32, and for each group whether all weights lie on theirs."""
-    places = (groups - least).div_(size.clamp_min(torch.finfo(torch.float32).tiny))
-    near = places.round()
-    off = places.sub_(near).abs_().amax(dim=-1)
-    return near.to(torch.int32), off <= OFF_LEVEL
 
 
 class FastProducts(TorchFunctionMode):

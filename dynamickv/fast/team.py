@@ -50,6 +50,35 @@ bits_at: Any = _pointer_to(types.uint16)
 take: Any = intrinsic(_taking)
 
 
+def _running(context: Any, runtime: Any, work: Any, address: Any, threads: Any) -> Any:
+    """OpenMP's call of a function of one address by many threads."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        runtime, work, address, threads = arguments
+        byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, byte, word, word])
+        start = builder.inttoptr(runtime, kind.as_pointer())
+        pointers = [builder.inttoptr(one, byte) for one in (work, address)]
+        builder.call(start, [*pointers, builder.trunc(threads, word), ir.Constant(word, 0)])
+        return context.get_dummy_value()
+
+    return types.void(runtime, work, address, threads), code
+
+
+run: Any = intrinsic(_running)
+"""`share` for compiled functions: called with the two numbers of `runtime` around those of what the
+threads do, the function's and what it is told."""
+
+
+def runtime() -> tuple[int, int]:
+    """The address of what starts torch's threads, 0 where one thread does it all, and how many
+    there are."""
+    threads = torch.get_num_threads()
+    found = openmp() if threads > 1 else None
+    start = None if found is None else ctypes.cast(found.GOMP_parallel, ctypes.c_void_p).value
+    return start or 0, threads
+
+
 def share(function: Any, *told: int, threads: int | None = None) -> None:
     """Let torch's threads do what a compiled `function` of one address does.
 

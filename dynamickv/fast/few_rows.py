@@ -1,0 +1,318 @@
+"""Products of a few rows with weights that are codes of four or eight bits, compiled: torch's
+threads share the outputs (see team). Rows, scales and sums are float32, so that what a step
+computes differs from the file's own weights by what float32 rounds."""
+
+# mypy: disable-error-code="attr-defined,no-untyped-call,untyped-decorator"
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import carray, cfunc
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+from torch import Tensor
+
+from dynamickv.fast.codes import FOUR, GROUP, Coded
+from dynamickv.fast.kernels import compiled, exp_of, inlined, kept_on_disk, rounds_by_instruction
+from dynamickv.fast.microkernel import (
+    FLOAT,
+    FLOATS,
+    LANES,
+    LONG,
+    WORDS,
+    every,
+    function_of,
+    load,
+    place_at,
+    repeated,
+    store,
+)
+from dynamickv.fast.team import floats_at, numbers_at, run, runtime, take
+
+MADE_OF = "d7e60accd4d8"
+"""Digest of kernels.py, team.py and microkernel.py, see the first."""
+FOUR_BYTES, EIGHT_BYTES = 320, 576
+"""Of a group of 32 inputs to a block of 16 outputs."""
+AHEAD = 2048
+"""Bytes by which weights are asked for before they are read."""
+EACH = 4
+"""Blocks of outputs that a thread takes at a time."""
+PLAIN, ADDED, GATED = 0, 1, 2
+"""What becomes of products: they are written, added, or silu of the first half times the second."""
+TOLD = 12
+"""Numbers that say what the threads share, as `tell` writes them."""
+
+
+def block_products(rows: int, instruction: bool | None = None) -> Any:
+    """What multiplies `rows` rows with a block of 16 outputs, for compiled functions.
+
+    Called with addresses: of float32 rows and how many bytes they are apart; of the sums of their
+    groups of 32, and how many bytes these rows are apart; of the block, as `Coded` lays it out, of
+    how many bits, and how many groups it has; of where 16 float32 of every row are written, and how
+    many bytes the rows there are apart.
+
+    Args:
+        instruction: look codes up as CPUs with AVX512 do it; None where the CPU is one.
+    """
+    native = rounds_by_instruction() if instruction is None else instruction
+
+    def typed(
+        context: Any, x: Any, x_apart: Any, sums: Any, sums_apart: Any,
+        block: Any, bits: Any, groups: Any, out: Any, out_apart: Any,
+    ) -> Any:  # fmt: skip
+        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            *told, bits, groups, out, out_apart = arguments
+            totals = [cgutils.alloca_once(builder, FLOATS) for _ in range(rows)]
+            for total in totals:
+                builder.store(every(0.0, FLOATS), total)
+            is_four = builder.icmp_signed("==", bits, ir.Constant(LONG, FOUR))
+            with builder.if_else(is_four) as (four, eight):
+                with four, cgutils.for_range(builder, groups) as loop:
+                    _add_group(builder, told, loop.index, totals, True, native)
+                with eight, cgutils.for_range(builder, groups) as loop:
+                    _add_group(builder, told, loop.index, totals, False, native)
+            for total in totals:
+                store(builder, builder.load(total), out, 0)
+                out = builder.add(out, out_apart)
+            return context.get_dummy_value()
+
+        taken = x, x_apart, sums, sums_apart, block, bits, groups, out, out_apart
+        return types.void(*taken), code
+
+    return intrinsic(typed)
+
+
+def _add_group(
+    builder: Any, told: Any, number: Any, totals: list[Any], four: bool, native: bool
+) -> None:
+    """Add to every row's total what a group of inputs gives."""
+    x, x_apart, sums, sums_apart, block = told
+    size = FOUR_BYTES if four else EIGHT_BYTES
+    here = builder.add(block, builder.mul(number, ir.Constant(LONG, size)))
+    for line in range(0, size, 64):
+        _ask_for(builder, here, AHEAD + line)
+    fma = function_of(builder, "llvm.fma.v16f32", FLOATS, FLOATS, FLOATS)
+    x = builder.add(x, builder.mul(number, ir.Constant(LONG, 4 * GROUP)))
+    sums = builder.add(sums, builder.mul(number, ir.Constant(LONG, 4)))
+    starts = [x]
+    for _ in totals[1:]:
+        starts.append(builder.add(starts[-1], x_apart))
+    # More than one sum of a single row: each waits for the one before.
+    chains = max(1, 4 // len(totals))
+    added = [[every(0.0, FLOATS)] * chains for _ in totals]
+    for place, codes in enumerate((_four_bits if four else _eight_bits)(builder, here, native)):
+        for row, start in enumerate(starts):
+            factor = repeated(builder, load(builder, start, 4 * place, FLOAT))
+            chain = place % chains
+            added[row][chain] = builder.call(fma, [codes, factor, added[row][chain]])
+    scale, least = (
+        _halves(builder, here, size - offset * LANES, native) for offset in (4, 2)
+    )
+    for total, parts in zip(totals, added, strict=True):
+        whole = parts[0]
+        for part in parts[1:]:
+            whole = builder.fadd(whole, part)
+        inputs = repeated(builder, load(builder, sums, 0, FLOAT))
+        sums = builder.add(sums, sums_apart)
+        scaled = builder.call(fma, [scale, whole, builder.load(total)])
+        builder.store(builder.call(fma, [least, inputs, scaled]), total)
+
+
+def _four_bits(builder: Any, here: Any, native: bool) -> Any:
+    """The codes of each of a group's inputs, as floats."""
+    look_up = function_of(builder, "llvm.x86.avx512.permvar.sf.512", FLOATS, WORDS)
+    levels = ir.Constant(FLOATS, [float(level) for level in range(LANES)])
+    for word in range(GROUP // 8):
+        words = load(builder, here, 4 * LANES * word, WORDS)
+        for place in range(8):
+            shifted = builder.lshr(words, every(FOUR * place, WORDS)) if place else words
+            if native:
+                # It looks at the lowest four bits alone.
+                yield builder.call(look_up, [levels, shifted])
+            else:
+                yield builder.sitofp(builder.and_(shifted, every(15, WORDS)), FLOATS)
+
+
+def _eight_bits(builder: Any, here: Any, native: bool) -> Any:
+    """As `_four_bits`."""
+    kind = ir.VectorType(ir.IntType(8), LANES)
+    for place in range(GROUP):
+        codes = load(builder, here, LANES * place, kind)
+        yield builder.sitofp(builder.sext(codes, WORDS), FLOATS)
+
+
+def _halves(builder: Any, here: Any, offset: int, native: bool) -> Any:
+    """16 float16 as float32."""
+    if native:
+        kind = ir.VectorType(ir.HalfType(), LANES)
+        return builder.fpext(load(builder, here, offset, kind), FLOATS)
+    # Of other CPUs LLVM would call a function that need not be there.
+    bits = builder.zext(load(builder, here, offset, ir.VectorType(ir.IntType(16), LANES)), WORDS)
+    number = builder.shl(builder.and_(bits, every(0x7FFF, WORDS)), every(13, WORDS))
+    sign = builder.shl(builder.and_(bits, every(0x8000, WORDS)), every(16, WORDS))
+    # The exponent of float32 is 112 more.
+    grown = builder.fmul(builder.bitcast(number, FLOATS), every(2.0**112, FLOATS))
+    return builder.bitcast(builder.or_(builder.bitcast(grown, WORDS), sign), FLOATS)
+
+
+def _ask_for(builder: Any, here: Any, offset: int) -> None:
+    """Ask memory for what will be read; past the end nothing is read."""
+    byte, word = ir.IntType(8), ir.IntType(32)
+    shape = ir.FunctionType(ir.VoidType(), [byte.as_pointer(), word, word, word])
+    prefetch = builder.module.declare_intrinsic("llvm.prefetch", [byte.as_pointer()], shape)
+    # To read, and to keep in all caches but the smallest.
+    how = [ir.Constant(word, number) for number in (0, 2, 1)]
+    builder.call(prefetch, [place_at(builder, here, offset, byte), *how])
+
+
+_one, _two, _four = (block_products(rows) for rows in (1, 2, 4))
+
+
+@compiled("void(int64, int64, int64, int64, int64, int64, int64, int64)")
+def _multiply_block(
+    rows: Any, size: Any, x: Any, sums: Any, block: Any, bits: Any, out: Any, apart: Any
+) -> None:
+    """A block of outputs of all rows, four at a time."""
+    groups = size // GROUP
+    wide, narrow = 4 * size, 4 * groups
+    left = rows
+    while left >= 4:
+        _four(x, wide, sums, narrow, block, bits, groups, out, apart)
+        x, sums, out, left = x + 4 * wide, sums + 4 * narrow, out + 4 * apart, left - 4
+    if left >= 2:
+        _two(x, wide, sums, narrow, block, bits, groups, out, apart)
+        x, sums, out, left = x + 2 * wide, sums + 2 * narrow, out + 2 * apart, left - 2
+    if left == 1:
+        _one(x, wide, sums, narrow, block, bits, groups, out, apart)
+
+
+@compiled("void(CPointer(int64))")
+def _take_blocks(address: Any) -> None:
+    """Compute blocks of what `tell` wrote there, as long as there are any."""
+    told = carray(address, (TOLD,))
+    kind, rows, size, items = told[1], told[2], told[3], told[4]
+    x, sums, data, bits, bias = told[5], told[6], told[7], told[8], told[9]
+    products, out = told[10], told[11]
+    step = (FOUR_BYTES if bits == FOUR else EIGHT_BYTES) * (size // GROUP)
+    goal_apart = 4 * LANES * items
+    apart = goal_apart * 2 if kind == GATED else goal_apart
+    first = take(address) * EACH
+    while first < items:
+        for item in range(first, min(first + EACH, items)):
+            at = 4 * LANES * item
+            _multiply_block(rows, size, x, sums, data + step * item, bits, products + at, apart)
+            other = products + goal_apart + at
+            if kind == GATED:
+                _multiply_block(
+                    rows, size, x, sums, data + step * (items + item), bits, other, apart
+                )
+            for row in range(rows):
+                own = carray(floats_at(products + at + apart * row), (LANES,))
+                goal = carray(floats_at(out + at + goal_apart * row), (LANES,))
+                if bias != 0:
+                    more = carray(floats_at(bias + at), (LANES,))
+                    for i in range(LANES):
+                        own[i] += more[i]
+                if kind == ADDED:
+                    for i in range(LANES):
+                        goal[i] += own[i]
+                if kind == GATED:
+                    raised = carray(floats_at(other + apart * row), (LANES,))
+                    for i in range(LANES):
+                        silu = own[i] / (np.float32(1) + exp_of(min(-own[i], np.float32(80))))
+                        goal[i] = silu * raised[i]
+        first = take(address) * EACH
+
+
+@kept_on_disk(cfunc, "void(CPointer(int64))")
+def _share(address: Any) -> None:
+    """One thread's share."""
+    _take_blocks(address)
+
+
+WORK: int = _share.address
+"""Of the function that threads share."""
+
+
+@compiled("void(int64[::1], int64, int64, int64)")
+def carry_out(told: Array, work: Any, runtime: Any, threads: Any) -> None:
+    """Multiply.
+
+    Args:
+        told: what the threads share: a counter that is 0, what becomes of the products, rows,
+            inputs, blocks of outputs that are written, and addresses: of the rows, (rows, inputs)
+            float32; of room for the sums of their groups; of the weights, followed by their bits;
+            of the bias, or 0; of room for (rows, outputs) products; of what is written, (rows, 16 *
+            blocks). The last two are one where products are only written.
+        work: `WORK`; runtime and threads as for `team.run`.
+    """
+    rows, size = told[2], told[3]
+    x = carray(floats_at(told[5]), (rows, size // GROUP, GROUP))
+    sums = carray(floats_at(told[6]), (rows, size // GROUP))
+    for row in range(rows):
+        for group in range(size // GROUP):
+            total = np.float32(0)
+            for i in range(GROUP):
+                total += x[row, group, i]
+            sums[row, group] = total
+    address = np.int64(told.ctypes.data)
+    if runtime == 0:
+        _take_blocks(numbers_at(address))
+    else:
+        run(runtime, work, address, threads)
+
+
+def multiply(
+    x: Tensor, weight: Coded, bias: Tensor | None = None, residual: Tensor | None = None
+) -> Tensor:
+    """Rows times a matrix, (rows, outputs) float32.
+
+    Args:
+        x: (rows, inputs) float32.
+        bias: (outputs,) float32.
+        residual: (rows, outputs) float32 and contiguous, to which the products are added.
+
+    Raises:
+        TypeError: other numbers.
+        ValueError: a shape that does not fit.
+    """
+    kind = PLAIN if residual is None else ADDED
+    out = torch.empty(len(x), weight.outputs) if residual is None else residual
+    return _carried_out(x, weight, kind, out, bias)
+
+
+def gated(x: Tensor, weight: Coded) -> Tensor:
+    """silu of the first half of the outputs times the second half, (rows, outputs // 2) float32, as
+    `multiply`; the outputs must be a multiple of 32."""
+    return _carried_out(x, weight, GATED, torch.empty(len(x), weight.outputs // 2), None)
+
+
+def _carried_out(x: Tensor, weight: Coded, kind: int, out: Tensor, bias: Tensor | None) -> Tensor:
+    # The threads are told addresses alone.
+    for one in (x, out) if bias is None else (x, out, bias):
+        if one.dtype != torch.float32:
+            raise TypeError(f"rows, bias and residual must be float32, got {one.dtype}")
+    if not out.is_contiguous():
+        raise TypeError("the residual must be contiguous")
+    rows, size = x.shape
+    outputs = weight.outputs // 2 if kind == GATED else weight.outputs
+    fits = size == weight.inputs and out.shape == (rows, outputs) and outputs % LANES == 0
+    if not fits or (bias is not None and bias.shape != (outputs,)):
+        raise ValueError(
+            f"{tuple(x.shape)} times ({weight.outputs}, {weight.inputs}) is no {tuple(out.shape)}"
+        )
+    x = x.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    sums = torch.empty(rows, size // GROUP)
+    products = out if kind == PLAIN else torch.empty(rows, weight.outputs)
+    told = [
+        0, kind, rows, size, outputs // LANES, x.data_ptr(), sums.data_ptr(),
+        weight.data.data_ptr(), weight.bits, 0 if bias is None else bias.data_ptr(),
+        products.data_ptr(), out.data_ptr(),
+    ]  # fmt: skip
+    carry_out(np.array(told, np.int64), WORK, *runtime())
+    return out
