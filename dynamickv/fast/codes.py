@@ -4,6 +4,7 @@ it, and laid out for products with a few rows (see few_rows). Knows no models.""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,10 +15,10 @@ GROUP = 32
 """Neighbouring weights of a row that share a scale and a least weight: GGUF's blocks."""
 FOUR, EIGHT = 4, 8
 """Bits that a weight takes here."""
-STEPS = {FOUR: 15, EIGHT: 31}
-"""Between the least and the greatest code of Q4_0, Q4_1 and Q4_K, and of Q5_0, Q5_1 and Q5_K."""
-MOST = 127
-"""The greatest code of Q8_0, which every block has."""
+BETWEEN = {FOUR: 15, EIGHT: 31}
+"""Steps between the least and the greatest code of Q4_0, Q4_1 and Q4_K, and of Q5_1 and Q5_K."""
+AROUND = 127, 16
+"""Steps from 0 to the weight of a block that is farthest from it, of Q8_0 and of Q5_0."""
 SAMPLE = 64
 """Groups that tell most other formats apart."""
 OFF_LEVEL = 1 / 64
@@ -49,7 +50,7 @@ def coded(weight: Tensor) -> Coded | None:
 
     Q4_0, Q4_1 and Q4_K give every block of 32 weights in a row sixteen levels at most, equally far
     from each other, the formats of five bits thirty-two, Q8_0 127 on each side of 0; so they can be
-    found again.
+    found again. Of Q6_K, whose blocks have sixteen weights, they are not.
 
     Returns:
         None where the weights have other levels, or the shape is no multiple of a block.
@@ -58,36 +59,38 @@ def coded(weight: Tensor) -> Coded | None:
     if outputs % LANES or inputs % GROUP or weight.dtype != torch.float32:
         return None
     groups = weight.reshape(-1, GROUP)
-    for bits, find in ((FOUR, _between), (EIGHT, _around_zero), (EIGHT, _between)):
-        if find(groups[:SAMPLE], bits) is None:
+    formats = [(EIGHT, partial(_around, steps=steps)) for steps in AROUND]
+    between = [(bits, partial(_between, steps=steps)) for bits, steps in BETWEEN.items()]
+    for bits, find in (between[0], *formats, between[1]):
+        if find(groups[:SAMPLE]) is None:
             continue
-        found = find(groups, bits)
+        found = find(groups)
         if found is not None and all(_fits(part) for part in found[1:]):
             return Coded(_laid_out(*found, bits, outputs), bits, outputs, inputs)
     return None
 
 
-def _between(groups: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Codes, (groups, 32) int32, scale and least weight of every group, (groups, 1); None where a
-    group has no such levels."""
+def _between(groups: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Codes from 0 to `steps`, (groups, 32) int32, scale and least weight of every group, (groups,
+    1); None where a group has no such levels."""
     least, most = torch.aminmax(groups, dim=-1, keepdim=True)
-    scale = (most - least) / STEPS[bits]
+    scale = (most - least) / steps
     codes, on = _nearest(groups, least, scale)
     left = (~on).nonzero()[:, 0]
     # Nearly every group uses the first or the last level, and most of them both.
-    for steps in range(STEPS[bits] - 1, 0, -1):
+    for fewer in range(steps - 1, 0, -1):
         if len(left) == 0:
             break
-        size = (most[left] - least[left]) / steps
+        size = (most[left] - least[left]) / fewer
         near, on = _nearest(groups[left], least[left], size)
         codes[left[on]], scale[left[on]] = near[on], size[on]
         left = left[~on]
     return None if len(left) else (codes, scale, least)
 
 
-def _around_zero(groups: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor] | None:
-    """As `_between`, for codes from -127 to 127."""
-    scale = groups.abs().amax(dim=-1, keepdim=True) / MOST
+def _around(groups: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """As `_between`, for codes from -steps to steps."""
+    scale = groups.abs().amax(dim=-1, keepdim=True) / steps
     codes, on = _nearest(groups, torch.zeros_like(scale), scale)
     return (codes, scale, torch.zeros_like(scale)) if bool(on.all()) else None
 

@@ -4,10 +4,10 @@ products takes torch some forty operations, and each of them longer to start tha
 bfloat16 comes and goes as its bits, uint16 (numba has no such number); all that is computed is
 float32. Compiled when a machine first imports this, in some seconds, and kept in Python's cache
 beside this file, or in the user's. One thread each, as every caller may be in a thread of its own;
-attention.py, causal.py, heads.py, softmax.py and sums.py have what takes several. Their functions
-are made of these, of team.py's and of microkernel.py's, but numba looks for changes in a function's
-own file alone: each of those files names the digest of these three, so that it changes with them (a
-test says which).
+attention.py, causal.py, few_rows.py, heads.py, softmax.py, step.py and sums.py have what takes
+several. Their functions are made of these and of other files', but numba looks for changes in a
+function's own file alone: each of those files names the digest of what it is made of, so that it
+changes with it (a test says which).
 """
 
 # mypy: disable-error-code="attr-defined"

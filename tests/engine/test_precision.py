@@ -19,7 +19,8 @@ from dynamickv.models import precision
 from dynamickv.models.precision import packed_for
 from dynamickv.scoring import attention_mass
 from tests.engine.models.gguf_file import write_tiny_gguf
-from tests.engine.test_packed import needs_fast, quantized
+from tests.engine.test_codes import quantized
+from tests.engine.test_packed import needs_fast
 from tests.engine.tiny import DOCUMENT, FAMILIES, QUESTION, tiny_llm, tiny_model
 
 

@@ -1,0 +1,117 @@
+"""The codes that a GGUF file gave weights are found again in what was read from it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Format
+from gguf import quants
+
+from dynamickv.fast.codes import Coded, coded
+
+
+def weights(outputs: int = 64, inputs: int = 256) -> torch.Tensor:
+    return torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(1))
+
+
+def quantized(kind: Format, weight: torch.Tensor) -> torch.Tensor:
+    """What a file of that kind gives back for these weights."""
+    return torch.from_numpy(quants.dequantize(quants.quantize(weight.numpy(), kind), kind))
+
+
+def of_super_blocks(bits: int, outputs: int = 32, inputs: int = 512) -> torch.Tensor:
+    """Weights as Q4_K and Q5_K hold them: per 256 a scale and a least value, per 32 six bits of
+    each."""
+    made = torch.Generator().manual_seed(2)
+    blocks = (outputs, inputs // 256, 8, 32)
+    codes = torch.randint(0, 2**bits, blocks, generator=made)
+    scale = torch.randint(1, 64, (*blocks[:3], 1), generator=made) * 0.0007
+    least = torch.randint(0, 64, (*blocks[:3], 1), generator=made) * 0.0031
+    return (codes * scale - least).float().view(outputs, inputs)
+
+
+def rebuilt(weight: Coded) -> torch.Tensor:
+    """The weights that codes stand for, from their bytes."""
+    blocks, groups, _ = weight.data.shape
+    data, scales = weight.data[..., :-64], weight.data[..., -64:].contiguous()
+    if weight.bits == 4:
+        # Eight inputs of an output in four bytes, the first in the lowest bits.
+        pairs = data.reshape(blocks, groups, 4, 16, 4)
+        nibbles = torch.stack([pairs & 15, pairs >> 4], dim=-1).view(blocks, groups, 4, 16, 8)
+        codes = nibbles.permute(0, 3, 1, 2, 4).reshape(blocks, 16, groups, 32).float()
+    else:
+        signed = data.contiguous().view(torch.int8).view(blocks, groups, 32, 16)
+        codes = signed.permute(0, 3, 1, 2).float()
+    scale, least = scales.view(torch.float16).float().view(blocks, groups, 2, 16).unbind(2)
+    whole = codes * scale.transpose(1, 2)[..., None] + least.transpose(1, 2)[..., None]
+    return whole.reshape(weight.outputs, weight.inputs)
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits"),
+    [
+        (Format.Q4_0, 4),
+        (Format.Q4_1, 4),
+        (Format.Q5_0, 8),
+        (Format.Q5_1, 8),
+        (Format.Q8_0, 8),
+    ],
+)
+def test_weights_of_a_file_are_found_again(kind: Format, bits: int) -> None:
+    weight = quantized(kind, weights())
+    found = coded(weight)
+    assert found is not None
+    assert found.bits == bits
+    # Q4_0 has no least weight but a least code: seven times a float16 is not always one.
+    rounding = 2.0**-11 * 7 * 0.5 if kind == Format.Q4_0 else 1e-7
+    torch.testing.assert_close(rebuilt(found), weight, atol=rounding, rtol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [4, 5])
+def test_scales_that_no_float16_holds_are_rounded_to_one(bits: int) -> None:
+    weight = of_super_blocks(bits)
+    found = coded(weight)
+    assert found is not None
+    assert found.bits == (4 if bits == 4 else 8)
+    # An eighth of what bfloat16 would round.
+    torch.testing.assert_close(rebuilt(found), weight, atol=2.0**-11 * 1.6, rtol=0)
+
+
+def test_blocks_of_one_value_and_of_few_levels_are_found_again() -> None:
+    weight = torch.zeros(16, 64)
+    weight[:, 3], weight[2] = 0.5, -0.25
+    weight[5, ::2], weight[5, 1::4] = 0.3, 0.6
+    found = coded(weight)
+    assert found is not None
+    torch.testing.assert_close(rebuilt(found), weight, atol=2.0**-11 * 0.6, rtol=0)
+
+
+def test_weights_of_other_formats_have_none() -> None:
+    assert coded(weights()) is None
+    assert coded(weights().bfloat16().float()) is None
+    assert coded(weights().double()) is None
+
+
+@pytest.mark.parametrize("spoiled", [1.0, torch.nan, torch.inf])
+@pytest.mark.parametrize("kind", [Format.Q4_1, Format.Q8_0])
+def test_one_block_of_another_format_is_enough_to_have_none(kind: Format, spoiled: float) -> None:
+    weight = quantized(kind, weights(256))
+    weight[-1, -32:] = weights()[0, :32] * spoiled
+    assert coded(weight) is None
+
+
+@pytest.mark.parametrize("size", [1e-9, 1e7])
+def test_scales_beyond_float16_have_none(size: float) -> None:
+    assert coded(quantized(Format.Q4_1, weights()) * size) is None
+
+
+@pytest.mark.parametrize("shape", [(24, 64), (32, 48)])
+def test_shapes_that_are_no_blocks_have_none(shape: tuple[int, int]) -> None:
+    assert coded(torch.zeros(shape)) is None
+
+
+def test_bytes_are_five_and_nine_bits_a_weight() -> None:
+    for kind, bits in ((Format.Q4_1, 5), (Format.Q8_0, 9)):
+        found = coded(quantized(kind, weights()))
+        assert found is not None
+        assert found.nbytes == 64 * 256 * bits // 8
