@@ -259,9 +259,7 @@ WORK: int = _share.address
 """Of the function that threads share."""
 
 
-@compiled(
-    f"void({TABLE}, float32[:, :, ::1], float32, float32[:, :, ::1], int64, int64, int64)"
-)
+@compiled(f"void({TABLE}, float32[:, :, ::1], float32, float32[:, :, ::1], int64, int64, int64)")
 def attend_all(
     held: Array, query: Array, scaling: Any, out: Array, work: Any, runtime: Any, threads: Any
 ) -> None:
@@ -352,7 +350,7 @@ def attend(
     # The threads are told addresses alone.
     if query.dtype != torch.float32:
         raise TypeError(f"queries must be float32, got {query.dtype}")
-    for keys, _, length in held:
+    for keys, _, _ in held:
         if keys.shape[3] != dim or query_heads % keys.shape[1]:
             raise ValueError(
                 f"{query_heads} queries of {dim} cannot attend to keys {tuple(keys.shape)}"

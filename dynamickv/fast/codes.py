@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,28 +46,50 @@ class Coded:
         return self.data.nbytes
 
 
-def coded(weight: Tensor) -> Coded | None:
-    """A float32 matrix, (outputs, inputs), in the codes that it was computed from, where it was.
+def coded(*weights: Tensor) -> Coded | None:
+    """Float32 matrices of one input, (outputs, inputs) each, as one in the codes that they were
+    computed from, where they were.
 
     Q4_0, Q4_1 and Q4_K give every block of 32 weights in a row sixteen levels at most, equally far
     from each other, the formats of five bits thirty-two, Q8_0 127 on each side of 0; so they can be
     found again. Of Q6_K, whose blocks have sixteen weights, they are not.
 
     Returns:
-        None where the weights have other levels, or the shape is no multiple of a block.
+        None where weights have other levels, or a shape is no multiple of a block.
     """
-    outputs, inputs = weight.shape
-    if outputs % LANES or inputs % GROUP or weight.dtype != torch.float32:
-        return None
-    groups = weight.reshape(-1, GROUP)
-    formats = [(EIGHT, partial(_around, steps=steps)) for steps in AROUND]
-    between = [(bits, partial(_between, steps=steps)) for bits, steps in BETWEEN.items()]
-    for bits, find in (between[0], *formats, between[1]):
+    parts = []
+    for weight in weights:
+        outputs, inputs = weight.shape
+        whole = outputs % LANES == 0 and inputs % GROUP == 0 and weight.dtype == torch.float32
+        found = _found(weight.reshape(-1, GROUP)) if whole else None
+        if found is None:
+            return None
+        parts.append(found)
+    bits = max(part.bits for part in parts)
+    outputs, inputs = sum(len(weight) for weight in weights), weights[0].shape[1]
+    data = [_laid_out(part, bits, len(own)) for part, own in zip(parts, weights, strict=True)]
+    return Coded(data[0] if len(data) == 1 else torch.cat(data), bits, outputs, inputs)
+
+
+class _Found(NamedTuple):
+    """Codes, (groups, 32) int32, scales and least weights, (groups, 1), and bits of a code."""
+
+    codes: Tensor
+    scale: Tensor
+    least: Tensor
+    bits: int
+
+
+def _found(groups: Tensor) -> _Found | None:
+    """The codes of (groups, 32) weights."""
+    around = [(EIGHT, partial(_around, steps=steps)) for steps in AROUND]
+    four, eight = ((bits, partial(_between, steps=steps)) for bits, steps in BETWEEN.items())
+    for bits, find in (four, *around, eight):
         if find(groups[:SAMPLE]) is None:
             continue
         found = find(groups)
         if found is not None and all(_fits(part) for part in found[1:]):
-            return Coded(_laid_out(*found, bits, outputs), bits, outputs, inputs)
+            return _Found(*found, bits)
     return None
 
 
@@ -109,8 +132,9 @@ def _fits(numbers: Tensor) -> bool:
     return not bool(off.any())
 
 
-def _laid_out(codes: Tensor, scale: Tensor, least: Tensor, bits: int, outputs: int) -> Tensor:
-    """`Coded.data`."""
+def _laid_out(found: _Found, bits: int, outputs: int) -> Tensor:
+    """`Coded.data` of as many bits."""
+    codes, scale, least, _ = found
     blocks = outputs // LANES
     scales = torch.stack([scale.view(outputs, -1), least.view(outputs, -1)])
     # (2, blocks, lanes, groups) as (blocks, groups, 2, lanes).

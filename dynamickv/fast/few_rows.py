@@ -17,7 +17,13 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from dynamickv.fast.codes import FOUR, GROUP, Coded
-from dynamickv.fast.kernels import compiled, exp_of, inlined, kept_on_disk, rounds_by_instruction
+from dynamickv.fast.kernels import (
+    Array,
+    compiled,
+    exp_of,
+    kept_on_disk,
+    rounds_by_instruction,
+)
 from dynamickv.fast.microkernel import (
     FLOAT,
     FLOATS,
@@ -33,7 +39,7 @@ from dynamickv.fast.microkernel import (
 )
 from dynamickv.fast.team import floats_at, numbers_at, run, runtime, take
 
-MADE_OF = "12c02907cb36"
+MADE_OF = "a4cf57ed8d3e"
 """Digest of the files that this is made of, see kernels.py."""
 FOUR_BYTES, EIGHT_BYTES = 320, 576
 """Of a group of 32 inputs to a block of 16 outputs."""
@@ -109,9 +115,7 @@ def _add_group(
             factor = repeated(builder, load(builder, start, 4 * place, FLOAT))
             chain = place % chains
             added[row][chain] = builder.call(fma, [codes, factor, added[row][chain]])
-    scale, least = (
-        _halves(builder, here, size - offset * LANES, native) for offset in (4, 2)
-    )
+    scale, least = (_halves(builder, here, size - offset * LANES, native) for offset in (4, 2))
     for total, parts in zip(totals, added, strict=True):
         whole = parts[0]
         for part in parts[1:]:

@@ -141,16 +141,15 @@ class Packed:
     @cached_property
     def wide(self) -> Tensor:
         """In bfloat16, as `multiply` takes it."""
-        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(self._joined().bfloat16())
+        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(
+            torch.cat(self._weights).bfloat16()
+        )
         return packed
 
     @cached_property
     def narrow(self) -> Coded | None:
         """As codes; None where the weights never were."""
-        return coded(self._joined())
-
-    def _joined(self) -> Tensor:
-        return self._weights[0] if len(self._weights) == 1 else torch.cat(self._weights)
+        return coded(*self._weights)
 
 
 def multiply(

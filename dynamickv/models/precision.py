@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from dynamickv.fast.blockwise import has_tiles
 from dynamickv.fast.packed import PackedWeights, has_fast_products
 from dynamickv.memory import free_host_memory
 
@@ -55,5 +56,6 @@ def packed_for(
 
 
 def _import_compiled() -> None:
-    for name in ("causal", "softmax", "many_rows", "attention"):
+    # In the order in which they are needed.
+    for name in ("softmax" if has_tiles() else "causal", "many_rows", "causal", "step"):
         import_module(f"dynamickv.fast.{name}")

@@ -115,3 +115,16 @@ def test_bytes_are_five_and_nine_bits_a_weight() -> None:
         found = coded(quantized(kind, weights()))
         assert found is not None
         assert found.nbytes == 64 * 256 * bits // 8
+
+
+def test_matrices_of_several_formats_are_one_of_the_widest() -> None:
+    parts = [quantized(kind, weights(16)) for kind in (Format.Q4_1, Format.Q8_0, Format.Q5_1)]
+    found = coded(*parts)
+    assert found is not None
+    assert (found.bits, found.outputs, found.inputs) == (8, 48, 256)
+    torch.testing.assert_close(rebuilt(found), torch.cat(parts), atol=1e-7, rtol=1e-6)
+    assert coded(parts[0], weights(16)) is None
+    alike = coded(parts[0], parts[0])
+    assert alike is not None
+    assert alike.bits == 4
+    torch.testing.assert_close(rebuilt(alike), torch.cat([parts[0]] * 2), atol=1e-7, rtol=1e-6)

@@ -261,7 +261,9 @@ def made_of(name: str) -> set[str]:
     """The files of its folder that a file's functions are made of."""
     tree = ast.parse((FAST / f"{name}.py").read_text())
     modules = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    parts = {module.rpartition(".")[2] for module in modules if module.startswith("dynamickv.fast.")}
+    parts = {
+        module.rpartition(".")[2] for module in modules if module.startswith("dynamickv.fast.")
+    }
     return parts.union(*map(made_of, parts))
 
 
