@@ -10,13 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from llvmlite import ir
 from numba import carray, cfunc
-from numba.core import cgutils, types
-from numba.extending import intrinsic
-from numba.np.arrayobj import make_array
 from torch import Tensor
 
+from dynamickv.fast.few_queries import MOST, dots, sums
 from dynamickv.fast.kernels import (
     LOWEST,
     NUMBERS,
@@ -31,15 +28,15 @@ from dynamickv.fast.kernels import (
     kept_on_disk,
     wide,
 )
+from dynamickv.fast.microkernel import LANES
 from dynamickv.fast.team import bits_at, floats_at, numbers_at, run, runtime, take
 
-MADE_OF = "ab26002bf517"
+MADE_OF = "b66213e7071f"
 """Digest of the files that this is made of, see kernels.py."""
 BLOCK = 256
 """Positions whose weights are computed before their values are summed."""
-AHEAD = 64
-"""Positions by which keys and values are asked for before they are read: the processor's own
-guesses leave a third of the memory's speed unused."""
+WIDE = 4
+"""Registers of values that are summed at a time."""
 SHARED = 512
 """Positions of a cache from which on a head has parts, and of all from which on threads share."""
 TOLD = 9
@@ -54,27 +51,65 @@ KEPT = "{0}[:, ::1], {0}[:, ::1]"
 """Keys and values of one head."""
 
 
-def _fetching(context: Any, rows: Any, row: Any, column: Any) -> Any:
-    """Ask memory for what will be read; past the end nothing is read."""
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        kind = signature.args[0]
-        array = make_array(kind)(context, builder, arguments[0])
-        place = cgutils.get_item_pointer(
-            context, builder, kind, array, list(arguments[1:]), wraparound=False
-        )
-        byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
-        shape = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
-        prefetch = builder.module.declare_intrinsic("llvm.prefetch", [byte], shape)
-        # To read, and to keep in all caches but the smallest.
-        how = [ir.Constant(word, number) for number in (0, 2, 1)]
-        builder.call(prefetch, [builder.bitcast(place, byte), *how])
-        return context.get_dummy_value()
-
-    return types.void(rows, row, column), code
+_dots_1, _dots_2, _dots_3, _dots_4 = (dots(queries) for queries in range(1, MOST + 1))
+_sums_1, _sums_2, _sums_3, _sums_4 = (sums(queries, WIDE) for queries in range(1, MOST + 1))
+_sum = sums(1, 1)
 
 
-_fetch: Any = intrinsic(_fetching)
+@inlined
+def _multiply(
+    queries: Any, query: Any, apart: Any, keys: Any, keys_apart: Any,
+    out: Any, out_apart: Any, registers: Any, scaling: Any, like: Any,
+) -> None:  # fmt: skip
+    """As `dots` of so many queries."""
+    if queries == 1:
+        _dots_1(query, apart, keys, keys_apart, out, out_apart, registers, scaling, like)
+    elif queries == 2:
+        _dots_2(query, apart, keys, keys_apart, out, out_apart, registers, scaling, like)
+    elif queries == 3:
+        _dots_3(query, apart, keys, keys_apart, out, out_apart, registers, scaling, like)
+    else:
+        _dots_4(query, apart, keys, keys_apart, out, out_apart, registers, scaling, like)
+
+
+@inlined
+def _add(
+    queries: Any, weights: Any, apart: Any, values: Any, values_apart: Any,
+    count: Any, out: Any, out_apart: Any, like: Any,
+) -> None:  # fmt: skip
+    """As `sums` of so many queries."""
+    if queries == 1:
+        _sums_1(weights, apart, values, values_apart, count, out, out_apart, like)
+    elif queries == 2:
+        _sums_2(weights, apart, values, values_apart, count, out, out_apart, like)
+    elif queries == 3:
+        _sums_3(weights, apart, values, values_apart, count, out, out_apart, like)
+    else:
+        _sums_4(weights, apart, values, values_apart, count, out, out_apart, like)
+
+
+@compiled(f"void({ROWS}, {ROWS}, {ROWS}, int64)")
+def _weigh(room: Array, total: Array, weights: Array, count: Any) -> None:
+    """Make weights of logits, (group, at least count): exponentials of what is left of them when
+    the greatest so far is taken off, which what was summed before is brought to."""
+    group, dim = total.shape
+    for member in range(group):
+        before = weights[member, 0]
+        most = before
+        for i in range(count):
+            most = greater(most, room[member, i])
+        added = np.float32(0)
+        for i in range(count):
+            share = exp_of(room[member, i] - most)
+            room[member, i] = share
+            added += share
+        if most > before:
+            factor = exp_of(before - most)
+            weights[member, 0] = most
+            weights[member, 1] *= factor
+            for j in range(dim):
+                total[member, j] *= factor
+        weights[member, 1] += added
 
 
 @compiled(
@@ -104,6 +139,11 @@ def _attend_part(
         weights: (group, 2), written: the greatest logit, and the sum of those exponentials.
     """
     group, dim = query.shape
+    size = keys.itemsize
+    registers = dim // LANES if dim % LANES == 0 else 0
+    query_at, room_at = np.int64(query.ctypes.data), np.int64(room.ctypes.data)
+    keys_at, values_at = np.int64(keys.ctypes.data), np.int64(values.ctypes.data)
+    total_at = np.int64(total.ctypes.data)
     for member in range(group):
         weights[member, 0] = LOWEST
         weights[member, 1] = np.float32(0)
@@ -111,69 +151,47 @@ def _attend_part(
             total[member, j] = np.float32(0)
     for start in range(first, last, BLOCK):
         count = min(BLOCK, last - start)
-        for i in range(count):
-            for j in range(0, dim, 16):
-                _fetch(keys, start + i + AHEAD, j)
+        whole = count // LANES * LANES if registers else 0
+        for i in range(0, whole, LANES):
+            for member in range(0, group, MOST):
+                _multiply(
+                    min(MOST, group - member), query_at + 4 * dim * member, 4 * dim,
+                    keys_at + size * dim * (start + i), size * dim,
+                    room_at + 4 * (BLOCK * member + i), 4 * BLOCK, registers, scaling, keys[0, 0],
+                )  # fmt: skip
+        for i in range(whole, count):
             for member in range(group):
                 product = np.float32(0)
                 for j in range(dim):
                     product += query[member, j] * wide(keys[start + i, j])
                 room[member, i] = product * scaling
+        _weigh(room, total, weights, count)
+        together = registers // WIDE * WIDE
+        for member in range(0, group, MOST):
+            for register in range(0, together, WIDE):
+                _add(
+                    min(MOST, group - member), room_at + 4 * BLOCK * member, 4 * BLOCK,
+                    values_at + size * (dim * start + LANES * register), size * dim,
+                    count, total_at + 4 * (dim * member + LANES * register), 4 * dim, values[0, 0],
+                )  # fmt: skip
         for member in range(group):
-            before = weights[member, 0]
-            most = before
+            for register in range(together, registers):
+                _sum(
+                    room_at + 4 * BLOCK * member, 0,
+                    values_at + size * (dim * start + LANES * register), size * dim,
+                    count, total_at + 4 * (dim * member + LANES * register), 0, values[0, 0],
+                )  # fmt: skip
+        if registers == 0:
             for i in range(count):
-                most = greater(most, room[member, i])
-            added = np.float32(0)
-            for i in range(count):
-                share = exp_of(room[member, i] - most)
-                room[member, i] = share
-                added += share
-            if most > before:
-                factor = exp_of(before - most)
-                weights[member, 0] = most
-                weights[member, 1] *= factor
-                for j in range(dim):
-                    total[member, j] *= factor
-            weights[member, 1] += added
-        # Eight at a time, so that the sums stay in registers for longer than one addition.
-        whole = count // 8 * 8
-        for i in range(0, whole, 8):
-            at = start + i
-            for ahead in range(8):
-                for j in range(0, dim, 16):
-                    _fetch(values, at + ahead + AHEAD, j)
-            for member in range(group):
-                for j in range(dim):
-                    total[member, j] += (
-                        (
-                            room[member, i] * wide(values[at, j])
-                            + room[member, i + 1] * wide(values[at + 1, j])
-                        )
-                        + (
-                            room[member, i + 2] * wide(values[at + 2, j])
-                            + room[member, i + 3] * wide(values[at + 3, j])
-                        )
-                    ) + (
-                        (
-                            room[member, i + 4] * wide(values[at + 4, j])
-                            + room[member, i + 5] * wide(values[at + 5, j])
-                        )
-                        + (
-                            room[member, i + 6] * wide(values[at + 6, j])
-                            + room[member, i + 7] * wide(values[at + 7, j])
-                        )
-                    )
-        for i in range(whole, count):
-            for member in range(group):
-                for j in range(dim):
-                    total[member, j] += room[member, i] * wide(values[start + i, j])
+                for member in range(group):
+                    for j in range(dim):
+                        total[member, j] += room[member, i] * wide(values[start + i, j])
 
 
 @inlined
 def _laid_out(address: Any) -> Any:
-    """Of what `attend` wrote at an address: a row of numbers for each cache, and behind them what
-    the threads write: values summed, weights and a room, for every part of every query head."""
+    """Of what `attend_all` wrote there: a row of numbers for each cache, and behind them what the
+    threads write: values summed, weights and a room, for every part of every query head."""
     told = carray(address, (TOLD,))
     rows, dim, slots = told[1], told[3], told[5]
     table = carray(numbers_at(told[8]), (rows, COLUMNS))
@@ -184,9 +202,9 @@ def _laid_out(address: Any) -> Any:
     return table, totals, weights, rooms
 
 
-@compiled("void(CPointer(int64))")
-def _take_parts(address: Any) -> None:
-    """Compute parts of what `attend` wrote there, as long as there are any."""
+@kept_on_disk(cfunc, "void(CPointer(int64))")
+def _share(address: Any) -> None:
+    """One thread's share: parts of what `attend_all` wrote there, as long as there are any."""
     told = carray(address, (TOLD,))
     rows, query_heads, dim, items = told[1], told[2], told[3], told[4]
     scaling = float_of(np.uint32(told[6]))
@@ -222,12 +240,6 @@ def _take_parts(address: Any) -> None:
                 first, last, scaling, rooms[own], totals[own], weights[own],
             )  # fmt: skip
         item = take(address)
-
-
-@kept_on_disk(cfunc, "void(CPointer(int64))")
-def _share(address: Any) -> None:
-    """One thread's share."""
-    _take_parts(address)
 
 
 @compiled("void(CPointer(int64), float32[:, :, ::1])")
@@ -295,12 +307,8 @@ def attend_all(
         own[0], own[1], own[2], own[3] = held[row, 0], held[row, 1], heads, held[row, 3]
         own[4], own[5], own[6], own[7], own[8] = length, parts, items, slots, held[row, 5]
         slots += query_heads * parts
-    pointer = numbers_at(address)
-    if runtime != 0 and positions >= SHARED:
-        run(runtime, work, address, threads)
-    else:
-        _take_parts(pointer)
-    _finish(pointer, out)
+    run(runtime if positions >= SHARED else 0, work, address, threads)
+    _finish(numbers_at(address), out)
 
 
 def place_of(keys: Tensor, values: Tensor, length: int) -> tuple[int, ...]:

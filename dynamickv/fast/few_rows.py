@@ -30,16 +30,16 @@ from dynamickv.fast.microkernel import (
     LANES,
     LONG,
     WORDS,
+    ask_for,
     every,
     function_of,
     load,
-    place_at,
     repeated,
     store,
 )
-from dynamickv.fast.team import floats_at, numbers_at, run, runtime, take
+from dynamickv.fast.team import floats_at, run, runtime, take
 
-MADE_OF = "a4cf57ed8d3e"
+MADE_OF = "1f995b267e74"
 """Digest of the files that this is made of, see kernels.py."""
 FOUR_BYTES, EIGHT_BYTES = 320, 576
 """Of a group of 32 inputs to a block of 16 outputs."""
@@ -50,7 +50,7 @@ EACH = 4
 PLAIN, ADDED, GATED = 0, 1, 2
 """What becomes of products: they are written, added, or silu of the first half times the second."""
 TOLD = 12
-"""Numbers that say what the threads share, as `tell` writes them."""
+"""Numbers that say what the threads share, see `carry_out`."""
 
 
 def block_products(rows: int, instruction: bool | None = None) -> Any:
@@ -100,7 +100,7 @@ def _add_group(
     size = FOUR_BYTES if four else EIGHT_BYTES
     here = builder.add(block, builder.mul(number, ir.Constant(LONG, size)))
     for line in range(0, size, 64):
-        _ask_for(builder, here, AHEAD + line)
+        ask_for(builder, here, AHEAD + line)
     fma = function_of(builder, "llvm.fma.v16f32", FLOATS, FLOATS, FLOATS)
     x = builder.add(x, builder.mul(number, ir.Constant(LONG, 4 * GROUP)))
     sums = builder.add(sums, builder.mul(number, ir.Constant(LONG, 4)))
@@ -163,16 +163,6 @@ def _halves(builder: Any, here: Any, offset: int, native: bool) -> Any:
     return builder.bitcast(builder.or_(builder.bitcast(grown, WORDS), sign), FLOATS)
 
 
-def _ask_for(builder: Any, here: Any, offset: int) -> None:
-    """Ask memory for what will be read; past the end nothing is read."""
-    byte, word = ir.IntType(8), ir.IntType(32)
-    shape = ir.FunctionType(ir.VoidType(), [byte.as_pointer(), word, word, word])
-    prefetch = builder.module.declare_intrinsic("llvm.prefetch", [byte.as_pointer()], shape)
-    # To read, and to keep in all caches but the smallest.
-    how = [ir.Constant(word, number) for number in (0, 2, 1)]
-    builder.call(prefetch, [place_at(builder, here, offset, byte), *how])
-
-
 _one, _two, _four = (block_products(rows) for rows in (1, 2, 4))
 
 
@@ -194,9 +184,32 @@ def _multiply_block(
         _one(x, wide, sums, narrow, block, bits, groups, out, apart)
 
 
-@compiled("void(CPointer(int64))")
-def _take_blocks(address: Any) -> None:
-    """Compute blocks of what `tell` wrote there, as long as there are any."""
+@compiled("void(int64, int64, int64, int64, int64, int64, int64, int64)")
+def _finish_block(
+    kind: Any, rows: Any, own_at: Any, own_apart: Any, other_at: Any, bias: Any, goal_at: Any,
+    goal_apart: Any,
+) -> None:  # fmt: skip
+    """What becomes of a block's products, `other_at` the second half's."""
+    for row in range(rows):
+        own = carray(floats_at(own_at + own_apart * row), (LANES,))
+        goal = carray(floats_at(goal_at + goal_apart * row), (LANES,))
+        if bias != 0:
+            more = carray(floats_at(bias), (LANES,))
+            for i in range(LANES):
+                own[i] += more[i]
+        if kind == ADDED:
+            for i in range(LANES):
+                goal[i] += own[i]
+        if kind == GATED:
+            raised = carray(floats_at(other_at + own_apart * row), (LANES,))
+            for i in range(LANES):
+                silu = own[i] / (np.float32(1) + exp_of(min(-own[i], np.float32(80))))
+                goal[i] = silu * raised[i]
+
+
+@kept_on_disk(cfunc, "void(CPointer(int64))")
+def _share(address: Any) -> None:
+    """One thread's share: blocks of what `carry_out` is told, as long as there are any."""
     told = carray(address, (TOLD,))
     kind, rows, size, items = told[1], told[2], told[3], told[4]
     x, sums, data, bits, bias = told[5], told[6], told[7], told[8], told[9]
@@ -208,34 +221,15 @@ def _take_blocks(address: Any) -> None:
     while first < items:
         for item in range(first, min(first + EACH, items)):
             at = 4 * LANES * item
-            _multiply_block(rows, size, x, sums, data + step * item, bits, products + at, apart)
-            other = products + goal_apart + at
+            own, other = products + at, products + goal_apart + at
+            _multiply_block(rows, size, x, sums, data + step * item, bits, own, apart)
             if kind == GATED:
-                _multiply_block(
-                    rows, size, x, sums, data + step * (items + item), bits, other, apart
-                )
-            for row in range(rows):
-                own = carray(floats_at(products + at + apart * row), (LANES,))
-                goal = carray(floats_at(out + at + goal_apart * row), (LANES,))
-                if bias != 0:
-                    more = carray(floats_at(bias + at), (LANES,))
-                    for i in range(LANES):
-                        own[i] += more[i]
-                if kind == ADDED:
-                    for i in range(LANES):
-                        goal[i] += own[i]
-                if kind == GATED:
-                    raised = carray(floats_at(other + apart * row), (LANES,))
-                    for i in range(LANES):
-                        silu = own[i] / (np.float32(1) + exp_of(min(-own[i], np.float32(80))))
-                        goal[i] = silu * raised[i]
+                second = data + step * (items + item)
+                _multiply_block(rows, size, x, sums, second, bits, other, apart)
+            if kind != PLAIN or bias != 0:
+                more = bias + at if bias != 0 else 0
+                _finish_block(kind, rows, own, apart, other, more, out + at, goal_apart)
         first = take(address) * EACH
-
-
-@kept_on_disk(cfunc, "void(CPointer(int64))")
-def _share(address: Any) -> None:
-    """One thread's share."""
-    _take_blocks(address)
 
 
 WORK: int = _share.address
@@ -263,11 +257,7 @@ def carry_out(told: Array, work: Any, runtime: Any, threads: Any) -> None:
             for i in range(GROUP):
                 total += x[row, group, i]
             sums[row, group] = total
-    address = np.int64(told.ctypes.data)
-    if runtime == 0:
-        _take_blocks(numbers_at(address))
-    else:
-        run(runtime, work, address, threads)
+    run(runtime, work, np.int64(told.ctypes.data), threads)
 
 
 def multiply(

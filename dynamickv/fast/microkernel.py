@@ -49,6 +49,16 @@ def store(builder: Any, number: Any, address: Any, offset: int) -> None:
     stored.align = 2
 
 
+def ask_for(builder: Any, address: Any, offset: int) -> None:
+    """The code that asks memory for what will be read; past the end nothing is read."""
+    byte = ir.IntType(8)
+    shape = ir.FunctionType(ir.VoidType(), [byte.as_pointer(), WORD, WORD, WORD])
+    prefetch = builder.module.declare_intrinsic("llvm.prefetch", [byte.as_pointer()], shape)
+    # To read, and to keep in all caches but the smallest.
+    how = [ir.Constant(WORD, number) for number in (0, 2, 1)]
+    builder.call(prefetch, [place_at(builder, address, offset, byte), *how])
+
+
 def every(number: Any, kind: Any) -> Any:
     """A constant in every lane."""
     return ir.Constant(kind, [number] * LANES)

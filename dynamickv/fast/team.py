@@ -51,15 +51,23 @@ take: Any = intrinsic(_taking)
 
 
 def _running(context: Any, runtime: Any, work: Any, address: Any, threads: Any) -> Any:
-    """OpenMP's call of a function of one address by many threads."""
+    """OpenMP's call of a function of one address by many threads, or one call of it."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         runtime, work, address, threads = arguments
         byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [byte, byte, word, word])
-        start = builder.inttoptr(runtime, kind.as_pointer())
-        pointers = [builder.inttoptr(one, byte) for one in (work, address)]
-        builder.call(start, [*pointers, builder.trunc(threads, word), ir.Constant(word, 0)])
+        many = ir.FunctionType(ir.VoidType(), [byte, byte, word, word])
+        one = ir.FunctionType(ir.VoidType(), [byte])
+        told = builder.inttoptr(address, byte)
+        alone = builder.icmp_signed("==", runtime, ir.Constant(runtime.type, 0))
+        with builder.if_else(alone) as (itself, others):
+            with itself:
+                builder.call(builder.inttoptr(work, one.as_pointer()), [told])
+            with others:
+                start = builder.inttoptr(runtime, many.as_pointer())
+                count = builder.trunc(threads, word)
+                function = builder.inttoptr(work, byte)
+                builder.call(start, [function, told, count, ir.Constant(word, 0)])
         return context.get_dummy_value()
 
     return types.void(runtime, work, address, threads), code
@@ -67,7 +75,8 @@ def _running(context: Any, runtime: Any, work: Any, address: Any, threads: Any) 
 
 run: Any = intrinsic(_running)
 """`share` for compiled functions: called with the two numbers of `runtime` around those of what the
-threads do, the function's and what it is told."""
+threads do, the function's and what it is told. Called by its address, a function is not compiled
+once more into each that calls it."""
 
 
 def runtime() -> tuple[int, int]:

@@ -120,7 +120,8 @@ def test_powers_of_two_are_right_to_a_twentieth_of_a_rounding() -> None:
     assert torch.equal(found[-254:], torch.exp2(x[-254:]))
 
 
-HEADS = [(3, 3, 64), (1, 4, 32), (4, 1, 80)]
+HEADS = [(3, 3, 64), (1, 4, 32), (4, 1, 80), (2, 2, 16), (1, 7, 128), (2, 5, 24), (1, 9, 96)]
+"""KV heads, queries for each, and their size: whole registers and not, in fours and not."""
 
 
 def held_of(length: int, heads: int, group: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -147,7 +148,7 @@ def attention_of(query: Tensor, keys: Tensor, values: Tensor, length: int) -> Te
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("threads", [1, 2, 5])
-@pytest.mark.parametrize("length", [1, 7, 8, 129, 511, 512, 1501])
+@pytest.mark.parametrize("length", [1, 15, 16, 129, 511, 512, 1501])
 @pytest.mark.parametrize(("heads", "group", "dim"), HEADS)
 def test_attend_is_attention_to_what_is_held(
     length: int,
@@ -163,7 +164,7 @@ def test_attend_is_attention_to_what_is_held(
     keys, values = keys.to(dtype), values.to(dtype)
     out = attended_by_us(query, keys, values, length, 0.3)
     expected = attention_of(query, keys.float(), values.float(), length)
-    torch.testing.assert_close(out, expected, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(out, expected, rtol=2e-5, atol=5e-5)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -183,7 +184,7 @@ def test_each_row_attends_to_its_own_cache(threads: int, monkeypatch: pytest.Mon
     attention.attend(asked, held, 0.3, out)
     for row, (keys, values, length) in enumerate(held):
         expected = attention_of(queries[row], keys.float(), values.float(), length)
-        torch.testing.assert_close(out[row].flatten(), expected, rtol=2e-5, atol=2e-5)
+        torch.testing.assert_close(out[row].flatten(), expected, rtol=2e-5, atol=5e-5)
 
 
 def test_attend_takes_one_thread_where_torch_has_another_runtime(
@@ -193,7 +194,7 @@ def test_attend_takes_one_thread_where_torch_has_another_runtime(
     several = attended_by_us(query, keys, values, 1501, 0.3)
     monkeypatch.setattr(team, "openmp", lambda: None)
     alone = attended_by_us(query, keys, values, 1501, 0.3)
-    torch.testing.assert_close(alone, several, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(alone, several, rtol=2e-5, atol=5e-5)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="torch has another runtime there")
@@ -241,7 +242,7 @@ def test_several_callers_attend_at_once() -> None:
         expected = attention_of(*asked[number], length)
         for _ in range(20):
             out = attended_by_us(*asked[number], length, 0.3)
-            torch.testing.assert_close(out, expected, rtol=2e-5, atol=2e-5)
+            torch.testing.assert_close(out, expected, rtol=2e-5, atol=5e-5)
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(attended, range(4)))
