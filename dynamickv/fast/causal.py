@@ -167,9 +167,9 @@ def _attend_part(told: Array, head: int, first: int, last: int, room: Array) -> 
     _hand_over(told, head, first, last, sums, lanes)
 
 
-@compiled("void(CPointer(int64))")
-def _take_parts(address: Any) -> None:
-    """Compute parts of what `attend` wrote there, as long as there are any."""
+@kept_on_disk(cfunc, "void(CPointer(int64))")
+def _share(address: Any) -> None:
+    """One thread's share: parts of what `attend` wrote there, as long as there are any."""
     told = carray(address, (TOLD,))
     heads, rows, size = told[2], told[3], told[18]
     thread = take(numbers_at(np.int64(told.ctypes.data) + 8))
@@ -181,12 +181,6 @@ def _take_parts(address: Any) -> None:
         first = (parts - 1 - item // heads) * PART
         _attend_part(told, item % heads, first, min(first + PART, rows), room)
         item = take(address)
-
-
-@kept_on_disk(cfunc, "void(CPointer(int64))")
-def _share(address: Any) -> None:
-    """One thread's share."""
-    _take_parts(address)
 
 
 class Held:
