@@ -14,14 +14,12 @@ LANES = 16
 """Outputs of a block: numbers in a register."""
 GROUP = 32
 """Neighbouring weights of a row that share a scale and a least weight: GGUF's blocks."""
+HALF = GROUP // 2
+"""Of them, those that share a scale in Q6_K."""
 FOUR, EIGHT = 4, 8
 """Bits that a weight takes here."""
-BETWEEN = {FOUR: 15, EIGHT: 31}
-"""Steps between the least and the greatest code of Q4_0, Q4_1 and Q4_K, and of Q5_1 and Q5_K."""
-AROUND = 127, 16
-"""Steps from 0 to the weight of a block that is farthest from it, of Q8_0 and of Q5_0."""
-SAMPLE = 64
-"""Groups that tell most other formats apart."""
+SAMPLE, TOGETHER = 64, 2**14
+"""Groups that tell most formats apart, and those that are looked at while they are in the cache."""
 OFF_LEVEL = 1 / 64
 """How far from a level, in steps, a weight that had a code can lie: float32 rounds little."""
 OFF_SCALE = 2.0**-11
@@ -33,9 +31,10 @@ class Coded:
     """A matrix as codes: weight = code * scale + least."""
 
     data: Tensor
-    """(outputs // 16, inputs // 32, bytes) uint8: of a group of 16 outputs the codes, then the
-    scales and the least weights as float16. Four bits lie as (4, 16) words of eight inputs, the
-    first lowest; eight, with a sign, as (32, 16) bytes."""
+    """(outputs // 16, inputs // 32, bytes) uint8: of a group of 16 outputs the codes, then as
+    float16 the scales and the least weights. Four bits lie as (4, 16) words of eight inputs, the
+    first lowest; eight, with a sign, as (32, 16) bytes, and there the scales of the group's first
+    half come before those of its second."""
     bits: int
     outputs: int
     inputs: int
@@ -48,11 +47,11 @@ class Coded:
 
 def coded(*weights: Tensor) -> Coded | None:
     """Float32 matrices of one input, (outputs, inputs) each, as one in the codes that they were
-    computed from, where they were.
+    computed from, where they were; each on its own, so that formats may be mixed.
 
-    Q4_0, Q4_1 and Q4_K give every block of 32 weights in a row sixteen levels at most, equally far
-    from each other, the formats of five bits thirty-two, Q8_0 127 on each side of 0; so they can be
-    found again. Of Q6_K, whose blocks have sixteen weights, they are not.
+    GGUF's formats of four and five bits give every block of 32 weights in a row 16 or 32 levels at
+    most, equally far from each other, Q8_0 127 on each side of 0, Q6_K 32 for every 16 weights; so
+    they can be found again.
 
     Returns:
         None where weights have other levels, or a shape is no multiple of a block.
@@ -71,56 +70,86 @@ def coded(*weights: Tensor) -> Coded | None:
     return Coded(data[0] if len(data) == 1 else torch.cat(data), bits, outputs, inputs)
 
 
-class _Found(NamedTuple):
-    """Codes, (groups, 32) int32, scales and least weights, (groups, 1), and bits of a code."""
+class _Levels(NamedTuple):
+    """Codes, (groups, size) int32, and scales and least weights, (groups, 1), of groups."""
 
     codes: Tensor
     scale: Tensor
+    least: Tensor
+
+
+class _Found(NamedTuple):
+    """Codes, (groups, 32) int8, scales of both halves, (groups, 2), least weights, (groups, 1), and
+    bits of a code."""
+
+    codes: Tensor
+    scales: Tensor
     least: Tensor
     bits: int
 
 
 def _found(groups: Tensor) -> _Found | None:
     """The codes of (groups, 32) weights."""
-    around = [(EIGHT, partial(_around, steps=steps)) for steps in AROUND]
-    four, eight = ((bits, partial(_between, steps=steps)) for bits, steps in BETWEEN.items())
-    for bits, find in (four, *around, eight):
-        if find(groups[:SAMPLE]) is None:
+    for bits, size, find in (
+        (FOUR, GROUP, partial(_between, steps=15)),  # Q4_0, Q4_1, Q4_K
+        (EIGHT, GROUP, partial(_around, most=127, least=127)),  # Q8_0
+        (EIGHT, GROUP, partial(_around, most=16, least=16)),  # Q5_0
+        (EIGHT, HALF, partial(_around, most=32, least=1)),  # Q6_K
+        (EIGHT, GROUP, partial(_between, steps=31)),  # Q5_1, Q5_K
+    ):
+        if find(groups[:SAMPLE].reshape(-1, size)) is None:
             continue
-        found = find(groups)
-        if found is not None and all(_fits(part) for part in found[1:]):
-            return _Found(*found, bits)
+        parts = []
+        for some in torch.split(groups, TOGETHER):
+            levels = find(some.reshape(-1, size))
+            if levels is None or not (_fits(levels.scale) and _fits(levels.least)):
+                break
+            scales = levels.scale.view(-1, GROUP // size).expand(-1, 2)
+            least = levels.least.view(-1, GROUP // size)[:, :1]
+            parts.append((levels.codes.view(-1, GROUP).to(torch.int8), scales, least))
+        else:
+            codes, scales, least = (torch.cat(part) for part in zip(*parts, strict=True))
+            return _Found(codes, scales, least, bits)
     return None
 
 
-def _between(groups: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Codes from 0 to `steps`, (groups, 32) int32, scale and least weight of every group, (groups,
-    1); None where a group has no such levels."""
+def _between(groups: Tensor, steps: int) -> _Levels | None:
+    """Codes from 0 to `steps`; None where a group has no such levels."""
     least, most = torch.aminmax(groups, dim=-1, keepdim=True)
-    scale = (most - least) / steps
-    codes, on = _nearest(groups, least, scale)
-    left = (~on).nonzero()[:, 0]
     # Nearly every group uses the first or the last level, and most of them both.
-    for fewer in range(steps - 1, 0, -1):
+    found = _first_fit(groups, least, most - least, range(steps, 0, -1))
+    return None if found is None else _Levels(*found, least)
+
+
+def _around(groups: Tensor, most: int, least: int) -> _Levels | None:
+    """Codes from -most to most, of which every group has one that is `least` at least from 0."""
+    reach = groups.abs().amax(dim=-1, keepdim=True)
+    zero = torch.zeros_like(reach)
+    found = _first_fit(groups, zero, reach, range(most, least - 1, -1))
+    return None if found is None else _Levels(*found, zero)
+
+
+def _first_fit(
+    groups: Tensor, start: Tensor, reach: Tensor, counts: range
+) -> tuple[Tensor, Tensor] | None:
+    """Codes and scales for the first of these numbers of steps across a group's reach that puts all
+    its weights on a level."""
+    scale = reach / counts[0]
+    codes, on = _nearest(groups, start, scale)
+    left = (~on).nonzero()[:, 0]
+    for count in counts[1:]:
         if len(left) == 0:
             break
-        size = (most[left] - least[left]) / fewer
-        near, on = _nearest(groups[left], least[left], size)
+        size = reach[left] / count
+        near, on = _nearest(groups[left], start[left], size)
         codes[left[on]], scale[left[on]] = near[on], size[on]
         left = left[~on]
-    return None if len(left) else (codes, scale, least)
+    return None if len(left) else (codes, scale)
 
 
-def _around(groups: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor] | None:
-    """As `_between`, for codes from -steps to steps."""
-    scale = groups.abs().amax(dim=-1, keepdim=True) / steps
-    codes, on = _nearest(groups, torch.zeros_like(scale), scale)
-    return (codes, scale, torch.zeros_like(scale)) if bool(on.all()) else None
-
-
-def _nearest(groups: Tensor, least: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+def _nearest(groups: Tensor, start: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
     """Each weight's nearest level, int32, and for each group whether all weights lie on theirs."""
-    places = (groups - least).div_(size.clamp_min(torch.finfo(torch.float32).tiny))
+    places = (groups - start).div_(size.clamp_min(torch.finfo(torch.float32).tiny))
     near = places.round()
     off = places.sub_(near).abs_().amax(dim=-1)
     return near.to(torch.int32), off <= OFF_LEVEL
@@ -134,17 +163,23 @@ def _fits(numbers: Tensor) -> bool:
 
 def _laid_out(found: _Found, bits: int, outputs: int) -> Tensor:
     """`Coded.data` of as many bits."""
-    codes, scale, least, _ = found
     blocks = outputs // LANES
-    scales = torch.stack([scale.view(outputs, -1), least.view(outputs, -1)])
-    # (2, blocks, lanes, groups) as (blocks, groups, 2, lanes).
-    scales = scales.half().view(2, blocks, LANES, -1).permute(1, 3, 0, 2).contiguous()
+    codes = found.codes.view(blocks, LANES, -1, GROUP)
     if bits == FOUR:
-        words = codes.view(blocks, LANES, -1, GROUP // 8, 8)
-        shifts = torch.arange(0, 32, FOUR, dtype=torch.int32)
-        packed = (words << shifts).sum(-1, dtype=torch.int32)
+        # Two in a byte, the first lowest, and so eight in a word.
+        pairs = codes.view(torch.uint8).view(blocks, LANES, -1, GROUP // 2, 2)
+        words = (pairs[..., 0] | pairs[..., 1] << FOUR).view(torch.int32)
+        packed = words.permute(0, 2, 3, 1).contiguous()
+        scales = found.scales[:, :1]
     else:
-        packed = codes.view(blocks, LANES, -1, GROUP).to(torch.int8)
-    packed = packed.permute(0, 2, 3, 1).contiguous()
-    parts = [part.view(torch.uint8).view(blocks, scales.shape[1], -1) for part in (packed, scales)]
+        packed = codes.permute(0, 2, 3, 1).contiguous()
+        scales = found.scales
+    # (blocks, lanes, groups, 2 or 3) as (blocks, groups, 2 or 3, lanes).
+    numbers = (
+        torch.cat([scales, found.least], dim=-1).half().view(blocks, LANES, -1, 1 + scales.shape[1])
+    )
+    numbers = numbers.permute(0, 2, 3, 1).contiguous()
+    parts = [
+        part.view(torch.uint8).view(blocks, numbers.shape[1], -1) for part in (packed, numbers)
+    ]
     return torch.cat(parts, dim=-1)

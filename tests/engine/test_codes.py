@@ -7,7 +7,7 @@ import torch
 from gguf import GGMLQuantizationType as Format
 from gguf import quants
 
-from dynamickv.fast.codes import Coded, coded
+from dynamickv.fast.codes import TOGETHER, Coded, coded
 
 
 def weights(outputs: int = 64, inputs: int = 256) -> torch.Tensor:
@@ -33,7 +33,8 @@ def of_super_blocks(bits: int, outputs: int = 32, inputs: int = 512) -> torch.Te
 def rebuilt(weight: Coded) -> torch.Tensor:
     """The weights that codes stand for, from their bytes."""
     blocks, groups, _ = weight.data.shape
-    data, scales = weight.data[..., :-64], weight.data[..., -64:].contiguous()
+    numbers = 2 if weight.bits == 4 else 3
+    data, scales = weight.data[..., : -32 * numbers], weight.data[..., -32 * numbers :].contiguous()
     if weight.bits == 4:
         # Eight inputs of an output in four bytes, the first in the lowest bits.
         pairs = data.reshape(blocks, groups, 4, 16, 4)
@@ -42,8 +43,11 @@ def rebuilt(weight: Coded) -> torch.Tensor:
     else:
         signed = data.contiguous().view(torch.int8).view(blocks, groups, 32, 16)
         codes = signed.permute(0, 3, 1, 2).float()
-    scale, least = scales.view(torch.float16).float().view(blocks, groups, 2, 16).unbind(2)
-    whole = codes * scale.transpose(1, 2)[..., None] + least.transpose(1, 2)[..., None]
+    *scale, least = scales.view(torch.float16).float().view(blocks, groups, numbers, 16).unbind(2)
+    halves = (
+        torch.stack([scale[0], scale[-1]], dim=-1).transpose(1, 2).repeat_interleave(16, dim=-1)
+    )
+    whole = codes * halves + least.transpose(1, 2)[..., None]
     return whole.reshape(weight.outputs, weight.inputs)
 
 
@@ -65,6 +69,23 @@ def test_weights_of_a_file_are_found_again(kind: Format, bits: int) -> None:
     # Q4_0 has no least weight but a least code: seven times a float16 is not always one.
     rounding = 2.0**-11 * 7 * 0.5 if kind == Format.Q4_0 else 1e-7
     torch.testing.assert_close(rebuilt(found), weight, atol=rounding, rtol=1e-6)
+
+
+def of_six_bits(outputs: int = 32, inputs: int = 512) -> torch.Tensor:
+    """Weights as Q6_K holds them: per 256 a scale, per 16 eight bits of it."""
+    made = torch.Generator().manual_seed(2)
+    blocks = (outputs, inputs // 256, 16, 16)
+    codes = torch.randint(-32, 32, blocks, generator=made)
+    scale = torch.randint(-128, 128, (*blocks[:3], 1), generator=made) * 0.0007
+    return (codes * scale).float().view(outputs, inputs)
+
+
+def test_weights_whose_halves_have_scales_of_their_own_are_found_again() -> None:
+    weight = of_six_bits()
+    found = coded(weight)
+    assert found is not None
+    assert found.bits == 8
+    torch.testing.assert_close(rebuilt(found), weight, atol=0, rtol=2.0**-11)
 
 
 @pytest.mark.parametrize("bits", [4, 5])
@@ -105,24 +126,33 @@ def test_scales_beyond_float16_have_none(size: float) -> None:
     assert coded(quantized(Format.Q4_1, weights()) * size) is None
 
 
+def test_more_weights_than_are_looked_at_together_are_found_again() -> None:
+    weight = quantized(Format.Q4_1, weights(2048, 320))
+    assert weight.numel() > 32 * TOGETHER
+    found = coded(weight)
+    assert found is not None
+    torch.testing.assert_close(rebuilt(found), weight, atol=1e-7, rtol=1e-6)
+
+
 @pytest.mark.parametrize("shape", [(24, 64), (32, 48)])
 def test_shapes_that_are_no_blocks_have_none(shape: tuple[int, int]) -> None:
     assert coded(torch.zeros(shape)) is None
 
 
-def test_bytes_are_five_and_nine_bits_a_weight() -> None:
-    for kind, bits in ((Format.Q4_1, 5), (Format.Q8_0, 9)):
+def test_bytes_are_five_and_nine_and_a_half_bits_a_weight() -> None:
+    for kind, bits in ((Format.Q4_1, 5), (Format.Q8_0, 9.5)):
         found = coded(quantized(kind, weights()))
         assert found is not None
-        assert found.nbytes == 64 * 256 * bits // 8
+        assert found.nbytes == 64 * 256 * bits / 8
 
 
 def test_matrices_of_several_formats_are_one_of_the_widest() -> None:
     parts = [quantized(kind, weights(16)) for kind in (Format.Q4_1, Format.Q8_0, Format.Q5_1)]
+    parts.append(of_six_bits(16, 256))
     found = coded(*parts)
     assert found is not None
-    assert (found.bits, found.outputs, found.inputs) == (8, 48, 256)
-    torch.testing.assert_close(rebuilt(found), torch.cat(parts), atol=1e-7, rtol=1e-6)
+    assert (found.bits, found.outputs, found.inputs) == (8, 64, 256)
+    torch.testing.assert_close(rebuilt(found), torch.cat(parts), atol=1e-7, rtol=2.0**-11)
     assert coded(parts[0], weights(16)) is None
     alike = coded(parts[0], parts[0])
     assert alike is not None

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dynamickv.fast import codes
 from dynamickv.fast.codes import coded
-from tests.engine.test_codes import quantized, rebuilt, weights
+from tests.engine.test_codes import of_six_bits, quantized, rebuilt, weights
 
 few_rows = pytest.importorskip("dynamickv.fast.few_rows", reason="needs numba")
 microkernel = pytest.importorskip("dynamickv.fast.microkernel", reason="needs numba")
@@ -50,6 +50,15 @@ def test_products_are_those_with_the_file_s_weights(
 
 
 @pytest.mark.parametrize("rows", ROWS)
+def test_halves_of_a_group_have_scales_of_their_own(rows: int) -> None:
+    weight = of_six_bits(32, 256)
+    found = coded(weight)
+    assert found is not None
+    x = random(rows, 256)
+    assert close(few_rows.multiply(x, found), x.double() @ rebuilt(found).double().T)
+
+
+@pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_first_half_gates_the_second(kind: Format, rows: int) -> None:
     weight = quantized(kind, weights(16 * 18, 64)) * 4
@@ -78,10 +87,11 @@ def test_cpus_without_the_instruction_compute_the_same(
 
     found = coded(quantized(kind, weights(16, 64)))
     assert found is not None
-    # Scales of every size that float16 has, its least ones among them, and of both signs.
+    # Numbers of every size that float16 has, its least ones among them, and of both signs.
     sizes = torch.tensor([(-1) ** i * 1.37 * 2.0 ** (15 - 2.6 * i) for i in range(16)])
-    found.data[0, 0, -64:-32] = sizes.half().view(torch.uint8)
-    found.data[0, 0, -32:] = sizes.flip(0).half().view(torch.uint8)
+    for place in range(2 if found.bits == 4 else 3):
+        first = found.data.shape[2] - 32 * (place + 1)
+        found.data[0, 0, first : first + 32] = sizes.roll(5 * place).half().view(torch.uint8)
     weight = rebuilt(found)
     assert weight.isfinite().all()
     x, out = random(rows, 64), torch.empty(rows, 16)
