@@ -18,7 +18,7 @@ HALF = GROUP // 2
 """Of them, those that share a scale in Q6_K."""
 FOUR, EIGHT = 4, 8
 """Bits that a weight takes here."""
-SAMPLE, TOGETHER = 64, 2**14
+SAMPLE, TOGETHER = 64, 2**16
 """Groups that tell most formats apart, and those that are looked at while they are in the cache."""
 OFF_LEVEL = 1 / 64
 """How far from a level, in steps, a weight that had a code can lie: float32 rounds little."""

@@ -40,7 +40,7 @@ from dynamickv.fast.microkernel import (
 )
 from dynamickv.fast.team import floats_at, run, runtime, take
 
-MADE_OF = "aff02d62af88"
+MADE_OF = "3d80b0822f47"
 """Digest of the files that this is made of, see kernels.py."""
 FOUR_BYTES, EIGHT_BYTES = 320, 608
 """Of a group of 32 inputs to a block of 16 outputs."""
@@ -135,6 +135,7 @@ def _add_group(
 
 
 def _sum(builder: Any, numbers: Sequence[Any]) -> Any:
+    """The code for a sum of registers."""
     total, *more = numbers
     for number in more:
         total = builder.fadd(total, number)
@@ -275,48 +276,42 @@ def carry_out(told: Array, work: Any, runtime: Any, threads: Any) -> None:
     run(runtime, work, np.int64(told.ctypes.data), threads)
 
 
-def multiply(
-    x: Tensor, weight: Coded, bias: Tensor | None = None, residual: Tensor | None = None
-) -> Tensor:
+def multiply(x: Tensor, weight: Coded, bias: Tensor | None = None) -> Tensor:
     """Rows times a matrix, (rows, outputs) float32.
 
     Args:
         x: (rows, inputs) float32.
         bias: (outputs,) float32.
-        residual: (rows, outputs) float32 and contiguous, to which the products are added.
 
     Raises:
         TypeError: other numbers.
         ValueError: a shape that does not fit.
     """
-    kind = PLAIN if residual is None else ADDED
-    out = torch.empty(len(x), weight.outputs) if residual is None else residual
-    return _carried_out(x, weight, kind, out, bias)
+    return _carried_out(x, weight, PLAIN, bias)
 
 
 def gated(x: Tensor, weight: Coded) -> Tensor:
     """silu of the first half of the outputs times the second half, (rows, outputs // 2) float32, as
     `multiply`; the outputs must be a multiple of 32."""
-    return _carried_out(x, weight, GATED, torch.empty(len(x), weight.outputs // 2), None)
+    return _carried_out(x, weight, GATED, None)
 
 
-def _carried_out(x: Tensor, weight: Coded, kind: int, out: Tensor, bias: Tensor | None) -> Tensor:
-    # The threads are told addresses alone.
-    for one in (x, out) if bias is None else (x, out, bias):
-        if one.dtype != torch.float32:
-            raise TypeError(f"rows, bias and residual must be float32, got {one.dtype}")
-    if not out.is_contiguous():
-        raise TypeError("the residual must be contiguous")
+def _carried_out(x: Tensor, weight: Coded, kind: int, bias: Tensor | None) -> Tensor:
     rows, size = x.shape
     outputs = weight.outputs // 2 if kind == GATED else weight.outputs
-    fits = size == weight.inputs and out.shape == (rows, outputs) and outputs % LANES == 0
-    if not fits or (bias is not None and bias.shape != (outputs,)):
+    # The threads are told addresses alone.
+    for one in (x,) if bias is None else (x, bias):
+        if one.dtype != torch.float32:
+            raise TypeError(f"rows and bias must be float32, got {one.dtype}")
+    if size != weight.inputs or outputs % LANES:
         raise ValueError(
-            f"{tuple(x.shape)} times ({weight.outputs}, {weight.inputs}) is no {tuple(out.shape)}"
+            f"{tuple(x.shape)} does not fit ({weight.outputs}, {weight.inputs}), or its halves"
         )
+    if bias is not None and bias.shape != (outputs,):
+        raise ValueError(f"a bias {tuple(bias.shape)} does not fit {outputs} outputs")
     x = x.contiguous()
     bias = None if bias is None else bias.contiguous()
-    sums = torch.empty(rows, size // GROUP)
+    out, sums = torch.empty(rows, outputs), torch.empty(rows, size // GROUP)
     products = out if kind == PLAIN else torch.empty(rows, weight.outputs)
     told = [
         0, kind, rows, size, outputs // LANES, x.data_ptr(), sums.data_ptr(),

@@ -24,7 +24,8 @@ from dynamickv.record.trace import Scores, Trace
 from tests.app.synthetic import synthetic_trace
 
 LEFT = re.compile(
-    "console: (AbortError: signal is aborted|Unexpected error (Connection errored|404: Not Found))"
+    "console: (AbortError: (signal is|BodyStreamBuffer was) aborted|"
+    "Unexpected error (Connection errored|404: Not Found))"
 )
 LOCAL = re.compile(r"(https?|wss?)://(127\.0\.0\.1|localhost)[:/]|data:|blob:")
 HOSTILE = (

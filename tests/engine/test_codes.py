@@ -127,7 +127,7 @@ def test_scales_beyond_float16_have_none(size: float) -> None:
 
 
 def test_more_weights_than_are_looked_at_together_are_found_again() -> None:
-    weight = quantized(Format.Q4_1, weights(2048, 320))
+    weight = quantized(Format.Q4_1, weights(8192, 320))
     assert weight.numel() > 32 * TOGETHER
     found = coded(weight)
     assert found is not None

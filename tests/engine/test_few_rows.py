@@ -116,11 +116,11 @@ def test_threads_are_not_let_at_what_does_not_fit() -> None:
         few_rows.multiply(random(1, 64).bfloat16(), found)
     with pytest.raises(TypeError, match="must be float32"):
         few_rows.multiply(random(1, 64), found, random(48).double())
-    with pytest.raises(ValueError, match=r"\(1, 32\) times \(48, 64\)"):
+    with pytest.raises(ValueError, match=r"\(1, 32\) does not fit \(48, 64\)"):
         few_rows.multiply(random(1, 32), found)
-    with pytest.raises(ValueError, match="is no"):
+    with pytest.raises(ValueError, match=r"bias \(32,\)"):
         few_rows.multiply(random(1, 64), found, random(32))
-    with pytest.raises(ValueError, match=r"is no \(1, 24\)"):
+    with pytest.raises(ValueError, match="or its halves"):
         few_rows.gated(random(1, 64), found)
 
 
