@@ -126,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
         "--precision",
         default="auto",
         metavar="|".join(PRECISIONS),
-        help="of products on a CPU: fast rounds them as bfloat16",
+        help="of products on a CPU: fast rounds a prompt's as bfloat16",
     )
     compare.add_argument(
         "--expected", default="", metavar="TEXT", help="looked for in the document and the answers"

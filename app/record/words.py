@@ -117,7 +117,10 @@ def circumstances(trace: Trace) -> str:
     """On what a record was made, in words: model, number format, device and versions."""
     model = trace.model
     names = [shortened(name) for name in (model.revision, model.dtype, model.device)]
-    products = {"exact": ", exact products", "fast": ", fast products (rounded as bfloat16)"}
+    products = {
+        "exact": ", exact products",
+        "fast": ", fast products (a prompt's rounded as bfloat16)",
+    }
     return (
         f"{model.name}, revision {names[0]}, {names[1]} on {names[2]}"
         f"{products.get(model.precision, '')}, "

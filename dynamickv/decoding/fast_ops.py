@@ -52,7 +52,7 @@ class FastOps(CpuOps):
         return self._weights.gated(x, gate, up)
 
     def speak(self, x: Tensor, norm: Any, head: nn.Linear) -> Tensor:
-        """The likeliest tokens' unrounded."""
+        """At least the likeliest tokens' unrounded."""
         normal = F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
         return self._weights.logits(normal, head)
 

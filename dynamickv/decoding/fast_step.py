@@ -35,16 +35,20 @@ class FastStep:
         self._scaling: float = first.self_attn.scaling
         self._inner: int = first.mlp.down_proj.in_features
         # What the addresses belong to stays for as long as they are used.
-        self._kept: list[Any] = [packed]
+        self._kept: list[Any] = []
         self._layers = np.array([self._addresses(one, packed) for one in model.model.layers])
         attn = first.self_attn
         self._width = sum(one.out_features for one in (attn.q_proj, attn.k_proj, attn.v_proj))
 
     @staticmethod
     def takes(llm: LoadedModel, packed: PackedWeights) -> bool:
-        """Whether every layer's weights are codes."""
+        """Whether every layer's weights are codes, and all layers alike in shapes and numbers."""
+        model: Any = llm.model
         *layers, _ = linears_of(llm)
-        return all(packed.of(*linears).narrow is not None for linears in layers)
+        coded = all(packed.of(*linears).narrow is not None for linears in layers)
+        kinds = {_kind(layer) for layer in model.model.layers}
+        epsilons = {model.model.norm.variance_epsilon}.union(*(kind[0] for kind in kinds))
+        return coded and len(kinds) == 1 and len(epsilons) == 1
 
     def __call__(
         self, x: Tensor, rotation: Rotation, stores: Sequence[Sequence[KVLayer]]
@@ -55,9 +59,14 @@ class FastStep:
         held = [[_slot(layer) for layer in store] for store in stores]
         cos, sin = (turn[:, 0].contiguous().numpy() for turn in rotation)
         x = x.contiguous()
-        works = np.array([few_rows.WORK, attention.WORK, *runtime()], np.int64)
+        places, (start, threads) = np.array(held, np.int64), runtime()
+        query_heads, dim = self._heads
+        sizes = *x.shape, self._width, query_heads * dim, self._inner
+        room = np.empty(step.room_for(*sizes), np.float32)
+        attending = np.empty(attention.room_for(places, query_heads, dim, threads), np.int64)
+        works = np.array([few_rows.WORK, attention.WORK, start, threads], np.int64)
         step.through(
-            self._layers, np.array(held, np.int64), x.numpy(), cos, sin, asked.numpy(),
+            self._layers, places, x.numpy(), cos, sin, asked.numpy(), room, attending,
             self._width, self._inner, self._eps, np.float32(self._scaling), works,
         )  # fmt: skip
         if seen:
@@ -84,6 +93,7 @@ class FastStep:
         """Addresses and bits of projections of one input."""
         weight = packed.of(*linears)
         assert weight.narrow is not None
+        self._kept.append(weight.narrow)
         bias = 0 if weight.bias is None else self._address(weight.bias)
         return [weight.narrow.data.data_ptr(), weight.narrow.bits, bias]
 
@@ -91,6 +101,16 @@ class FastStep:
         weight = weight.detach().contiguous()
         self._kept.append(weight)
         return weight.data_ptr()
+
+
+def _kind(layer: Any) -> tuple[frozenset[float], tuple[Any, ...]]:
+    """The epsilons of a layer's norms, and its factor and shapes."""
+    attn, mlp = layer.self_attn, layer.mlp
+    norms = [layer.input_layernorm, layer.post_attention_layernorm]
+    norms += [getattr(attn, name) for name in ("q_norm", "k_norm") if hasattr(attn, name)]
+    linears = attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj, mlp.down_proj
+    shapes = tuple((one.in_features, one.out_features) for one in linears)
+    return frozenset(norm.variance_epsilon for norm in norms), (attn.scaling, len(norms), shapes)
 
 
 def _slot(layer: KVLayer) -> tuple[int, ...]:

@@ -55,7 +55,7 @@ def add_commands(commands: Any, read_text: Callable[[str], str]) -> None:
             "--precision",
             default="auto",
             metavar="|".join(PRECISIONS),
-            help="of products on a CPU: fast rounds them as bfloat16",
+            help="of products on a CPU: fast rounds a prompt's as bfloat16",
         )
         add(parser)
 

@@ -271,44 +271,50 @@ WORK: int = _share.address
 """Of the function that threads share."""
 
 
-@compiled(f"void({TABLE}, float32[:, :, ::1], float32, float32[:, :, ::1], int64, int64, int64)")
+@compiled(
+    f"void({TABLE}, float32[:, :, ::1], float32, float32[:, :, ::1], int64[::1], "
+    "int64, int64, int64)"
+)
 def attend_all(
-    held: Array, query: Array, scaling: Any, out: Array, work: Any, runtime: Any, threads: Any
-) -> None:
+    held: Array, query: Array, scaling: Any, out: Array, room: Array,
+    work: Any, runtime: Any, threads: Any,
+) -> None:  # fmt: skip
     """Attention of a token for each cache.
 
     Args:
         held: (rows, 6) int64, as `kernels.place` takes it: positions up to the slot count.
         query: (rows, query_heads, head_dim).
         out: in the shape of the queries, written.
+        room: as many numbers as `room_for` says, written over. It is the caller's: numba gives an
+            array back after its last mention, and the threads know its address alone.
         work: `WORK`; runtime and threads as for `team.run`.
     """
     rows, query_heads, dim = query.shape
+    address = np.int64(room.ctypes.data)
     positions = items = slots = 0
     for row in range(rows):
         heads, length = held[row, 2], held[row, 4] + 1
         parts = threads * -(-PARTS // heads) if length >= SHARED else 1
         positions += length
         items += heads * parts
-        slots += query_heads * parts
-    # In one piece: what is told, and behind it what the threads write.
-    room = TOLD + rows * COLUMNS + slots * (dim + 2 + BLOCK) // 2 + 1
-    told = np.empty(room, np.int64)
-    address = np.int64(told.ctypes.data)
-    told[0], told[1], told[2], told[3], told[4] = 0, rows, query_heads, dim, items
-    told[5], told[6] = slots, bits_of(scaling)
-    told[7], told[8] = np.int64(query.ctypes.data), address + 8 * TOLD
-    items = slots = 0
-    for row in range(rows):
-        heads, length = held[row, 2], held[row, 4] + 1
-        parts = threads * -(-PARTS // heads) if length >= SHARED else 1
-        items += heads * parts
-        own = told[TOLD + row * COLUMNS : TOLD + (row + 1) * COLUMNS]
+        own = room[TOLD + row * COLUMNS : TOLD + (row + 1) * COLUMNS]
         own[0], own[1], own[2], own[3] = held[row, 0], held[row, 1], heads, held[row, 3]
         own[4], own[5], own[6], own[7], own[8] = length, parts, items, slots, held[row, 5]
         slots += query_heads * parts
+    room[0], room[1], room[2], room[3], room[4] = 0, rows, query_heads, dim, items
+    room[5], room[6] = slots, bits_of(scaling)
+    room[7], room[8] = np.int64(query.ctypes.data), address + 8 * TOLD
     run(runtime if positions >= SHARED else 0, work, address, threads)
     _finish(numbers_at(address), out)
+
+
+def room_for(held: Array, query_heads: int, dim: int, threads: int) -> int:
+    """Numbers that `attend_all` writes over, for the greatest of several tables, (..., rows, 6)."""
+    heads, lengths = held[..., 2], held[..., 4] + 1
+    parts = np.where(lengths >= SHARED, threads * -(-PARTS // heads), 1)
+    slots = query_heads * int(parts.sum(axis=-1).max())
+    rows: int = held.shape[-2]
+    return TOLD + rows * COLUMNS + slots * (dim + 2 + BLOCK) // 2 + 1
 
 
 def place_of(keys: Tensor, values: Tensor, length: int) -> tuple[int, ...]:
@@ -363,6 +369,12 @@ def attend(
             raise ValueError(
                 f"{query_heads} queries of {dim} cannot attend to keys {tuple(keys.shape)}"
             )
+    if out.shape != query.shape:
+        raise ValueError(f"{tuple(query.shape)} queries do not attend into {tuple(out.shape)}")
+    if out.dtype != torch.float32 or not out.is_contiguous():
+        raise TypeError(f"attention must be contiguous float32, got {out.dtype}")
     places = np.array([place_of(*one) for one in held], np.int64)
+    start, threads = runtime()
+    room = np.empty(room_for(places, query_heads, dim, threads), np.int64)
     asked = query.contiguous().numpy()
-    attend_all(places, asked, np.float32(scaling), out.numpy(), WORK, *runtime())
+    attend_all(places, asked, np.float32(scaling), out.numpy(), room, WORK, start, threads)

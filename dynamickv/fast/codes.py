@@ -102,7 +102,7 @@ def _found(groups: Tensor) -> _Found | None:
         parts = []
         for some in torch.split(groups, TOGETHER):
             levels = find(some.reshape(-1, size))
-            if levels is None or not (_fits(levels.scale) and _fits(levels.least)):
+            if levels is None or not _fit(levels):
                 break
             scales = levels.scale.view(-1, GROUP // size).expand(-1, 2)
             least = levels.least.view(-1, GROUP // size)[:, :1]
@@ -118,7 +118,14 @@ def _between(groups: Tensor, steps: int) -> _Levels | None:
     least, most = torch.aminmax(groups, dim=-1, keepdim=True)
     # Nearly every group uses the first or the last level, and most of them both.
     found = _first_fit(groups, least, most - least, range(steps, 0, -1))
-    return None if found is None else _Levels(*found, least)
+    if found is None:
+        return None
+    codes, scale = found
+    # Q4_0 has a float16 at one end alone, from which it counts.
+    turn = _rounded(most) < _rounded(least)
+    reach = ((most - least) / scale.clamp_min(torch.finfo(torch.float32).tiny)).round()
+    codes = torch.where(turn, reach.to(torch.int32) - codes, codes)
+    return _Levels(codes, torch.where(turn, -scale, scale), torch.where(turn, most, least))
 
 
 def _around(groups: Tensor, most: int, least: int) -> _Levels | None:
@@ -155,10 +162,18 @@ def _nearest(groups: Tensor, start: Tensor, size: Tensor) -> tuple[Tensor, Tenso
     return near.to(torch.int32), off <= OFF_LEVEL
 
 
-def _fits(numbers: Tensor) -> bool:
-    """Whether float16 holds them, as it does in the file."""
-    off = (numbers.half().float() - numbers).abs() > OFF_SCALE * numbers.abs()
-    return not bool(off.any())
+def _rounded(numbers: Tensor) -> Tensor:
+    """How far the nearest float16 are."""
+    return (numbers.half().float() - numbers).abs()
+
+
+def _fit(levels: _Levels) -> bool:
+    """Whether float16 holds scales and least weights, as it does in the file: least weights to
+    within what it rounds of a scale."""
+    scale, least = levels.scale.abs(), levels.least.abs()
+    on = _rounded(scale) <= OFF_SCALE * scale
+    on &= _rounded(least) <= OFF_SCALE * torch.maximum(scale, least)
+    return bool(on.all())
 
 
 def _laid_out(found: _Found, bits: int, outputs: int) -> Tensor:

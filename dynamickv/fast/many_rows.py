@@ -16,7 +16,8 @@ ROWS = 512
 
 
 class ManyRows(Ops[Store]):
-    """The sum that runs through the layers stays float32; what a product reads is bfloat16."""
+    """The sum that runs through the layers stays float32; what a product reads is
+    bfloat16, but of few rows (see packed.py)."""
 
     def __init__(self, packed: PackedWeights) -> None:
         self._packed = packed

@@ -90,8 +90,9 @@ class PackedWeights:
     def logits(self, x: Tensor, head: nn.Linear) -> Tensor:
         """Next-token logits of (rows, size) float32, (rows, vocabulary) float32.
 
-        bfloat16 has an eighth between neighbouring logits from 16 on, so that the likeliest tokens
-        would tie: these are computed again from the head's own weights.
+        Products of codes are what they are. bfloat16 has an eighth between neighbouring logits from
+        16 on, so that the likeliest tokens would tie: these are computed again from the head's own
+        weights.
         """
         product = self.product(x, head)
         if len(x) <= FEW_ROWS and self.of(head).narrow is not None:

@@ -1,5 +1,6 @@
 """A token's way through all of a decoder's layers for each of a few caches, compiled as one: no
-Python lies between two operations. Weights are codes (see codes.py), all else is float32."""
+Python lies between two operations. Weights are codes (see codes.py), keys and values what the
+caches hold, and all that is computed is float32."""
 
 # mypy: disable-error-code="attr-defined,no-untyped-call"
 
@@ -16,7 +17,7 @@ from dynamickv.fast.few_rows import ADDED, GATED, PLAIN, TOLD, carry_out
 from dynamickv.fast.kernels import Array, compiled, inlined, norm, place
 from dynamickv.fast.team import floats_at
 
-MADE_OF = "c01f21d89746"
+MADE_OF = "ff3cb77449fd"
 """Digest of the files that this is made of, see kernels.py."""
 COLUMNS = 14
 """Numbers for each layer: of every matrix, queries, keys and values as one, the address of its
@@ -34,13 +35,27 @@ def _product(
     carry_out(told, works[0], works[2], works[3])
 
 
+def room_for(rows: int, size: int, width: int, attended: int, inner: int) -> int:
+    """Numbers that `through` writes over: normalised hidden states, queries, keys and values, what
+    was attended to, what the gate lets through, products, and sums of inputs. Compiled functions
+    are told addresses of them, so that they are the caller's: numba gives an array back after its
+    last mention.
+
+    Args:
+        attended: of all query heads.
+        size, width, inner: as for `through`.
+    """
+    sums = max(size, inner, attended) // GROUP
+    return rows * (size + width + attended + inner + max(2 * inner, size) + sums)
+
+
 @compiled(
     "void(int64[:, ::1], int64[:, :, ::1], float32[:, ::1], float32[:, ::1], float32[:, ::1], "
-    "float32[:, :, :, ::1], int64, int64, float64, float32, int64[::1])"
+    "float32[:, :, :, ::1], float32[::1], int64[::1], int64, int64, float64, float32, int64[::1])"
 )
 def through(
     layers: Array, held: Array, x: Array, cos: Array, sin: Array, asked: Array,
-    width: Any, inner: Any, eps: Any, scaling: Any, works: Array,
+    room: Array, attending: Array, width: Any, inner: Any, eps: Any, scaling: Any, works: Array,
 ) -> None:  # fmt: skip
     """Hidden states through every layer.
 
@@ -51,6 +66,8 @@ def through(
         cos: (rows, head_dim); sin likewise.
         asked: (layers or 1, rows, query_heads, head_dim), written: the queries of each layer, or of
             the last one.
+        room: as many numbers as `room_for` says, written over; `attending` likewise for
+            `attention.room_for`.
         width: of queries, keys and values as one.
         inner: what the gate lets through, a multiple of 16.
         eps: of every norm.
@@ -59,17 +76,20 @@ def through(
     rows, size = x.shape
     query_heads, dim = asked.shape[2:]
     attended = query_heads * dim
-    normal = np.empty((rows, size), np.float32)
-    sums = np.empty((rows, max(size, inner, attended) // GROUP), np.float32)
-    qkv = np.empty((rows, width), np.float32)
-    context = np.empty((rows, query_heads, dim), np.float32)
-    opened = np.empty((rows, inner), np.float32)
-    products = np.empty((rows, max(2 * inner, size)), np.float32)
+    # See `room_for`.
+    at = rows * size
+    normal = room[:at].reshape((rows, size))
+    qkv = room[at : at + rows * width].reshape((rows, width))
+    at += rows * width
+    context = room[at : at + rows * attended].reshape((rows, query_heads, dim))
+    at += rows * attended
+    room_at, normal_at = np.int64(room.ctypes.data), np.int64(normal.ctypes.data)
+    qkv_at, context_at = np.int64(qkv.ctypes.data), np.int64(context.ctypes.data)
+    opened_at = room_at + 4 * at
+    products_at = opened_at + 4 * rows * inner
+    sums_at = products_at + 4 * rows * max(2 * inner, size)
+    x_at = np.int64(x.ctypes.data)
     told = np.empty(TOLD, np.int64)
-    x_at, normal_at = np.int64(x.ctypes.data), np.int64(normal.ctypes.data)
-    sums_at, qkv_at = np.int64(sums.ctypes.data), np.int64(qkv.ctypes.data)
-    context_at, opened_at = np.int64(context.ctypes.data), np.int64(opened.ctypes.data)
-    products_at = np.int64(products.ctypes.data)
     for number in range(len(layers)):
         own = layers[number]
         norm(x, carray(floats_at(own[0]), (size,)), eps, normal)
@@ -87,7 +107,7 @@ def through(
                 norm(keys, carray(floats_at(own[5]), (dim,)), eps, keys)
         query = asked[number % len(asked)]
         place(qkv, cos, sin, query, held[number])
-        attend_all(held[number], query, scaling, context, works[1], works[2], works[3])
+        attend_all(held[number], query, scaling, context, attending, works[1], works[2], works[3])
         _product(
             told, works, ADDED, rows, attended, size,
             context_at, sums_at, own[6], own[7], own[8], products_at, x_at,

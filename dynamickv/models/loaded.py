@@ -84,7 +84,8 @@ class LoadedModel:
 
     @property
     def precision(self) -> str:
-        """ "fast" where products round as bfloat16 ones do, "exact" where they are the model's."""
+        """ "fast" where a prompt's products round as bfloat16 ones do, "exact" where they are the
+        model's."""
         return "exact" if self.packed is None else "fast"
 
     @property

@@ -77,9 +77,10 @@ def load_model(
             checkpoint as it is, packed or not. A 4bit model on the CPU must not be saved:
             bitsandbytes 0.50 writes its weights wrongly once they were used.
         revision: commit, branch or tag of a model on the hub. Short names are pinned to theirs.
-        precision: "exact" computes in `dtype`, bit for bit as the plain model. "fast" lets products
-            round as bfloat16 ones do, with float32 sums, on a CPU that has instructions for them
-            (avx512_bf16, AMX), and is exact elsewhere. "auto" is "fast" for a GGUF file of less
+        precision: "exact" computes in `dtype`, bit for bit as the plain model. "fast" lets a
+            prompt's products round as bfloat16 ones do, with float32 sums, on a CPU that has
+            instructions for them (avx512_bf16, AMX), decodes from the codes of a GGUF file's
+            weights, and is exact elsewhere. "auto" is "fast" for a GGUF file of less
             than 16 bits per weight, whose weights are rounded anyway, else "exact".
 
     Raises:

@@ -31,9 +31,10 @@ def packed_for(
 ) -> PackedWeights | None:
     """The packed weights that a precision asks for; None computes as the model does.
 
-    "fast" needs float32 weights on a CPU with bfloat16 instructions, and memory for a copy of half
-    their size; where one is missing it computes exactly. "auto" is "fast" for weights that were
-    rounded further before than bfloat16 rounds: those of a GGUF file below 16 bits.
+    "fast" needs float32 weights on a CPU with bfloat16 instructions, and memory for as much again,
+    of which copies take up to four fifths; where one is missing it computes exactly. "auto" is
+    "fast" for weights that were rounded further before than bfloat16 rounds: those of a GGUF file
+    below 16 bits.
 
     Args:
         bits: per weight in the GGUF file that the model was read from.

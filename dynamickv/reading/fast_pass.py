@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 LAST = 2 * FEW_ROWS
 """Positions that go on from the last layer's attention: of the others only keys and values are
-asked for. More than are multiplied with four bits, which are packed when an answer begins."""
+asked for. More than are multiplied with codes, which are packed when an answer begins."""
 
 
 class PromptOps(ManyRows[KVLayer]):

@@ -90,8 +90,8 @@ class ModelInfo:
     """Every layer's kind, as in `record.kinds.KINDS`; empty in older records, whose other layers
     attend to the whole prompt."""
     precision: str = ""
-    """ "exact" where products are the model's own, "fast" where they round as bfloat16 ones do;
-    empty where it was not recorded."""
+    """ "exact" where products are the model's own, "fast" where a prompt's round as bfloat16 ones
+    do; empty where it was not recorded."""
 
     @property
     def uncompressed(self) -> dict[int, str]:

@@ -66,9 +66,7 @@ def test_weights_of_a_file_are_found_again(kind: Format, bits: int) -> None:
     found = coded(weight)
     assert found is not None
     assert found.bits == bits
-    # Q4_0 has no least weight but a least code: seven times a float16 is not always one.
-    rounding = 2.0**-11 * 7 * 0.5 if kind == Format.Q4_0 else 1e-7
-    torch.testing.assert_close(rebuilt(found), weight, atol=rounding, rtol=1e-6)
+    torch.testing.assert_close(rebuilt(found), weight, atol=1e-7, rtol=1e-6)
 
 
 def of_six_bits(outputs: int = 32, inputs: int = 512) -> torch.Tensor:
@@ -124,6 +122,20 @@ def test_one_block_of_another_format_is_enough_to_have_none(kind: Format, spoile
 @pytest.mark.parametrize("size", [1e-9, 1e7])
 def test_scales_beyond_float16_have_none(size: float) -> None:
     assert coded(quantized(Format.Q4_1, weights()) * size) is None
+
+
+def test_least_weights_beyond_float16_have_none() -> None:
+    codes = 300.0 * torch.randint(0, 16, (16, 64), generator=torch.Generator().manual_seed(3))
+    assert coded(codes + 60_000) is not None
+    assert coded(codes + 70_000) is None
+
+
+def test_a_least_weight_of_next_to_nothing_is_one() -> None:
+    codes = torch.arange(16).repeat(16, 4).float()
+    weight = codes * 0.0035 + 9e-10
+    found = coded(weight)
+    assert found is not None
+    torch.testing.assert_close(rebuilt(found), weight, atol=1e-9, rtol=2.0**-11)
 
 
 def test_more_weights_than_are_looked_at_together_are_found_again() -> None:

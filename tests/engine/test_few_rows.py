@@ -20,7 +20,7 @@ few_rows = pytest.importorskip("dynamickv.fast.few_rows", reason="needs numba")
 microkernel = pytest.importorskip("dynamickv.fast.microkernel", reason="needs numba")
 
 ROWS = range(1, 9)
-KINDS = Format.Q4_1, Format.Q5_1, Format.Q8_0
+KINDS = Format.Q4_0, Format.Q4_1, Format.Q5_1, Format.Q8_0
 
 
 def random(*shape: int, seed: int = 3) -> Tensor:
@@ -47,6 +47,8 @@ def test_products_are_those_with_the_file_s_weights(
     expected = x.double() @ weight.double().T
     assert close(few_rows.multiply(x, found), expected)
     assert close(few_rows.multiply(x, found, bias), expected + bias)
+    apart = torch.stack([bias, -bias], dim=-1)[:, 0]
+    assert close(few_rows.multiply(x, found, apart), expected + bias)
 
 
 @pytest.mark.parametrize("rows", ROWS)

@@ -234,6 +234,16 @@ def test_a_cpu_that_numba_is_told_is_not_asked_for_more(
     assert not kernels.rounds_by_instruction()
 
 
+@pytest.mark.parametrize("shape", [(2, 9, 64), (1, 8, 64), (1, 9, 32)])
+def test_attention_is_not_written_where_it_does_not_fit(shape: tuple[int, ...]) -> None:
+    _, keys, values = held_of(9, 3, 3, 64)
+    with pytest.raises(ValueError, match="do not attend into"):
+        attention.attend(random(1, 9, 64), [(keys, values, 9)], 0.3, torch.empty(shape))
+    narrow = torch.empty(1, 9, 64, dtype=torch.bfloat16)
+    with pytest.raises(TypeError, match="must be contiguous float32"):
+        attention.attend(random(1, 9, 64), [(keys, values, 9)], 0.3, narrow)
+
+
 def test_several_callers_attend_at_once() -> None:
     asked = [held_of(1000 + number, *HEADS[0]) for number in range(4)]
 

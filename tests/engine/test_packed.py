@@ -72,3 +72,17 @@ def test_products_are_replaced_inside_the_block_and_in_its_thread_alone() -> Non
     assert seen["inside"].dtype == torch.float32
     assert not torch.equal(seen["inside"], plain)
     assert torch.equal(seen["elsewhere"], plain)
+
+
+@needs_fast
+def test_of_a_head_of_codes_a_prompt_packs_codes_alone() -> None:
+    first, head = layers(False)
+    model = nn.ModuleList([first, head])
+    model.get_output_embeddings = lambda: head  # type: ignore[assignment]
+    packed = PackedWeights(model)
+    packed.prepare([(first,), (head,)], few=False)
+    assert packed.nbytes == 64 * 256 * 2 + 64 * 256 * 5 // 8
+    x = torch.randn(3, 256, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        torch.testing.assert_close(packed.logits(x, head), head(x), rtol=1e-5, atol=1e-4)
+        assert packed.nbytes == 64 * 256 * 2 + 64 * 256 * 5 // 8
