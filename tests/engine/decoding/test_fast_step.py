@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -77,9 +80,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("rows", [*range(1, FEW_ROWS + 1), FEW_ROWS + 1])
-@pytest.mark.parametrize("shape", [*FAMILIES, *(name for name in SHAPES if name != "llama")])
-def test_it_is_the_model_s_own_step_but_for_what_float32_rounds(shape: str, rows: int) -> None:
+def compare_steps(shape: str, rows: int) -> None:
+    """Fail unless steps are the model's own but for what float32 rounds."""
     exact, fast = of_codes(shape if shape in FAMILIES else "llama", **SHAPES.get(shape, {}))
     read = dkv.prefill(exact, DOCUMENT, QUESTION)
     ours, theirs = caches(read, rows), caches(read, rows)
@@ -96,6 +98,22 @@ def test_it_is_the_model_s_own_step_but_for_what_float32_rounds(shape: str, rows
         for states, wanted in zip(held(own), held(true), strict=True):
             assert states.shape == wanted.shape
             assert (states - wanted).norm() < share * wanted.norm()
+
+
+@pytest.mark.parametrize("rows", [*range(1, FEW_ROWS + 1), FEW_ROWS + 1])
+@pytest.mark.parametrize("shape", [*FAMILIES, *(name for name in SHAPES if name != "llama")])
+def test_it_is_the_model_s_own_step_but_for_what_float32_rounds(shape: str, rows: int) -> None:
+    compare_steps(shape, rows)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="another allocator")
+@pytest.mark.parametrize("shape", ["llama", "wide heads"])
+def test_no_memory_is_given_back_while_addresses_of_it_are_in_use(shape: str) -> None:
+    program = f"from {__name__} import compare_steps as c; c({shape!r}, 1); c({shape!r}, 7)"
+    # glibc overwrites what is given back.
+    told = {**os.environ, "MALLOC_PERTURB_": "165"}
+    done = subprocess.run([sys.executable, "-c", program], env=told, timeout=300, check=False)
+    assert done.returncode == 0
 
 
 def test_what_watches_a_layer_sees_its_queries_and_what_they_read() -> None:
