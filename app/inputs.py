@@ -7,6 +7,7 @@ is only a hint.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -210,7 +211,7 @@ def whole_number(name: str, value: Any, least: int, most: int) -> int:
     if (
         isinstance(value, bool)
         or not isinstance(value, (int, float))
-        or value != value
+        or not math.isfinite(value)
         or int(value) != value
     ):
         raise ValueError(f"{name} must be a whole number, got {value!r}.")

@@ -170,7 +170,7 @@ def build_fields(
         method_choices(), value=shown_methods(first), label="Methods", elem_id="dkv-methods"
     )
     made["price"] = Readout(price(MASS_RATIO, shown_methods(first)), elem_id="dkv-price")
-    made["capacity"] = gr.Slider(
+    made["capacity"] = TypedSlider(
         *CAPACITIES,
         value=first.capacity if first else DEFAULT_CAPACITY,
         step=8,
@@ -242,6 +242,19 @@ def setting_widget(setting: Setting, value: Any) -> Any:
         return gr.Dropdown(list(setting.choices), value=value, **shown)
     # Gradio's own bounds would round 1.5, and say what is too small without its name.
     return gr.Number(value, **shown)
+
+
+class TypedSlider(gr.Slider):
+    """A slider whose number comes as it was typed: whoever reads it says what is wrong with it by
+    the form's name, where Gradio would say it without one and fill the log."""
+
+    def preprocess(self, payload: float) -> float:
+        """Nothing is refused here."""
+        return payload
+
+    def get_block_name(self) -> str:
+        """Gradio finds the browser side of subclasses by this name."""
+        return "slider"
 
 
 def shown_methods(first: Example | None) -> list[str]:

@@ -5,6 +5,7 @@ Pure functions; no widgets, no model.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -74,10 +75,11 @@ def counted_before(first: Example | None) -> dict[str, Any] | None:
 
 
 def capacity_readout(
-    geometry: Mapping[str, int] | None, capacity: float, tokens: int | None, granularity: str
+    geometry: Mapping[str, int] | None, capacity: Any, tokens: int | None, granularity: str
 ) -> dict[str, str]:
-    """What the capacity means for a prompt of so many tokens."""
-    if geometry is None:
+    """What the capacity means for a prompt of so many tokens; nothing where it is none."""
+    number = isinstance(capacity, int | float) and 1 <= capacity < math.inf
+    if geometry is None or not number:
         return {"value": "", "note": ""}
     per_query = granularity == "query_head"
     heads = geometry["num_query_heads"] if per_query else geometry["num_kv_heads"]

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
+import pytest
+
 import dynamickv as dkv
 from app import inputs, settings
-from app.explore.layout import setting_widget
+from app.explore.layout import TypedSlider, setting_widget
+from app.explore.view_model import capacity_readout
+from app.inputs import whole_number
 from app.theme import METHOD_STYLES, method_style
 
 
@@ -50,3 +57,19 @@ def test_numbers_reach_our_own_checks_as_they_were_typed() -> None:
         if not setting.choices:
             widget = setting_widget(setting, 8)
             assert [widget.preprocess(typed) for typed in (1.5, 0, -1)] == [1.5, 0, -1]
+    slider = TypedSlider(8, 2048)
+    assert slider.get_block_name() == "slider"
+    assert [slider.preprocess(typed) for typed in (1.5, -5, 99999, None)] == [1.5, -5, 99999, None]
+
+
+@pytest.mark.parametrize("typed", [None, "many", 0, -5, math.nan, math.inf])
+def test_what_is_no_capacity_is_said_nothing_of(typed: Any) -> None:
+    geometry = {"num_kv_heads": 3, "num_layers": 30, "head_dim": 64, "bytes_per_value": 2}
+    assert capacity_readout(geometry, typed, 2000, "kv_head") == {"value": "", "note": ""}
+    assert capacity_readout(geometry, 128.0, 2000, "kv_head")["value"] == "6.4 % of the prompt"
+
+
+@pytest.mark.parametrize("typed", [math.nan, math.inf, None, 1.5, True])
+def test_what_is_no_whole_number_is_said_in_a_sentence(typed: Any) -> None:
+    with pytest.raises(ValueError, match="capacity must be a whole number, got"):
+        whole_number("capacity", typed, 1, 9)

@@ -64,7 +64,7 @@ class FormHandlers:
         return vm.counted(document, self._models.measure(model, document, asked))
 
     def capacity_line(
-        self, capacity: float, counted: str | None, granularity: str, model: str
+        self, capacity: Any, counted: str | None, granularity: str, model: str
     ) -> dict[str, str]:
         """What the capacity means; `counted` is the token readout's JSON; output: the capacity's
         readout.
