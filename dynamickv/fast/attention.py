@@ -271,6 +271,12 @@ WORK: int = _share.address
 """Of the function that threads share."""
 
 
+@inlined
+def _parts_of(heads: Any, length: Any, threads: Any) -> Any:
+    """In how many parts each head of a cache is attended to."""
+    return threads * -(-PARTS // heads) if length >= SHARED else 1
+
+
 @compiled(
     f"void({TABLE}, float32[:, :, ::1], float32, float32[:, :, ::1], int64[::1], "
     "int64, int64, int64)"
@@ -294,7 +300,7 @@ def attend_all(
     positions = items = slots = 0
     for row in range(rows):
         heads, length = held[row, 2], held[row, 4] + 1
-        parts = threads * -(-PARTS // heads) if length >= SHARED else 1
+        parts = _parts_of(heads, length, threads)
         positions += length
         items += heads * parts
         own = room[TOLD + row * COLUMNS : TOLD + (row + 1) * COLUMNS]
@@ -308,13 +314,17 @@ def attend_all(
     _finish(numbers_at(address), out)
 
 
-def room_for(held: Array, query_heads: int, dim: int, threads: int) -> int:
-    """Numbers that `attend_all` writes over, for the greatest of several tables, (..., rows, 6)."""
-    heads, lengths = held[..., 2], held[..., 4] + 1
-    parts = np.where(lengths >= SHARED, threads * -(-PARTS // heads), 1)
-    slots = query_heads * int(parts.sum(axis=-1).max())
-    rows: int = held.shape[-2]
-    return TOLD + rows * COLUMNS + slots * (dim + 2 + BLOCK) // 2 + 1
+@compiled("int64(int64[:, :, ::1], int64, int64, int64)")
+def room_for(tables: Array, query_heads: Any, dim: Any, threads: Any) -> Any:
+    """Numbers that `attend_all` writes over, for the greatest of several tables, (tables, rows,
+    6)."""
+    most = 0
+    for table in tables:
+        slots = 0
+        for row in range(len(table)):
+            slots += query_heads * _parts_of(table[row, 2], table[row, 4] + 1, threads)
+        most = max(most, slots)
+    return TOLD + tables.shape[1] * COLUMNS + most * (dim + 2 + BLOCK) // 2 + 1
 
 
 def place_of(keys: Tensor, values: Tensor, length: int) -> tuple[int, ...]:
@@ -375,6 +385,6 @@ def attend(
         raise TypeError(f"attention must be contiguous float32, got {out.dtype}")
     places = np.array([place_of(*one) for one in held], np.int64)
     start, threads = runtime()
-    room = np.empty(room_for(places, query_heads, dim, threads), np.int64)
+    room = np.empty(room_for(places[None], query_heads, dim, threads), np.int64)
     asked = query.contiguous().numpy()
     attend_all(places, asked, np.float32(scaling), out.numpy(), room, WORK, start, threads)

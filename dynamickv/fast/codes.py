@@ -92,9 +92,9 @@ def _found(groups: Tensor) -> _Found | None:
     """The codes of (groups, 32) weights."""
     for bits, size, find in (
         (FOUR, GROUP, partial(_between, steps=15)),  # Q4_0, Q4_1, Q4_K
-        (EIGHT, GROUP, partial(_around, most=127, least=127)),  # Q8_0
-        (EIGHT, GROUP, partial(_around, most=16, least=16)),  # Q5_0
-        (EIGHT, HALF, partial(_around, most=32, least=1)),  # Q6_K
+        (EIGHT, GROUP, partial(_around, most=127, fewest=127)),  # Q8_0
+        (EIGHT, GROUP, partial(_around, most=16, fewest=16)),  # Q5_0
+        (EIGHT, HALF, partial(_around, most=32, fewest=1)),  # Q6_K
         (EIGHT, GROUP, partial(_between, steps=31)),  # Q5_1, Q5_K
     ):
         if find(groups[:SAMPLE].reshape(-1, size)) is None:
@@ -128,11 +128,11 @@ def _between(groups: Tensor, steps: int) -> _Levels | None:
     return _Levels(codes, torch.where(turn, -scale, scale), torch.where(turn, most, least))
 
 
-def _around(groups: Tensor, most: int, least: int) -> _Levels | None:
-    """Codes from -most to most, of which every group has one that is `least` at least from 0."""
+def _around(groups: Tensor, most: int, fewest: int) -> _Levels | None:
+    """Codes around 0; the farthest of every group is from `fewest` to `most` steps away."""
     reach = groups.abs().amax(dim=-1, keepdim=True)
     zero = torch.zeros_like(reach)
-    found = _first_fit(groups, zero, reach, range(most, least - 1, -1))
+    found = _first_fit(groups, zero, reach, range(most, fewest - 1, -1))
     return None if found is None else _Levels(*found, zero)
 
 
