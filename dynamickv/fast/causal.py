@@ -16,17 +16,21 @@ from dynamickv.fast.kernels import LOWEST, REACH, Array, compiled, greater, kept
 from dynamickv.fast.microkernel import (
     COLUMNS,
     LANES,
-    ROWS,
     in_columns,
     in_pairs,
+    lanes_sum,
     products,
+    shared,
     weighed,
+    weighed_tiles,
 )
 from dynamickv.fast.team import bits_at, floats_at, numbers_at, share, take
 
-MADE_OF = "e3a9317f6223"
+MADE_OF = "d752e3789d29"
 """Digest of the files that this is made of, see kernels.py."""
-PART = 16 * ROWS
+ROWS = 4
+"""Rows of a tile: their sums take 16 of 32 registers, which leaves some to make weights in."""
+PART = 24 * ROWS
 """Rows that a thread takes at a time."""
 KEYS = 8 * COLUMNS
 """Keys whose weights are computed before their values are summed."""
@@ -35,12 +39,15 @@ TOLD = 19
 thread."""
 BYTES = 2
 """Of a bfloat16."""
+LINE = 4 * COLUMNS
+"""Bytes of a row of sums."""
 
 # For as many rows as a tile has, and for those that are left over one by one.
 _multiply_tile, _multiply_row = products(ROWS, fresh=True), products(1, fresh=True)
 _add_tile, _add_row = products(ROWS, fresh=False), products(1, fresh=False)
-_weigh_tile, _weigh_row = weighed(ROWS, limited=True), weighed(1, limited=True)
-_weigh_whole_tile = weighed(ROWS, limited=False)
+_weigh_tile, _weigh_row = weighed(ROWS), weighed(1)
+_weigh_tiles = weighed_tiles(ROWS)
+_share_out = shared()
 
 
 def _room(across: int) -> int:
@@ -78,9 +85,9 @@ def _find_greatest(
             for key in range(0, before + (row + count - 1) // group + 1, COLUMNS):
                 column = told[10] + (head * length + key) * size
                 if count == ROWS:
-                    _multiply_tile(query, size, column, step, dim // 2, out)
+                    _multiply_tile(query, size, column, step, dim // 2, out, LINE)
                 else:
-                    _multiply_row(query, size, column, step, dim // 2, out)
+                    _multiply_row(query, size, column, step, dim // 2, out, LINE)
                 for r in range(count):
                     most = mosts[row - first + r]
                     for i in range(min(COLUMNS, before + (row + r) // group + 1 - key)):
@@ -89,23 +96,25 @@ def _find_greatest(
         row += count
 
 
-@compiled("void(int64[::1], int64, int64, int64, float32[::1], float32[::1])")
-def _hand_over(told: Array, head: int, first: int, last: int, sums: Array, lanes: Array) -> None:
-    """Write rows' attention and the sums of their weights."""
+@compiled("void(int64[::1], int64, int64, int64, int64, int64)")
+def _hand_over(told: Array, head: int, first: int, last: int, sums: Any, lanes: Any) -> None:
+    """Write rows' attention and the sums of their weights, from those at two addresses."""
     heads, rows, dim, group = told[2], told[3], told[5], told[7]
     totals = carray(floats_at(told[13]), (heads, rows))[head]
-    out = carray(bits_at(told[14]), (rows // group, heads * group, dim))
+    whole = dim // COLUMNS * COLUMNS
     for row in range(first, last):
-        total = np.float32(0)
-        for lane in range(LANES):
-            total += lanes[(row - first) * LANES + lane]
-        totals[row] = total
-        factor = np.float32(1) / total
-        for column in range(0, dim, COLUMNS):
-            at = column * PART + (row - first) * COLUMNS
-            for i in range(min(COLUMNS, dim - column)):
-                shared = narrow(sums[at + i] * factor)
-                out[row // group, head * group + row % group, column + i] = shared
+        own = row - first
+        totals[row] = lanes_sum(lanes + own * LANES * 4)
+        factor = np.float32(1) / totals[row]
+        place = row // group * heads * group + head * group + row % group
+        out = told[14] + place * dim * BYTES
+        for column in range(0, whole, COLUMNS):
+            _share_out(sums + (column * PART + own * COLUMNS) * 4, factor, out + column * BYTES)
+        if whole < dim:
+            left = carray(floats_at(sums + (whole * PART + own * COLUMNS) * 4), (dim - whole,))
+            goal = carray(bits_at(out + whole * BYTES), (dim - whole,))
+            for i in range(dim - whole):
+                goal[i] = narrow(left[i] * factor)
 
 
 @compiled("void(int64[::1], int64, int64, int64, float32[::1])")
@@ -142,12 +151,17 @@ def _attend_part(told: Array, head: int, first: int, last: int, room: Array) -> 
             if kept:
                 weights = kept + ((head * rows + row) * keeps + start) * BYTES
                 apart = keeps * BYTES
-            for key in range(start, end, COLUMNS):
+            limited = start
+            # The tiles that every row sees all of.
+            tiles = (min(end, before + row // group + 1) - start) // COLUMNS
+            if whole and tiles > 0:
+                column, many = told[10] + (head * length + start) * size, dim // 2
+                told_tiles = tiles, COLUMNS * size
+                _weigh_tiles(query, size, column, step, many, weights, apart, lane, *told_tiles)
+                limited += tiles * COLUMNS
+            for key in range(limited, end, COLUMNS):
                 column = told[10] + (head * length + key) * size
                 here = weights + (key - start) * BYTES
-                if whole and key + COLUMNS <= before + row // group + 1:
-                    _weigh_whole_tile(query, size, column, step, dim // 2, here, apart, lane, limit)
-                    continue
                 for r in range(count):
                     limits[2 * r] = np.float32(before + (row + r) // group + 1 - key)
                     limits[2 * r + 1] = mosts[own + r]
@@ -155,16 +169,16 @@ def _attend_part(told: Array, head: int, first: int, last: int, room: Array) -> 
                     _weigh_tile(query, size, column, step, dim // 2, here, apart, lane, limit)
                 else:
                     _weigh_row(query, size, column, step, dim // 2, here, apart, lane, limit)
-            steps = (end - start + COLUMNS - 1) // COLUMNS * (COLUMNS // 2)
+            steps = (end - start + 1) // 2
             for column in range(0, across, COLUMNS):
                 value = values + (start * across + 2 * column) * BYTES
                 place = sums[column * PART + own * COLUMNS :].ctypes.data
                 if count == ROWS:
-                    _add_tile(weights, apart, value, pair, steps, place)
+                    _add_tile(weights, apart, value, pair, steps, place, LINE)
                 else:
-                    _add_row(weights, apart, value, pair, steps, place)
+                    _add_row(weights, apart, value, pair, steps, place, LINE)
             row += count
-    _hand_over(told, head, first, last, sums, lanes)
+    _hand_over(told, head, first, last, sums.ctypes.data, lanes.ctypes.data)
 
 
 @kept_on_disk(cfunc, "void(CPointer(int64))")

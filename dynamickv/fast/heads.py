@@ -12,16 +12,25 @@ import torch
 from numba import carray, cfunc
 from torch import Tensor
 
-from dynamickv.fast.kernels import NUMBERS, Array, compiled, kept_on_disk, narrow, wide
+from dynamickv.fast.kernels import NUMBERS, TURN, Array, compiled, fit, kept_on_disk, narrow, wide
 from dynamickv.fast.team import bits_at, floats_at, share, take
 
-MADE_OF = "5eb8fd2e93f7"
+MADE_OF = "98cc532152ae"
 """Digest of the files that this is made of, see kernels.py."""
 ROWS = 256
 """Positions that a thread takes at a time."""
 TURNS = "float32[:, ::1], float32[:, ::1]"
 """Cosines and sines."""
 STORED = "uint16[:, :, ::1]"
+
+
+@compiled(*(f"void({number}[::1], {TURN}, {goal}[::1])" for number in NUMBERS for goal in NUMBERS))
+def _turn_one(given: Array, cos: Array, sin: Array, out: Array) -> None:
+    half = len(out) // 2
+    for i in range(half):
+        a, b = wide(given[i]), wide(given[half + i])
+        out[i] = fit(a * cos[i] - b * sin[i], out[i])
+        out[half + i] = fit(b * cos[half + i] + a * sin[half + i], out[half + i])
 
 
 @compiled(
@@ -42,23 +51,17 @@ def _turn_rows(
 ) -> None:
     query_heads, dim = query.shape[0], query.shape[2]
     kv_heads = keys.shape[0]
-    half = dim // 2
     for row in range(start, end):
         for head in range(query_heads):
             first = head * dim
-            for i in range(half):
-                a, b = wide(qkv[row, first + i]), wide(qkv[row, first + half + i])
-                query[head, row, i] = a * cos[row, i] - b * sin[row, i]
-                query[head, row, half + i] = b * cos[row, half + i] + a * sin[row, half + i]
+            _turn_one(qkv[row, first : first + dim], cos[row], sin[row], query[head, row])
         for head in range(kv_heads):
             first = (query_heads + head) * dim
-            for i in range(half):
-                a, b = wide(qkv[row, first + i]), wide(qkv[row, first + half + i])
-                keys[head, row, i] = narrow(a * cos[row, i] - b * sin[row, i])
-                keys[head, row, half + i] = narrow(b * cos[row, half + i] + a * sin[row, half + i])
+            _turn_one(qkv[row, first : first + dim], cos[row], sin[row], keys[head, row])
             first += kv_heads * dim
+            given, out = qkv[row, first : first + dim], values[head, row]
             for i in range(dim):
-                values[head, row, i] = narrow(wide(qkv[row, first + i]))
+                out[i] = fit(wide(given[i]), out[i])
 
 
 @kept_on_disk(cfunc, "void(CPointer(int64))")

@@ -4,9 +4,9 @@ products takes torch some forty operations, and each of them longer to start tha
 bfloat16 comes and goes as its bits, uint16 (numba has no such number); all that is computed is
 float32. Compiled when a machine first imports this, in some seconds, and kept in Python's cache
 beside this file, or in the user's. One thread each, as every caller may be in a thread of its own;
-attention.py, causal.py, few_rows.py, heads.py, softmax.py, step.py and sums.py have what takes
-several. Their functions are made of these and of other files', but numba looks for changes in a
-function's own file alone: each of those files names the digest of what it is made of, so that it
+attention.py, causal.py, few_rows.py, heads.py, softmax.py, step.py, sums.py and tiled.py have what
+takes several. Their functions are made of these and of other files', but numba looks for changes in
+a function's own file alone: each of those files names the digest of what it is made of, so that it
 changes with it (a test says which).
 """
 
@@ -166,7 +166,8 @@ def rounds_by_instruction() -> bool:
     return not chosen and bool(get_host_cpu_features().get("avx512bf16"))
 
 
-_fit = rounding(instruction=rounds_by_instruction())
+fit = rounding(instruction=rounds_by_instruction())
+"""As this CPU does it."""
 
 
 def _operation(name: str) -> Any:
@@ -201,7 +202,7 @@ _nearest: Any = intrinsic(_levelling)
 @inlined
 def narrow(value: Any) -> Any:
     """The nearest bfloat16's bits, of two equally near the even ones."""
-    return _fit(value, np.uint16(0))
+    return fit(value, np.uint16(0))
 
 
 @inlined
@@ -248,7 +249,7 @@ def norm(x: Array, weight: Array, eps: float, out: Array) -> None:
             squares += x[row, i] * x[row, i]
         scale = np.float32(1) / np.sqrt(squares / np.float32(size) + np.float32(eps))
         for i in range(size):
-            out[row, i] = _fit(x[row, i] * scale * weight[i], out[row, i])
+            out[row, i] = fit(x[row, i] * scale * weight[i], out[row, i])
 
 
 @compiled("void(float32[:, ::1], uint16[:, ::1])", "void(float32[:, ::1], float32[:, ::1])")
@@ -285,11 +286,11 @@ def _place_one(
         for i in range(half):
             a, b = wide(qkv[first + i]), wide(qkv[first + half + i])
             near, far = a * cos[i] - b * sin[i], b * cos[half + i] + a * sin[half + i]
-            keys[head, slot, i] = _fit(near, keys[head, slot, i])
-            keys[head, slot, half + i] = _fit(far, keys[head, slot, half + i])
+            keys[head, slot, i] = fit(near, keys[head, slot, i])
+            keys[head, slot, half + i] = fit(far, keys[head, slot, half + i])
         first += kv_heads * dim
         for i in range(dim):
-            values[head, slot, i] = _fit(wide(qkv[first + i]), values[head, slot, i])
+            values[head, slot, i] = fit(wide(qkv[first + i]), values[head, slot, i])
 
 
 @compiled(

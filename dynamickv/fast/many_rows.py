@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dynamickv.fast.decoder import HeadNorms, Ops, Rotation, Store
 from dynamickv.fast.heads import turn
 from dynamickv.fast.packed import PackedWeights
-from dynamickv.fast.sums import add_rows, normed_rows
+from dynamickv.fast.sums import normed_rows
 
 ROWS = 512
 """Positions that small operations take at a time, so that they stay in the cache."""
@@ -34,14 +34,10 @@ class ManyRows(Ops[Store]):
 
     def project(self, x: Tensor, *linears: nn.Linear, residual: Tensor | None = None) -> Tensor:
         """In one product, added in place to the residual of the positions that go on."""
-        joined = self._packed.product(x, *linears)
         if residual is None:
-            return joined
-        residual = residual[-len(joined) :]
-        if joined.dtype == torch.bfloat16:
-            add_rows(residual, joined)
-        else:
-            residual += joined
+            return self._packed.product(x, *linears)
+        residual = residual[-len(x) :]
+        self._packed.add_product(residual, x, *linears)
         return residual
 
     def gate(self, x: Tensor, gate: nn.Linear, up: nn.Linear) -> Tensor:

@@ -1,16 +1,18 @@
 """The microkernel of compiled functions that multiply on a CPU: products of a few rows with 64
 columns of bfloat16, a micro-tile, whose sums stay in registers.
 
-Torch's products reach nine tenths of what AVX512-BF16 can do and leave what they compute in memory;
-between these products a compiled function goes on with it while it is near.
+Torch's products leave what they compute in memory; between these a compiled function goes on with
+it while it is near.
 """
 
 # mypy: disable-error-code="no-untyped-call"
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
 import torch
 from llvmlite import ir
 from numba.core import cgutils, types
@@ -19,15 +21,19 @@ from torch import Tensor
 
 from dynamickv.fast.kernels import BFLOAT, LEAST_POWER, SERIES, narrowed, rounds_by_instruction
 
-ROWS = 6
-"""Rows of a tile: their sums take 24 of 32 registers."""
 COLUMNS = 64
 """Columns of a tile."""
 LANES = 16
 """Numbers in a register."""
+REGISTERS = COLUMNS // LANES
+"""That a row of a tile takes."""
 FLOAT, WORD, LONG = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 FLOATS, WORDS = ir.VectorType(FLOAT, LANES), ir.VectorType(WORD, LANES)
+FLAT = -80.0
+"""Below it a sigmoid is 0, near enough."""
 PAIRS = ir.VectorType(BFLOAT, 2 * LANES)
+POWERS = [float(np.float32(2 ** (place / LANES))) for place in range(LANES)]
+"""2^x of every sixteenth."""
 
 
 def place_at(builder: Any, address: Any, offset: int, kind: Any) -> Any:
@@ -57,6 +63,18 @@ def ask_for(builder: Any, address: Any, offset: int) -> None:
     # To read, and to keep in all caches but the smallest.
     how = [ir.Constant(WORD, number) for number in (0, 2, 1)]
     builder.call(prefetch, [place_at(builder, address, offset, byte), *how])
+
+
+def _asking(context: Any, address: Any) -> Any:
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        ask_for(builder, arguments[0], 0)
+        return context.get_dummy_value()
+
+    return types.void(address), code
+
+
+ask: Any = intrinsic(_asking)
+"""`ask_for` in compiled functions."""
 
 
 def every(number: Any, kind: Any) -> Any:
@@ -108,25 +126,29 @@ def _adding(builder: Any, instruction: bool) -> Any:
     return sums
 
 
-def _before(rows: int) -> range:
-    """How many numbers of a tile lie before each of the registers that it takes."""
-    return range(0, rows * COLUMNS, LANES)
-
-
-def _multiplied(
-    builder: Any, rows: int, arguments: Any, begin: Any, instruction: bool
-) -> list[Any]:
-    """A tile's sums, in the order of `_before`, that were `begin` before."""
-    first, apart, columns, step, steps = arguments
-    dot = _adding(builder, instruction)
-    # In registers: LLVM keeps nothing of it in memory.
-    sums = [cgutils.alloca_once(builder, FLOATS) for _ in begin]
-    for room, number in zip(sums, begin, strict=True):
-        builder.store(number, room)
+def _apart(builder: Any, first: Any, apart: Any, rows: int) -> list[Any]:
+    """The addresses of a tile's rows."""
     starts = [first]
     for _ in range(1, rows):
         starts.append(builder.add(starts[-1], apart))
-    with cgutils.for_range(builder, steps) as loop:
+    return starts
+
+
+def _begun(builder: Any, rows: int) -> list[Any]:
+    """A tile's sums, row by row, 0. In registers: LLVM keeps nothing of it in memory."""
+    sums = [cgutils.alloca_once(builder, FLOATS) for _ in range(rows * REGISTERS)]
+    for room in sums:
+        builder.store(every(0.0, FLOATS), room)
+    return sums
+
+
+def _multiply(
+    builder: Any, starts: list[Any], columns: Any, step: Any, some: tuple[Any, Any],
+    sums: list[Any], instruction: bool,
+) -> None:  # fmt: skip
+    """Add some steps' products, from the first to before the last, to a tile's sums."""
+    dot = _adding(builder, instruction)
+    with cgutils.for_range(builder, some[1], start=some[0]) as loop:
         here = builder.add(columns, builder.mul(loop.index, step))
         words = [load(builder, here, 4 * column, WORDS) for column in range(0, COLUMNS, LANES)]
         offset = builder.mul(loop.index, ir.Constant(LONG, 4))
@@ -135,46 +157,90 @@ def _multiplied(
             for column, other in enumerate(words):
                 room = sums[row * len(words) + column]
                 builder.store(dot(builder.load(room), other, number), room)
+
+
+def _multiplied(builder: Any, rows: int, arguments: Any, instruction: bool) -> list[Any]:
+    """A tile's sums, row by row."""
+    first, apart, columns, step, steps = arguments
+    sums = _begun(builder, rows)
+    starts = _apart(builder, first, apart, rows)
+    _multiply(builder, starts, columns, step, (ir.Constant(LONG, 0), steps), sums, instruction)
     return [builder.load(room) for room in sums]
 
 
-def products(rows: int, fresh: bool, instruction: bool | None = None) -> Any:
+def products(
+    rows: int, fresh: bool, instruction: bool | None = None, *, narrow: bool = False
+) -> Any:
     """What multiplies `rows` rows with 64 columns, for compiled functions.
 
     Called with addresses of bfloat16, which a row has one behind the other: of the rows and how
     many bytes they are apart, of the columns as `in_columns` lays them out and how many bytes a
-    step is apart, how many steps of two numbers there are; and the address of (rows, 64) float32,
-    which are added to, or written if `fresh`.
+    step is apart, how many steps of two numbers there are; and the address of (rows, 64) float32
+    and how many bytes these rows are apart, which are added to, or written if `fresh`.
 
     Args:
         instruction: multiply as CPUs with AVX512-BF16 do it; None where the CPU is one.
+        narrow: write bfloat16; only if `fresh`.
     """
     native = rounds_by_instruction() if instruction is None else instruction
 
     def typed(
-        context: Any, a: Any, a_apart: Any, b: Any, b_apart: Any, steps: Any, out: Any
-    ) -> Any:
+        context: Any, a: Any, a_apart: Any, b: Any, b_apart: Any, steps: Any,
+        out: Any, out_apart: Any,
+    ) -> Any:  # fmt: skip
         def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            *told, out = arguments
-            begin = [
-                every(0.0, FLOATS) if fresh else load(builder, out, 4 * before, FLOATS)
-                for before in _before(rows)
+            *told, out, out_apart = arguments
+            goals = [
+                (row, 4 * register * LANES)
+                for row in _apart(builder, out, out_apart, rows)
+                for register in range(REGISTERS)
             ]
-            sums = _multiplied(builder, rows, told, begin, native)
-            for number, before in zip(sums, _before(rows), strict=True):
-                store(builder, number, out, 4 * before)
+            sums = _multiplied(builder, rows, told, native)
+            for number, (row, offset) in zip(sums, goals, strict=True):
+                if not fresh:
+                    number = builder.fadd(number, load(builder, row, offset, FLOATS))
+                if narrow:
+                    store(builder, narrowed(builder, number, native), row, offset // 2)
+                else:
+                    store(builder, number, row, offset)
             return context.get_dummy_value()
 
-        return types.void(a, a_apart, b, b_apart, steps, out), code
+        return types.void(a, a_apart, b, b_apart, steps, out, out_apart), code
 
     return intrinsic(typed)
 
 
-def _power_of_two(builder: Any, x: Any) -> Any:
-    """As `kernels.power_of_two`, of a register."""
+def _power_of_two(builder: Any, x: Any, instruction: bool) -> Any:
+    """2^x in every lane, to a part in 4,000, a tenth of what rounding to bfloat16 changes.
+
+    With the CPU's instructions: the nearest sixteenth's power is looked up, what is left is next to
+    linear. It asks less than a series of the units that multiply, which are what products wait for.
+    """
+    fma = function_of(builder, "llvm.fma.v16f32", FLOATS, FLOATS, FLOATS)
+    if instruction:
+        mask = ir.IntType(16)
+        # In every lane, and rounding as the CPU is set to.
+        as_ever = ir.Constant(mask, 0xFFFF), ir.Constant(WORD, 4)
+        # Adding a great number and taking it off again would not round: what numba compiles may be
+        # reordered.
+        level = "llvm.x86.avx512.mask.rndscale.ps.512"
+        level = function_of(builder, level, FLOATS, WORD, FLOATS, mask, WORD)
+        scale = "llvm.x86.avx512.mask.scalef.ps.512"
+        scale = function_of(builder, scale, FLOATS, FLOATS, FLOATS, mask, WORD)
+        look_up = function_of(builder, "llvm.x86.avx512.permvar.sf.512", FLOATS, WORDS)
+        to_sixteenths = ir.Constant(WORD, 4 << 4)
+        nearest = builder.call(level, [x, to_sixteenths, x, *as_ever])
+        left = builder.fsub(x, nearest)
+        # A float32 of this size ends in its sixteenths, where the look-up finds them.
+        place = builder.bitcast(builder.fadd(nearest, every(1.5 * 2.0**19, FLOATS)), WORDS)
+        power, slope = (
+            builder.call(look_up, [ir.Constant(FLOATS, [factor * one for one in POWERS]), place])
+            for factor in (1.0, math.log(2))
+        )
+        power = builder.call(fma, [slope, left, power])
+        return builder.call(scale, [power, nearest, power, *as_ever])
     nearest = builder.call(function_of(builder, "llvm.nearbyint.v16f32", FLOATS), [x])
     left = builder.fsub(x, nearest)
-    fma = function_of(builder, "llvm.fma.v16f32", FLOATS, FLOATS, FLOATS)
     series = every(SERIES[0], FLOATS)
     for factor in SERIES[1:]:
         series = builder.call(fma, [series, left, every(factor, FLOATS)])
@@ -183,20 +249,32 @@ def _power_of_two(builder: Any, x: Any) -> Any:
     return builder.fmul(series, power)
 
 
-def weighed(rows: int, limited: bool, instruction: bool | None = None) -> Any:
+def _write_weights(
+    builder: Any, weights: list[Any], out: Any, totals: Any, instruction: bool
+) -> None:
+    """A row's weights as bfloat16, added to its totals."""
+    total = load(builder, totals, 0, FLOATS)
+    for weight in weights:
+        total = builder.fadd(total, weight)
+    store(builder, total, totals, 0)
+    for register, weight in enumerate(weights):
+        number = narrowed(builder, weight, instruction)
+        store(builder, number, out, 2 * register * LANES)
+
+
+def weighed(rows: int, instruction: bool | None = None) -> Any:
     """What makes weights of `rows` rows' products with 64 columns, 2^(product - most), for compiled
     functions.
 
     Called as `products`, but with these addresses at the end: of the weights, bfloat16, and how
     many bytes their rows are apart; of (rows, 16) float32, to which every sixteenth weight is
     added; and of (rows, 2) float32: how many columns of a row count, where all others get 0, and
-    its most. Unless `limited` all columns count, and most is 0.
+    its most.
 
     Args:
         instruction: as for `products`.
     """
     native = rounds_by_instruction() if instruction is None else instruction
-    registers = COLUMNS // LANES
 
     def typed(
         context: Any, a: Any, a_apart: Any, b: Any, b_apart: Any, steps: Any,
@@ -205,29 +283,157 @@ def weighed(rows: int, limited: bool, instruction: bool | None = None) -> Any:
         def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             *told, out, out_apart, totals, limits = arguments
             none = every(0.0, FLOATS)
-            sums = _multiplied(builder, rows, told, [none] * rows * registers, native)
-            for row in range(rows):
-                total = load(builder, totals, 4 * row * LANES, FLOATS)
+            sums = _multiplied(builder, rows, told, native)
+            for row, to in enumerate(_apart(builder, out, out_apart, rows)):
                 count, most = (
                     repeated(builder, load(builder, limits, 8 * row + place, FLOAT))
                     for place in (0, 4)
                 )
-                for register in range(registers):
-                    x = sums[row * registers + register]
-                    if limited:
-                        x = _greater(builder, builder.fsub(x, most), every(LEAST_POWER, FLOATS))
-                    weight = _power_of_two(builder, x)
-                    if limited:
-                        column = [float(register * LANES + lane) for lane in range(LANES)]
-                        counts = builder.fcmp_ordered("<", ir.Constant(FLOATS, column), count)
-                        weight = builder.select(counts, weight, none)
-                    total = builder.fadd(total, weight)
-                    store(builder, narrowed(builder, weight, native), out, 2 * register * LANES)
-                store(builder, total, totals, 4 * row * LANES)
-                out = builder.add(out, out_apart)
+                weights = []
+                for register in range(REGISTERS):
+                    x = builder.fsub(sums[row * REGISTERS + register], most)
+                    x = _greater(builder, x, every(LEAST_POWER, FLOATS))
+                    weight = _power_of_two(builder, x, native)
+                    column = [float(register * LANES + lane) for lane in range(LANES)]
+                    counts = builder.fcmp_ordered("<", ir.Constant(FLOATS, column), count)
+                    weights.append(builder.select(counts, weight, none))
+                total = builder.add(totals, ir.Constant(LONG, 4 * row * LANES))
+                _write_weights(builder, weights, to, total, native)
             return context.get_dummy_value()
 
         return types.void(a, a_apart, b, b_apart, steps, out, out_apart, totals, limits), code
+
+    return intrinsic(typed)
+
+
+def weighed_tiles(rows: int, instruction: bool | None = None) -> Any:
+    """As `weighed`, of several tiles, all of whose columns count, and no most.
+
+    A tile's weights are made between the products of the next: they are computed by units that
+    products leave idle, but no CPU looks so far ahead by itself.
+
+    Called as `weighed`, but at the end with how many tiles there are, at least 1, and how many
+    bytes their columns are apart; their weights are one behind the other.
+
+    Args:
+        instruction: as for `products`.
+    """
+    native = rounds_by_instruction() if instruction is None else instruction
+
+    def typed(
+        context: Any, a: Any, a_apart: Any, b: Any, b_apart: Any, steps: Any,
+        out: Any, out_apart: Any, totals: Any, tiles: Any, tiles_apart: Any,
+    ) -> Any:  # fmt: skip
+        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            a, a_apart, columns, step, steps, out, out_apart, totals, tiles, apart = arguments
+            zero, one = ir.Constant(LONG, 0), ir.Constant(LONG, 1)
+            starts = _apart(builder, a, a_apart, rows)
+            waiting = cgutils.alloca_once(builder, FLOATS, size=rows * REGISTERS)
+            waiting = builder.ptrtoint(waiting, LONG)
+            sums = _begun(builder, rows)
+
+            def multiply(tile: Any, first: Any, last: Any) -> None:
+                here = builder.add(columns, builder.mul(tile, apart))
+                _multiply(builder, starts, here, step, (first, last), sums, native)
+
+            def wait() -> None:
+                for place, room in enumerate(sums):
+                    store(builder, builder.load(room), waiting, 4 * place * LANES)
+                    builder.store(every(0.0, FLOATS), room)
+
+            def weigh(row: int, tile: Any) -> None:
+                to = builder.add(out, builder.mul(out_apart, ir.Constant(LONG, row)))
+                to = builder.add(to, builder.mul(tile, ir.Constant(LONG, 2 * COLUMNS)))
+                weights = []
+                for register in range(REGISTERS):
+                    offset = 4 * (row * REGISTERS + register) * LANES
+                    x = load(builder, waiting, offset, FLOATS)
+                    weights.append(_power_of_two(builder, x, native))
+                total = builder.add(totals, ir.Constant(LONG, 4 * row * LANES))
+                _write_weights(builder, weights, to, total, native)
+
+            multiply(zero, zero, steps)
+            wait()
+            with cgutils.for_range(builder, tiles, start=one) as loop:
+                last = zero
+                for row in range(rows):
+                    first, last = last, builder.mul(steps, ir.Constant(LONG, row + 1))
+                    last = builder.sdiv(last, ir.Constant(LONG, rows))
+                    multiply(loop.index, first, last)
+                    weigh(row, builder.sub(loop.index, one))
+                wait()
+            for row in range(rows):
+                weigh(row, builder.sub(tiles, one))
+            return context.get_dummy_value()
+
+        takes = a, a_apart, b, b_apart, steps, out, out_apart, totals, tiles, tiles_apart
+        return types.void(*takes), code
+
+    return intrinsic(typed)
+
+
+def _summing(context: Any, address: Any) -> Any:
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(FLOAT, [FLOAT, FLOATS])
+        name = "llvm.vector.reduce.fadd.v16f32"
+        function = cgutils.get_or_insert_function(builder.module, kind, name)
+        start = ir.Constant(FLOAT, -0.0)
+        return builder.call(
+            function, [start, load(builder, arguments[0], 0, FLOATS)], fastmath=("reassoc",)
+        )
+
+    return types.float32(address), code
+
+
+lanes_sum: Any = intrinsic(_summing)
+"""The sum of the 16 float32 at an address."""
+
+
+def shared(instruction: bool | None = None) -> Any:
+    """What gives 64 float32 times a factor as bfloat16, for compiled functions: called with the
+    address of the numbers, the factor, and the address that is written.
+
+    Args:
+        instruction: as for `products`.
+    """
+    native = rounds_by_instruction() if instruction is None else instruction
+
+    def typed(context: Any, numbers: Any, factor: Any, out: Any) -> Any:
+        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            numbers, factor, out = arguments
+            factors = repeated(builder, factor)
+            for before in range(0, COLUMNS, LANES):
+                number = builder.fmul(load(builder, numbers, 4 * before, FLOATS), factors)
+                store(builder, narrowed(builder, number, native), out, 2 * before)
+            return context.get_dummy_value()
+
+        return types.void(numbers, types.float32, out), code
+
+    return intrinsic(typed)
+
+
+def gating(instruction: bool | None = None) -> Any:
+    """What multiplies 64 float32 with the sigmoid linear unit of 64 others, for compiled functions:
+    called with the address of these, where the results are written, and of the first.
+
+    Args:
+        instruction: as for `products`.
+    """
+    native = rounds_by_instruction() if instruction is None else instruction
+
+    def typed(context: Any, opened: Any, raised: Any) -> Any:
+        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            one, flat = every(1.0, FLOATS), every(FLAT, FLOATS)
+            for offset in range(0, 4 * COLUMNS, 4 * LANES):
+                x, factor = (load(builder, place, offset, FLOATS) for place in arguments)
+                power = builder.fmul(_greater(builder, x, flat), every(-1 / math.log(2), FLOATS))
+                power = _greater(builder, power, every(LEAST_POWER, FLOATS))
+                power = builder.fadd(one, _power_of_two(builder, power, native))
+                x = builder.fdiv(builder.fmul(x, factor), power)
+                store(builder, x, arguments[0], offset)
+            return context.get_dummy_value()
+
+        return types.void(opened, raised), code
 
     return intrinsic(typed)
 
@@ -259,6 +465,7 @@ def in_pairs(rows: Tensor, count: int) -> Tensor:
     Returns:
         (..., count // 2, size rounded up to 64s, 2) bfloat16, zeros where there were no numbers.
     """
-    *outer, length, size = rows.shape
-    padded = torch.nn.functional.pad(rows, (0, -size % COLUMNS, 0, count - length))
-    return padded.view(*outer, count // 2, 2, -1).transpose(-1, -2).contiguous()
+    padded = torch.nn.functional.pad(
+        rows, (0, -rows.shape[-1] % COLUMNS, 0, count - rows.shape[-2])
+    )
+    return torch.stack([padded[..., place::2, :] for place in (0, 1)], dim=-1)

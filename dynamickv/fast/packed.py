@@ -1,7 +1,7 @@
-"""Weights of linear layers in the forms that a CPU multiplies fastest: bfloat16 in oneDNN's own
-order for many rows, and for a few rows the codes that a GGUF file gave them, where it did. Products
-of the first round as bfloat16 products do, with sums in float32, those of the second as float32
-does. Knows no models and no tokens.
+"""Weights of linear layers in the forms that a CPU multiplies fastest: bfloat16 in the order that
+products of many rows read it in, and for a few rows the codes that a GGUF file gave them, where it
+did. Products of the first round as bfloat16 products do, with sums in float32, those of the second
+as float32 does. Knows no models and no tokens.
 """
 
 from __future__ import annotations
@@ -9,15 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import cached_property
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from dynamickv.fast.blockwise import causal_attention
+from dynamickv.fast.blockwise import causal_attention, has_tiles
 from dynamickv.fast.codes import Coded, coded
+
+if TYPE_CHECKING:
+    from dynamickv.fast.tiled import Tiled
 
 FEW_ROWS = 8
 """Rows up to which codes take less time than bfloat16."""
@@ -84,8 +87,17 @@ class PackedWeights:
             from dynamickv.fast.few_rows import multiply as multiply_few
 
             return multiply_few(x.float(), packed.narrow, packed.bias)
-        out = multiply(x.to(torch.bfloat16), packed.wide)
+        out = packed.wide.multiply(x.to(torch.bfloat16))
         return out if packed.bias is None else out + packed.bias
+
+    def add_product(self, total: Tensor, x: Tensor, *linears: nn.Linear) -> None:
+        """total += their product, (rows, all outputs) float32, contiguous."""
+        packed = self.of(*linears)
+        few = len(x) <= FEW_ROWS and packed.narrow is not None
+        if few or packed.bias is not None:
+            total += self.product(x, *linears)
+        else:
+            packed.wide.add_product(total, x.to(torch.bfloat16))
 
     def logits(self, x: Tensor, head: nn.Linear) -> Tensor:
         """Next-token logits of (rows, size) float32, (rows, vocabulary) float32.
@@ -111,9 +123,9 @@ class PackedWeights:
             from dynamickv.fast.few_rows import gated as gated_few
 
             return gated_few(x.float(), narrow)
-        x = x.to(torch.bfloat16)
-        opened = multiply(x, self.of(gate).wide, activation="swish")
-        return multiply(x, self.of(up).wide, factor=opened)
+        opened: Any = self.of(gate).wide
+        product: Tensor = opened.gated(x.to(torch.bfloat16), self.of(up).wide)
+        return product
 
 
 class Packed:
@@ -135,17 +147,21 @@ class Packed:
     def nbytes(self) -> int:
         """Bytes of the forms made so far."""
         made = vars(self)
-        wide = sum(2 * one.numel() for one in self._weights) if "wide" in made else 0
+        wide: Tiled | OneDNN | None = made.get("wide")
         narrow: Coded | None = made.get("narrow")
-        return wide + (0 if narrow is None else narrow.nbytes)
+        return sum(0 if form is None else form.nbytes for form in (wide, narrow))
 
     @cached_property
-    def wide(self) -> Tensor:
-        """In bfloat16, as `multiply` takes it."""
-        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(
-            torch.cat(self._weights).bfloat16()
-        )
-        return packed
+    def wide(self) -> Tiled | OneDNN:
+        """In bfloat16."""
+        weight = torch.cat(self._weights).bfloat16()
+        # Matrix tiles make oneDNN's products faster than the microkernel's.
+        if has_tiles() or weight.shape[1] % 2:
+            return OneDNN(weight)
+        # As in prefill.py: numba takes a second to load.
+        from dynamickv.fast.tiled import Tiled
+
+        return Tiled(weight)
 
     @cached_property
     def narrow(self) -> Coded | None:
@@ -153,21 +169,36 @@ class Packed:
         return coded(*self._weights)
 
 
-def multiply(
-    x: Tensor, weight: Tensor, *, activation: str = "none", factor: Tensor | None = None
-) -> Tensor:
-    """(rows, size) times packed weights, both in bfloat16, summed in float32 and rounded once.
+class OneDNN:
+    """A matrix in oneDNN's order, with what `tiled.Tiled` does."""
 
-    Args:
-        activation: "none", or "swish" for SiLU.
-        factor: what the products are multiplied with, in the shape of the result.
-    """
-    ops = torch.ops.mkldnn._linear_pointwise
-    if factor is not None:
-        out: Tensor = ops.binary(x, factor, weight, None, "mul")
+    def __init__(self, weight: Tensor) -> None:
+        """From (outputs, inputs) bfloat16."""
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight)
+        self.nbytes = weight.nbytes
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """Rows times the matrix, (rows, outputs) bfloat16."""
+        return self._product(x, "none")
+
+    def add_product(self, total: Tensor, x: Tensor) -> None:
+        """total += rows times the matrix, rounded before."""
+        # As in prefill.py: numba takes a second to load.
+        from dynamickv.fast.sums import add_rows
+
+        add_rows(total, self._product(x, "none"))
+
+    def gated(self, x: Tensor, up: OneDNN) -> Tensor:
+        """silu of the products, rounded, times those with another matrix."""
+        opened = self._product(x, "swish")
+        ops = torch.ops.mkldnn._linear_pointwise
+        out: Tensor = ops.binary(x, opened, up._weight, None, "mul")
         return out
-    out = ops(x, weight, None, activation, [], "")
-    return out
+
+    def _product(self, x: Tensor, activation: str) -> Tensor:
+        ops = torch.ops.mkldnn._linear_pointwise
+        out: Tensor = ops(x, self._weight, None, activation, [], "")
+        return out
 
 
 class FastProducts(TorchFunctionMode):

@@ -287,4 +287,13 @@ def test_files_made_of_these_functions_change_with_them(name: str) -> None:
 
 
 def test_what_is_compiled_of_other_files_names_their_digest() -> None:
-    assert COMPILED == ["attention", "causal", "few_rows", "heads", "softmax", "step", "sums"]
+    assert COMPILED == [
+        "attention",
+        "causal",
+        "few_rows",
+        "heads",
+        "softmax",
+        "step",
+        "sums",
+        "tiled",
+    ]

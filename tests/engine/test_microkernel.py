@@ -45,32 +45,37 @@ def test_products_are_products_and_are_added(rows: int, size: int, instruction: 
     a, b = random(rows, size + 6), random(64, size)
     columns = microkernel.in_columns(b)
     assert columns.shape == (1, size // 2, 64, 2)
-    out = torch.full((rows, 64), 3.0)
     wanted = a[:, :size].float() @ b.float().t()
-    told = a.data_ptr(), (size + 6) * 2, columns.data_ptr(), 256, size // 2, out.data_ptr()
-    caller(microkernel.products(rows, True, instruction), 6)(*told)
-    torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
-    caller(microkernel.products(rows, False, instruction), 6)(*told)
-    torch.testing.assert_close(out, 2 * wanted, rtol=1e-5, atol=1e-5)
+    wide = torch.full((rows, 80), 3.0)
+    told = a.data_ptr(), (size + 6) * 2, columns.data_ptr(), 256, size // 2, wide.data_ptr(), 320
+    caller(microkernel.products(rows, True, instruction), 7)(*told)
+    torch.testing.assert_close(wide[:, :64], wanted, rtol=1e-5, atol=1e-5)
+    caller(microkernel.products(rows, False, instruction), 7)(*told)
+    torch.testing.assert_close(wide[:, :64], 2 * wanted, rtol=1e-5, atol=1e-5)
+    assert (wide[:, 64:] == 3).all()
+    out = torch.full((rows, 80), 3.0).bfloat16()
+    told = *told[:5], out.data_ptr(), 160
+    caller(microkernel.products(rows, True, instruction, narrow=True), 7)(*told)
+    torch.testing.assert_close(out[:, :64], wanted.bfloat16(), rtol=2**-7, atol=1e-5)
+    assert (out[:, 64:] == 3).all()
 
 
 def test_pairs_of_rows_are_summed_by_weights() -> None:
     weights, values = random(6, 40), random(40, 80)
     pairs = microkernel.in_pairs(values, 64)
     assert pairs.shape == (32, 128, 2)
-    add = caller(microkernel.products(6, True), 6)
+    add = caller(microkernel.products(6, True), 7)
     for column in (0, 64):
         out = torch.empty(6, 64)
-        add(weights.data_ptr(), 80, pairs.data_ptr() + column * 4, 512, 20, out.data_ptr())
+        add(weights.data_ptr(), 80, pairs.data_ptr() + column * 4, 512, 20, out.data_ptr(), 256)
         wanted = (weights.float() @ values.float())[:, column : column + 64]
         torch.testing.assert_close(out[:, : wanted.shape[1]], wanted, rtol=1e-5, atol=1e-5)
         assert not out[:, wanted.shape[1] :].any()
 
 
 @pytest.mark.parametrize("instruction", HOW)
-@pytest.mark.parametrize("limited", [False, True])
-@pytest.mark.parametrize("rows", [1, 6])
-def test_weights_are_powers_of_what_counts(rows: int, limited: bool, instruction: bool) -> None:
+@pytest.mark.parametrize("rows", [1, 4, 6])
+def test_weights_are_powers_of_what_counts(rows: int, instruction: bool) -> None:
     a, b = random(rows, 16) * 3, random(64, 16)
     logits = a.float() @ b.float().t()
     columns = microkernel.in_columns(b)
@@ -79,16 +84,61 @@ def test_weights_are_powers_of_what_counts(rows: int, limited: bool, instruction
     limits = torch.stack([counts, most], dim=1).contiguous()
     weights, totals = torch.ones(rows, 96, dtype=torch.bfloat16), torch.ones(rows, 16)
     places = weights.data_ptr(), 192, totals.data_ptr(), limits.data_ptr()
-    code = microkernel.weighed(rows, limited, instruction)
+    code = microkernel.weighed(rows, instruction)
     caller(code, 9)(a.data_ptr(), 32, columns.data_ptr(), 256, 8, *places)
-    wanted = torch.exp2(logits)
-    if limited:
-        wanted = torch.exp2(logits - most[:, None])
-        wanted[torch.arange(64) >= counts[:, None]] = 0
-    torch.testing.assert_close(weights[:, :64].float(), wanted, rtol=2**-7, atol=1e-30)
-    assert (weights[:, 64:] == 1).all()
-    lanes = 1 + wanted.view(rows, 4, 16).sum(dim=1)
-    torch.testing.assert_close(totals, lanes, rtol=1e-3, atol=0)
+    wanted = torch.exp2(logits - most[:, None])
+    wanted[torch.arange(64) >= counts[:, None]] = 0
+    check_weights(weights, totals, wanted)
+
+
+@pytest.mark.parametrize("instruction", HOW)
+@pytest.mark.parametrize(("rows", "size"), [(1, 16), (4, 2), (4, 16), (4, 64), (6, 96)])
+@pytest.mark.parametrize("tiles", [1, 2, 5])
+def test_weights_of_several_tiles_are_powers(
+    rows: int, size: int, tiles: int, instruction: bool
+) -> None:
+    a, b = random(rows, size) * 3, random(64 * tiles, size)
+    a[0] = 1.0 / size  # a row of small logits, of which none is whole
+    logits = a.float() @ b.float().t()
+    columns = microkernel.in_columns(b)
+    weights = torch.ones(rows, 64 * tiles + 32, dtype=torch.bfloat16)
+    totals = torch.ones(rows, 16)
+    places = weights.data_ptr(), 128 * tiles + 64, totals.data_ptr(), tiles, 128 * size
+    code = microkernel.weighed_tiles(rows, instruction)
+    caller(code, 10)(a.data_ptr(), 2 * size, columns.data_ptr(), 256, size // 2, *places)
+    check_weights(weights, totals, torch.exp2(logits))
+
+
+def check_weights(weights: Tensor, totals: Tensor, wanted: Tensor) -> None:
+    rows, columns = wanted.shape
+    near = 2**-8 + 3e-4  # rounding, and the powers' own error
+    torch.testing.assert_close(weights[:, :columns].float(), wanted, rtol=near, atol=1e-30)
+    assert (weights[:, columns:] == 1).all()
+    lanes = 1 + wanted.view(rows, -1, 16).sum(dim=1)
+    torch.testing.assert_close(totals, lanes, rtol=3e-4, atol=0)
+
+
+@pytest.mark.parametrize("instruction", HOW)
+def test_gated_is_silu_times_the_others_and_sums_are_sums(instruction: bool) -> None:
+    opened, raised = random(64, 1)[:, 0].float() * 8, random(1, 64)[0].float()
+    extremes = torch.tensor([0.0, -79, 79, -200, 200, -1e30, 1e30, float("nan")])
+    opened[:8], raised[:8] = extremes, 1.0
+    wanted = torch.nn.functional.silu(opened.double()) * raised
+    caller(microkernel.gating(instruction), 2)(opened.data_ptr(), raised.data_ptr())
+    torch.testing.assert_close(opened.double()[8:], wanted[8:], rtol=3e-4, atol=1e-30)
+    seen, expected = opened.double()[:8], wanted[:8]
+    torch.testing.assert_close(seen[[0, 2, 4, 6, 7]], expected[[0, 2, 4, 6, 7]], equal_nan=True)
+    assert seen[[1, 3]].abs().max() < 1e-30
+    out = torch.empty(80).bfloat16()
+    share: dict[str, Any] = {"share": microkernel.shared(instruction)}
+    exec("def call(x, factor, out):\n    share(x, factor, out)", share)
+    compiled = kernels.compiled("void(int64, float32, int64)")(share["call"])
+    numbers = torch.arange(64.0)
+    compiled(numbers.data_ptr(), 0.3, out.data_ptr())
+    torch.testing.assert_close(out[:64], (numbers * 0.3).bfloat16(), rtol=2**-7, atol=0)
+    add: dict[str, Any] = {"add": microkernel.lanes_sum}
+    exec("def call(x):\n    return add(x)", add)
+    assert kernels.compiled("float32(int64)")(add["call"])(numbers.data_ptr()) == 120
 
 
 def test_weights_of_logits_far_below_the_greatest_are_none() -> None:
@@ -98,7 +148,7 @@ def test_weights_of_logits_far_below_the_greatest_are_none() -> None:
     weights, totals = torch.ones(1, 64, dtype=torch.bfloat16), torch.zeros(1, 16)
     columns = microkernel.in_columns(b)
     places = weights.data_ptr(), 128, totals.data_ptr(), limits.data_ptr()
-    caller(microkernel.weighed(1, True), 9)(a.data_ptr(), 4, columns.data_ptr(), 256, 1, *places)
+    caller(microkernel.weighed(1), 9)(a.data_ptr(), 4, columns.data_ptr(), 256, 1, *places)
     assert weights[0, 0] == 1
     assert weights[0, 1:].float().max() < 1e-37
     assert np.isclose(totals.sum().item(), 1, atol=1e-6)
