@@ -1,5 +1,5 @@
-"""Products with a matrix, tile by tile, are those of float32 with both factors in bfloat16, of every
-shape and by any number of threads; oneDNN's give the same."""
+"""Products with a matrix, tile by tile, are those of float32 with both factors in bfloat16, of
+every shape and by any number of threads; oneDNN's give the same."""
 
 from __future__ import annotations
 
