@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -25,6 +24,7 @@ from dynamickv.reading.prefill import TAIL
 from dynamickv.record.events import Compressed, Token
 from dynamickv.record.trace import Forgotten, Retained, Run, Scores
 from dynamickv.records import EncodedPrompt, Prefill, Retention
+from dynamickv.transfer import Stopwatch
 from dynamickv.walk import Chosen
 
 
@@ -70,19 +70,15 @@ class Answer:
         method = of_prompt(method, decoding)
         self._prefill, self._prompt, self._method = prefill, prompt, method
         self._decoding = decoding
-        start = time.perf_counter()
+        scoring = Stopwatch(llm.device)
         self.retention = select(method, prefill) if chosen is None else chosen.retention
-        llm.synchronize()
-        self._score_seconds = time.perf_counter() - start + (chosen.seconds if chosen else 0.0)
-        if method.needs_mass:
-            self._score_seconds += prefill.mass_seconds
-        start = time.perf_counter()
+        scoring.stop()
+        pruning = Stopwatch(llm.device)
         room = min(max_new_tokens, max(llm.geometry.max_positions - prompt.length, 0))
         later = prompt.token_ids[prefill.length :]
         # What chooses again takes memory as it grows.
         cache = prune(prefill, self.retention, room + len(later) if decoding is None else 0)
-        llm.synchronize()
-        self._prune_seconds = time.perf_counter() - start
+        pruning.stop()
         self._cache: KVCache | None = cache
         self._forgotten: list[Forgotten] = []
         self._choosing = 0.0
@@ -100,6 +96,11 @@ class Answer:
         held = {place: other.held for place, other in sorted(others.items())}
         self._mask = of_all_layers(compressed, prefill.places, held)
         self._budgets = in_place_order(self.retention.budgets, prefill.places, held)
+        # The mask was waited for, and with it all that they measure.
+        self._score_seconds = scoring.seconds() + (chosen.seconds if chosen else 0.0)
+        if method.needs_mass:
+            self._score_seconds += prefill.mass_seconds
+        self._prune_seconds = pruning.seconds()
         self._scores = layer_scores(method, prefill, prompt.length) if scores else None
         self.keeps_everything = bool(self._mask.all())
         self._together: Together | None = None

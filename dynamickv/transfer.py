@@ -1,7 +1,8 @@
-"""Numbers on their way from the device to the host."""
+"""What the host learns from a device: numbers on their way, and how long work took."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -27,3 +28,39 @@ def sent(numbers: Tensor) -> Callable[[], list[Any]]:
         return found
 
     return read
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has finished, so that clocks tell the truth."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+class Stopwatch:
+    """Runs from when it is made until `stop`. On CUDA by the device's own clock, for which the host
+    waits when it asks for the time: until then it prepares what comes next."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._start = self._end = self._now()
+
+    def stop(self) -> None:
+        """The work that it measures was given to the device."""
+        self._end = self._now()
+
+    def seconds(self) -> float:
+        """Between the two moments."""
+        if isinstance(self._end, float):
+            return float(self._end - self._start)
+        self._end.synchronize()
+        return float(self._start.elapsed_time(self._end)) / 1e3
+
+    def _now(self) -> Any:
+        if self._device.type != "cuda":
+            synchronize(self._device)
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
+        return event

@@ -6,7 +6,6 @@ The document's keys and values are copied once; every question costs a pass over
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -21,6 +20,7 @@ from dynamickv.models import LoadedModel
 from dynamickv.reading.prefill import whole_prompt
 from dynamickv.records import Attended, LayerObservation, Prefill, Retention
 from dynamickv.scoring import attention_mass
+from dynamickv.transfer import Stopwatch
 
 
 @torch.inference_mode()
@@ -44,7 +44,7 @@ def with_question(
         raise ValueError(
             "this prefill was read with a question; prefill the document alone to ask several"
         )
-    start = time.perf_counter()
+    reading = Stopwatch(llm.device)
     prompt = whole_prompt(llm, prefill.prompt, question)
     later = prompt.token_ids[prefill.length :]
     cache = prune(prefill, Retention.everything(prefill.layers), len(later))
@@ -65,7 +65,7 @@ def with_question(
     for place in prefill.places:
         cache.layers[place].after_attention = saw
     logits = extend(llm, cache, later, prefill.length)
-    llm.synchronize()
+    reading.stop()
     for place in prefill.places:
         cache.layers[place].after_attention = None
     held = [cache.layers[place].held() for place in prefill.places]
@@ -79,7 +79,7 @@ def with_question(
         states=cache.states(),
         joint=prefill.joint,
         logits=logits,
-        seconds=time.perf_counter() - start,
+        took=reading.seconds,
     )
 
 

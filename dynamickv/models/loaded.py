@@ -13,6 +13,7 @@ from dynamickv.fast.packed import PackedWeights
 from dynamickv.models.geometry import Geometry
 from dynamickv.models.rope import forget_longer_sequences
 from dynamickv.reading.observe import backend_of, set_observed
+from dynamickv.transfer import synchronize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -114,7 +115,4 @@ class LoadedModel:
 
     def synchronize(self) -> None:
         """Wait until the device has finished, so that clocks tell the truth."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        elif self.device.type == "mps":
-            torch.mps.synchronize()
+        synchronize(self.device)

@@ -22,6 +22,7 @@ from dynamickv.reading.observe import cache_argument, observed
 from dynamickv.reading.prompt import encode_prompt, encode_text
 from dynamickv.records import Attended, EncodedPrompt, LayerObservation, Prefill
 from dynamickv.scoring import attention_mass
+from dynamickv.transfer import Stopwatch
 
 if TYPE_CHECKING:
     from dynamickv.models import LoadedModel
@@ -216,7 +217,7 @@ def prefill_prompt(
         from dynamickv.reading.fast_pass import FastReading
 
         fast = FastReading(llm, llm.packed, mass)
-    start = time.perf_counter()
+    reading = Stopwatch(llm.device)
     with observed(llm.model), neighbours:
         if fast is not None:
             logits = fast(token_ids, cache)
@@ -225,7 +226,7 @@ def prefill_prompt(
                 token_ids, use_cache=True, logits_to_keep=1, **cache_argument(llm.model, cache)
             )
             logits = output.logits[0, -1]
-    llm.synchronize()
+    reading.stop()
     if sorted(read) != places:
         raise ValueError(
             f"{len(layers)} of {llm.name}'s {len(places)} layers to compress were observed, so "
@@ -242,6 +243,6 @@ def prefill_prompt(
         states=cache.states(),
         joint=llm.geometry.joint,
         logits=logits,
-        seconds=time.perf_counter() - start - mass_seconds - watched,
+        took=lambda: reading.seconds() - mass_seconds - watched,
         mass_seconds=mass_seconds,
     )

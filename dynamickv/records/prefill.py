@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -67,8 +67,8 @@ class Prefill:
     """Whether all heads of a layer share one choice."""
     logits: Tensor
     """Next-token logits after the prompt, (vocabulary,)."""
-    seconds: float
-    """Without `mass_seconds`."""
+    took: Callable[[], float] = field(compare=False, repr=False)
+    """What `seconds` asks."""
     mass_seconds: float = 0.0
     """Time spent on the attention of all queries, when it was recorded."""
     recalling: tuple[RecallingLayer, ...] = field(init=False, compare=False, repr=False)
@@ -88,6 +88,11 @@ class Prefill:
             free = tuple(place for place in every if place not in self.others)
             object.__setattr__(self, "places", free)
         object.__setattr__(self, "recalling", tuple(layers))
+
+    @property
+    def seconds(self) -> float:
+        """What reading took, without `mass_seconds`; waits for a device that still reads."""
+        return self.took()
 
     @property
     def question_aware(self) -> bool:

@@ -210,7 +210,7 @@ def long_page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, s
         layers=layers,
         values=(torch.zeros_like(layers[0].keys),) * model.num_layers,
         logits=torch.zeros(1),
-        seconds=1.0,
+        took=lambda: 1.0,
     )
     shelf = Shelf()
     key = shelf.put(trace, "run", "tiny", prefill)
