@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import statistics
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.util import find_spec
 
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import DynamicCache, utils
+from transformers import DynamicCache, PreTrainedModel, utils
+from transformers.models.llama import modeling_llama
 
 import dynamickv as dkv
 from benchmarks.gpu.agreement import overlap, relative
@@ -29,26 +35,69 @@ def flash_versions() -> list[int]:
     ]
 
 
-def kernels(bench: Bench) -> dict[str, SDPBackend | None]:
-    """The backends that read long prompts here, sdpa's own choice first, and which of sdpa's
-    kernels each forces."""
-    found: dict[str, SDPBackend | None] = {"sdpa": None}
-    if bench.device.type == "cuda":
-        found["sdpa (cuDNN)"] = SDPBackend.CUDNN_ATTENTION
-        found["sdpa (flash)"] = SDPBackend.FLASH_ATTENTION
-        found |= {f"flash_attention_{version}": None for version in flash_versions()}
+@dataclass(frozen=True)
+class Backend:
+    """What a prompt is read with."""
+
+    name: str
+    attention: str = "sdpa"
+    kernel: SDPBackend | None = None
+    """Of sdpa's the one that is forced."""
+    fused: bool = False
+    """With Liger's kernels, which do what lies between the products in one pass each."""
+
+
+def available(bench: Bench) -> list[Backend]:
+    """The backends that read long prompts here, sdpa's own choice first."""
+    found = [Backend("sdpa")]
+    if bench.device.type != "cuda":
+        return found
+    own = [f"flash_attention_{version}" for version in flash_versions()]
+    found += [
+        Backend("sdpa (cuDNN)", kernel=SDPBackend.CUDNN_ATTENTION),
+        Backend("sdpa (flash)", kernel=SDPBackend.FLASH_ATTENTION),
+        *(Backend(name, name) for name in own),
+    ]
+    if find_spec("liger_kernel") is not None:
+        found += [Backend(f"{name}, Liger's kernels", name, fused=True) for name in ("sdpa", *own)]
     return found
 
 
 @contextlib.contextmanager
-def using(llm: dkv.LoadedModel, name: str, kernel: SDPBackend | None) -> Iterator[None]:
-    """The model with this backend."""
-    llm.model.set_attn_implementation(name.split(" ")[0])
+def fused(llm: dkv.LoadedModel) -> Iterator[dkv.LoadedModel]:
+    """A Llama with the same weights and Liger's kernels, which replace its rotation for the whole
+    process: they are taken back."""
+    from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+    shared = {id(one): one for one in (*llm.model.parameters(), *llm.model.buffers())}
+    model = copy.deepcopy(llm.model, shared)
+    names = "apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP"
+    before = {name: getattr(modeling_llama, name) for name in names}
+    apply_liger_kernel_to_llama(fused_linear_cross_entropy=False, model=model)
     try:
-        with sdpa_kernel(kernel) if kernel else contextlib.nullcontext():
-            yield
+        yield replace(llm, model=model)
     finally:
-        llm.model.set_attn_implementation("sdpa")
+        for name, one in before.items():
+            setattr(modeling_llama, name, one)
+
+
+@contextlib.contextmanager
+def using(llm: dkv.LoadedModel, backend: Backend) -> Iterator[dkv.LoadedModel]:
+    """The model with this backend."""
+    with (
+        fused(llm) if backend.fused else contextlib.nullcontext(llm) as chosen,
+        sdpa_kernel(backend.kernel) if backend.kernel else contextlib.nullcontext(),
+    ):
+        chosen.model.set_attn_implementation(backend.attention)
+        try:
+            yield chosen
+        finally:
+            chosen.model.set_attn_implementation("sdpa")
+
+
+def read(model: PreTrainedModel, ids: Tensor) -> None:
+    """The plain model's prefill."""
+    model(ids, past_key_values=DynamicCache(), logits_to_keep=1)
 
 
 @torch.inference_mode()
@@ -66,21 +115,19 @@ def fastest(bench: Bench, name: str, llm: dkv.LoadedModel) -> None:
     needed = 2 * weights * bench.long + 2 * bench.long**2 * heads * config.num_hidden_layers
     found: dict[str, list[float]] = {}
     for _ in range(rounds):
-        for backend, kernel in kernels(bench).items():
+        for backend in available(bench):
             try:
-                with using(llm, backend, kernel):
-                    took = timed(
-                        lambda: llm.model(ids, past_key_values=DynamicCache(), logits_to_keep=1), 1
-                    )
+                with using(llm, backend) as chosen:
+                    took = timed(partial(read, chosen.model, ids), 1)
             except Exception as error:
-                print(f"{backend}: {type(error).__name__}: {str(error)[:300]}")
+                print(f"{backend.name}: {type(error).__name__}: {str(error)[:300]}")
                 continue
-            found.setdefault(backend, []).extend(took)
+            found.setdefault(backend.name, []).extend(took)
     at = f"{name}: prefill of {bench.long} tokens"
-    for backend, seconds in found.items():
-        bench.add(f"{at}, {backend}", seconds, "s")
-        if backend != "sdpa":
-            bench.add(f"{at}, {backend} / sdpa", ratios(seconds, found["sdpa"]), "x", "<= 0.9")
+    for name, seconds in found.items():
+        bench.add(f"{at}, {name}", seconds, "s")
+        if name != "sdpa":
+            bench.add(f"{at}, {name} / sdpa", ratios(seconds, found["sdpa"]), "x", "<= 0.9")
     least = statistics.median(found["sdpa"])
     bench.add(f"{at}, sdpa: share of the matrix products' rate", needed / least / rate)
 
@@ -107,23 +154,23 @@ def backends(bench: Bench) -> None:
     del wide
     free()
     yardstick = None
-    for name, kernel in {**kernels(bench), "eager": None}.items():
+    for backend in (*available(bench), Backend("eager", "eager")):
         try:
-            with using(llm, name, kernel):
-                prefill = prefill_prompt(llm, encoded)
-                seconds = statistics.median(timed(lambda: prefill_prompt(llm, encoded), 5))
+            with using(llm, backend) as chosen:
+                prefill = prefill_prompt(chosen, encoded)
+                seconds = statistics.median(timed(partial(prefill_prompt, chosen, encoded), 5))
         except Exception as error:
-            print(f"{name}: {type(error).__name__}: {str(error)[:300]}")
+            print(f"{backend.name}: {type(error).__name__}: {str(error)[:300]}")
             continue
         retention = method.select(prefill.layers)
         yardstick = yardstick or retention
         bench.add(
-            f"backend {name}: kept sets' overlap with sdpa's",
+            f"backend {backend.name}: kept sets' overlap with sdpa's",
             overlap(retention, yardstick),
             note=f"with float32's {overlap(retention, best):.4f}; prefill of {length} tokens "
             f"{seconds * 1e3:.1f} ms",
         )
         bench.add(
-            f"backend {name}: last logits, relative error to float32",
+            f"backend {backend.name}: last logits, relative error to float32",
             relative(prefill.logits, exact.logits),
         )
