@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 from torch import Tensor
@@ -31,7 +32,8 @@ FLOAT, WORD, LONG = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 FLOATS, WORDS = ir.VectorType(FLOAT, LANES), ir.VectorType(WORD, LANES)
 FLAT = -80.0
 """Below it a sigmoid is 0, near enough."""
-PAIRS = ir.VectorType(BFLOAT, 2 * LANES)
+PAIRS, HALVES = (ir.VectorType(kind, 2 * LANES) for kind in (BFLOAT, ir.IntType(16)))
+BYTES = ir.VectorType(ir.IntType(8), 4 * LANES)
 POWERS = [float(np.float32(2 ** (place / LANES))) for place in range(LANES)]
 """2^x of every sixteenth."""
 
@@ -262,6 +264,39 @@ def _write_weights(
         store(builder, number, out, 2 * register * LANES)
 
 
+def looks_up_bytes() -> bool:
+    """Whether this CPU, besides rounding itself, finds 64 bytes at once in a table of 128."""
+    return rounds_by_instruction() and bool(get_host_cpu_features().get("avx512vbmi"))
+
+
+def _look_up_weights(builder: Any, logits: list[Any], out: Any, totals: Any) -> None:
+    """As `_write_weights`, of logits between -100 and 100, by integers alone, which no product
+    waits for: a bfloat16's bits are 128 times its logarithm to base 2, less what a table has for
+    the seven bits behind the point. Logits are rounded to these, a quarter of a per cent at most.
+    """
+    table = [place - round((2 ** (place / 128) - 1) * 128) for place in range(128)]
+    low, high = (ir.Constant(BYTES, half) for half in (table[:64], table[64:]))
+    name = "llvm.x86.avx512.vpermi2var.qi.512"
+    kind = ir.FunctionType(BYTES, [BYTES, BYTES, BYTES])
+    look_up = cgutils.get_or_insert_function(builder.module, kind, name)
+    # A float32 of this size ends in its 128ths; 127 is the exponent's zero.
+    shift = every(1.5 * 2.0**16 + 127, FLOATS)
+    ends = ir.Constant(ir.VectorType(WORD, 2 * LANES), [2 * lane for lane in range(2 * LANES)])
+    total = load(builder, totals, 0, FLOATS)
+    for register in range(0, len(logits), 2):
+        pair = [
+            builder.bitcast(builder.fadd(x, shift), HALVES) for x in logits[register : register + 2]
+        ]
+        bits = builder.shuffle_vector(*pair, ends)
+        less = builder.call(look_up, [low, builder.bitcast(bits, BYTES), high])
+        less = builder.and_(builder.bitcast(less, HALVES), ir.Constant(HALVES, [255] * 2 * LANES))
+        words = builder.bitcast(builder.sub(bits, less), WORDS)
+        store(builder, words, out, 2 * register * LANES)
+        for weight in _halves(builder, words):
+            total = builder.fadd(total, weight)
+    store(builder, total, totals, 0)
+
+
 def weighed(rows: int, instruction: bool | None = None) -> Any:
     """What makes weights of `rows` rows' products with 64 columns, 2^(product - most), for compiled
     functions.
@@ -306,19 +341,25 @@ def weighed(rows: int, instruction: bool | None = None) -> Any:
     return intrinsic(typed)
 
 
-def weighed_tiles(rows: int, instruction: bool | None = None) -> Any:
-    """As `weighed`, of several tiles, all of whose columns count, and no most.
+def weighed_tiles(
+    rows: int, instruction: bool | None = None, by_look_up: bool | None = None
+) -> Any:
+    """As `weighed`, of several tiles, all of whose columns count, and no most; no product may be
+    beyond 100.
 
     A tile's weights are made between the products of the next: they are computed by units that
     products leave idle, but no CPU looks so far ahead by itself.
 
     Called as `weighed`, but at the end with how many tiles there are, at least 1, and how many
-    bytes their columns are apart; their weights are one behind the other.
+    bytes their columns are apart; their weights are one behind the other. A total's lanes add up
+    other columns than those of `weighed`.
 
     Args:
         instruction: as for `products`.
+        by_look_up: make weights as CPUs with AVX512-VBMI can; None where the CPU is one.
     """
     native = rounds_by_instruction() if instruction is None else instruction
+    looked_up = looks_up_bytes() if by_look_up is None else by_look_up
 
     def typed(
         context: Any, a: Any, a_apart: Any, b: Any, b_apart: Any, steps: Any,
@@ -344,13 +385,16 @@ def weighed_tiles(rows: int, instruction: bool | None = None) -> Any:
             def weigh(row: int, tile: Any) -> None:
                 to = builder.add(out, builder.mul(out_apart, ir.Constant(LONG, row)))
                 to = builder.add(to, builder.mul(tile, ir.Constant(LONG, 2 * COLUMNS)))
-                weights = []
-                for register in range(REGISTERS):
-                    offset = 4 * (row * REGISTERS + register) * LANES
-                    x = load(builder, waiting, offset, FLOATS)
-                    weights.append(_power_of_two(builder, x, native))
                 total = builder.add(totals, ir.Constant(LONG, 4 * row * LANES))
-                _write_weights(builder, weights, to, total, native)
+                logits = [
+                    load(builder, waiting, 4 * (row * REGISTERS + register) * LANES, FLOATS)
+                    for register in range(REGISTERS)
+                ]
+                if looked_up:
+                    _look_up_weights(builder, logits, to, total)
+                else:
+                    weights = [_power_of_two(builder, x, native) for x in logits]
+                    _write_weights(builder, weights, to, total, native)
 
             multiply(zero, zero, steps)
             wait()
