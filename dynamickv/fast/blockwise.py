@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from dynamickv.fast.causal import Held
+    from dynamickv.fast.heads import Laid
 
 ELEMENTS, TOGETHER = 3 * 2**19, 9 * 2**19
 """Attention weights of one head that are in memory at a time, and of several heads, which should
@@ -47,29 +47,31 @@ def causal_attention(
     Returns:
         (m, num_query_heads, head_dim) bfloat16, and (num_query_heads, n) float32 or None.
     """
-    narrow_keys = _centred(keys).to(torch.bfloat16)
-    narrow_values = values.to(torch.bfloat16)
     whole = queries.shape[1] == keys.shape[1]
     if has_tiles() and whole and not mass:
         context = F.scaled_dot_product_attention(
             queries.to(torch.bfloat16)[None],
-            narrow_keys[None],
-            narrow_values[None],
+            _centred(keys)[None],
+            values.to(torch.bfloat16)[None],
             is_causal=True,
             scale=scaling,
             enable_gqa=True,
         )
         return context[0].transpose(0, 1), None
-    return _in_blocks(queries, narrow_keys, narrow_values, scaling, mass)
+    return _in_blocks(queries, keys, values, scaling, mass)
+
+
+def _middle(keys: Tensor) -> Tensor:
+    """The mean of a head's keys. The same vector taken from all keys moves all logits of a query
+    alike, which softmax does not see; what is left is smaller, and so is what rounding does to it
+    (SageAttention, arXiv:2410.02367).
+    """
+    return keys.mean(dim=1, dtype=torch.float32)
 
 
 def _centred(keys: Tensor) -> Tensor:
-    """The same vector taken from all keys moves all logits of a query alike, which softmax does not
-    see; what is left is smaller, and so is what rounding does to it (SageAttention,
-    arXiv:2410.02367).
-    """
-    keys = keys.float()
-    return keys - keys.mean(dim=1, keepdim=True)
+    """Keys less their mean, bfloat16."""
+    return (keys.float() - _middle(keys)[:, None]).to(torch.bfloat16)
 
 
 def _in_blocks(
@@ -85,12 +87,24 @@ def _in_blocks(
     # To base 2, which a factor on the queries costs nothing.
     asked, sizes = asked_in_groups(queries, scaling / math.log(2), group)
     asked, sizes = asked.flatten(1, 2), sizes.flatten(1, 2)
-    # No product is greater than that of both lengths.
-    bounds = sizes * keys.float().norm(dim=-1).amax(dim=1, keepdim=True)
-    spoiled = None if bool(bounds.isfinite().all()) else _spoiled(queries, keys)
     received = torch.zeros(num_kv_heads, group, length) if mass else None
+    tiles = has_tiles()
+    if tiles:
+        keys, values = _centred(keys), values.to(torch.bfloat16)
+        lengths = torch.linalg.vector_norm(keys, dim=-1, dtype=torch.float32)
+    else:
+        from dynamickv.fast.heads import laid_out
+
+        laid = laid_out(keys, values, _middle(keys))
+        lengths = laid.sizes
+    # No product is greater than that of both lengths.
+    bounds = sizes * lengths.amax(dim=1, keepdim=True)
+    spoiled = None if bool(bounds.isfinite().all()) else _spoiled(queries, lengths)
     asking = _Asking(asked, bounds, spoiled, group, length - queries.shape[1])
-    context = (_by_torch if has_tiles() else _by_microkernel)(asking, keys, values, received)
+    if tiles:
+        context = _by_torch(asking, keys, values, received)
+    else:
+        context = _by_microkernel(asking, laid, received)
     if spoiled is not None:
         wrong = spoiled.view(num_kv_heads, -1, group).transpose(0, 1).flatten(1)
         context.masked_fill_(wrong[..., None], torch.nan)
@@ -137,46 +151,44 @@ class _Asking:
         return (members / totals[..., None, :]).to(torch.bfloat16)
 
 
-def _by_microkernel(
-    asking: _Asking, keys: Tensor, values: Tensor, received: Tensor | None
-) -> Tensor:
+def _by_microkernel(asking: _Asking, laid: Laid, received: Tensor | None) -> Tensor:
     """All rows in one pass, or where what is received is asked for, in blocks of some heads."""
-    from dynamickv.fast.causal import Held, attend
+    from dynamickv.fast.causal import attend
 
     group = asking.group
     if received is None:
-        held = Held(keys, values)
-        return attend(asking.asked, held, asking.bounds, group, asking.before)[0]
-    heads, length, dim = keys.shape
+        return attend(asking.asked, laid, asking.bounds, group, asking.before)[0]
+    heads, length = laid.sizes.shape
+    dim = asking.asked.shape[2]
     block = asking.block(group * length)
     some = max(TOGETHER // (group * block * length), 1)
-    context = values.new_empty(asking.asked.shape[1] // group, heads, group, dim)
+    context = asking.asked.new_empty(asking.asked.shape[1] // group, heads, group, dim)
     for first in range(0, heads, some):
         own = slice(first, first + some)
-        held = Held(keys[own], values[own])
-        part = _received(asking.of_heads(own), held, received[own])
+        part = _received(asking.of_heads(own), laid.of_heads(own), received[own])
         context[:, own] = part.view(len(part), -1, group, dim)
     return context.flatten(1, 2)
 
 
-def _received(asking: _Asking, held: Held, received: Tensor) -> Tensor:
+def _received(asking: _Asking, laid: Laid, received: Tensor) -> Tensor:
     """Attention of some heads' rows; what every position got of them is added to `received`."""
     from dynamickv.fast.causal import attend
     from dynamickv.fast.microkernel import COLUMNS
 
     asked, group = asking.asked, asking.group
     heads, rows, dim = asked.shape
-    per_query = group * held.length
+    length = laid.sizes.shape[1]
+    per_query = group * length
     context = asked.new_empty(rows // group, heads * group, dim)
     # Written over for every block: fresh memory costs as much time as the weights.
-    room = asked.new_empty(heads * group * asking.block(per_query) * held.room)
+    room = asked.new_empty(heads * group * asking.block(per_query) * 2 * laid.pairs.shape[1])
     for part, end in asking.blocks(per_query):
         first, count = part.start // group, part.stop - part.start
         seen = -(-end // COLUMNS) * COLUMNS
         weights = room[: heads * count * seen].view(heads, count, seen)
         before = asking.before + first
         weights[:, :, before:] = 0
-        given = asked[:, part].contiguous(), held, asking.bounds[:, part].contiguous()
+        given = asked[:, part].contiguous(), laid, asking.bounds[:, part].contiguous()
         context[first : part.stop // group], totals = attend(*given, group, before, weights)
         # As a product: many times faster than a sum over rows, and summed in float32.
         received[:, :, :end] += torch.bmm(asking.counted(totals, part), weights)[..., :end]
@@ -208,10 +220,10 @@ def _by_torch(asking: _Asking, keys: Tensor, values: Tensor, received: Tensor | 
     return divided(attended, totals, group)
 
 
-def _spoiled(queries: Tensor, keys: Tensor) -> Tensor:
+def _spoiled(queries: Tensor, lengths: Tensor) -> Tensor:
     """Which queries are no numbers or see keys that are none, (num_kv_heads, m * group): what is
     compiled would not say so."""
-    heads, asking = len(keys), queries.shape[1]
+    heads, asking = len(lengths), queries.shape[1]
     own = ~queries.isfinite().all(dim=-1)
-    seen = (~keys.isfinite().all(dim=-1)).cumsum(dim=1)[:, -asking:] > 0
+    seen = (~lengths.isfinite()).cumsum(dim=1)[:, -asking:] > 0
     return (own.view(heads, -1, asking) | seen[:, None]).transpose(1, 2).flatten(1)

@@ -12,12 +12,11 @@ import torch
 from numba import carray, cfunc
 from torch import Tensor
 
+from dynamickv.fast.heads import Laid
 from dynamickv.fast.kernels import LOWEST, REACH, Array, compiled, greater, kept_on_disk, narrow
 from dynamickv.fast.microkernel import (
     COLUMNS,
     LANES,
-    in_columns,
-    in_pairs,
     lanes_sum,
     products,
     shared,
@@ -26,7 +25,7 @@ from dynamickv.fast.microkernel import (
 )
 from dynamickv.fast.team import bits_at, floats_at, numbers_at, share, take
 
-MADE_OF = "dad05570e724"
+MADE_OF = "96b7cd186e12"
 """Digest of the files that this is made of, see kernels.py."""
 ROWS = 4
 """Rows of a tile: their sums take 16 of 32 registers, which leaves some to make weights in."""
@@ -197,31 +196,8 @@ def _share(address: Any) -> None:
         item = take(address)
 
 
-class Held:
-    """Keys and values as products take them."""
-
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        """From (num_kv_heads, n, head_dim) bfloat16 each.
-
-        Raises:
-            TypeError: other numbers.
-            ValueError: unlike shapes, or a head_dim that is odd.
-        """
-        if keys.dtype != torch.bfloat16 or values.dtype != torch.bfloat16:
-            raise TypeError(f"keys and values must be bfloat16, got {keys.dtype}, {values.dtype}")
-        if keys.shape != values.shape or keys.shape[2] % 2:
-            raise ValueError(f"cannot attend to {tuple(keys.shape)} and {tuple(values.shape)}")
-        self.heads, self.length, self.dim = keys.shape
-        self.columns = in_columns(keys)
-        """(num_kv_heads, room // 64, head_dim // 2, 64, 2)."""
-        self.room = self.columns.shape[1] * COLUMNS
-        """Positions with those behind the last, which are 0."""
-        self.pairs = in_pairs(values, self.room)
-        """(num_kv_heads, room // 2, head_dim rounded up to 64s, 2)."""
-
-
 def attend(
-    asked: Tensor, held: Held, bounds: Tensor, group: int, before: int, kept: Tensor | None = None
+    asked: Tensor, laid: Laid, bounds: Tensor, group: int, before: int, kept: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Attention of consecutive queries to their own positions and those before.
 
@@ -250,25 +226,26 @@ def attend(
     for given, dtype in ((asked, torch.bfloat16), (bounds, torch.float32), (kept, torch.bfloat16)):
         if given is not None and (given.dtype != dtype or not given.is_contiguous()):
             raise TypeError(f"queries and weights must be contiguous {dtype}, got {given.dtype}")
-    end = before + rows // group
-    fits = (heads, dim) == (held.heads, held.dim) and bounds.shape == (heads, rows)
-    if not fits or rows % group or before < 0 or end > held.length:
+    end, length = before + rows // group, laid.sizes.shape[1]
+    columns, pairs = laid.columns, laid.pairs
+    room, across = columns.shape[1] * COLUMNS, pairs.shape[2]
+    fits = (heads, dim) == (len(columns), 2 * columns.shape[2]) and bounds.shape == (heads, rows)
+    if not fits or rows % group or before < 0 or end > length:
         raise ValueError(
             f"queries {tuple(asked.shape)} of {group} heads from position {before} with bounds "
-            f"{tuple(bounds.shape)} cannot attend to {held.heads} heads of {held.length} positions"
+            f"{tuple(bounds.shape)} cannot attend to {len(columns)} heads of {length} positions"
         )
     keeps = 0 if kept is None else kept.shape[-1]
     if kept is not None and (kept.shape != (heads, rows, keeps) or keeps % COLUMNS or keeps < end):
         raise ValueError(f"weights {tuple(kept.shape)} have no room for {end} keys")
-    across = held.pairs.shape[2]
     size = _room(across)
     out = asked.new_empty(rows // group, heads * group, dim)
     totals = torch.empty(heads, rows)
     threads = torch.get_num_threads()
-    room = torch.empty(threads, size)
-    arrays = asked, held.columns, held.pairs, bounds, totals, out, room
+    own = torch.empty(threads, size)
+    arrays = asked, columns, pairs, bounds, totals, out, own
     places = [array.data_ptr() for array in arrays]
     place = 0 if kept is None else kept.data_ptr()
-    told = heads, rows, held.room, dim, across, group, before, *places, place, keeps, size
+    told = heads, rows, room, dim, across, group, before, *places, place, keeps, size
     share(_share, 0, *told, threads=threads)
     return out, totals

@@ -5,7 +5,7 @@ takes them. Torch's threads share the positions (see team)."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,9 +13,10 @@ from numba import carray, cfunc
 from torch import Tensor
 
 from dynamickv.fast.kernels import NUMBERS, TURN, Array, compiled, fit, kept_on_disk, narrow, wide
-from dynamickv.fast.team import bits_at, floats_at, share, take
+from dynamickv.fast.microkernel import COLUMNS
+from dynamickv.fast.team import bits_at, floats_at, numbers_at, share, take, words_at
 
-MADE_OF = "98cc532152ae"
+MADE_OF = "991c79e5a6a0"
 """Digest of the files that this is made of, see kernels.py."""
 ROWS = 256
 """Positions that a thread takes at a time."""
@@ -179,3 +180,124 @@ def asked_in_groups(queries: Tensor, scaling: float, group: int) -> tuple[Tensor
     places = factor.ctypes.data, queries.data_ptr(), asked.data_ptr(), sizes.data_ptr()
     share(_ask_share, heads, length, dim, group, per_head, per_row, *places)
     return asked, sizes
+
+
+@compiled(
+    *(
+        f"void({number}[:, ::1], float32[::1], uint16[:, ::1], uint32[:, ::1], float32[::1])"
+        for number in NUMBERS
+    )
+)
+def _lay_keys(keys: Array, middle: Array, room: Array, columns: Array, squares: Array) -> None:
+    """At most 64 keys as columns, see `Laid`, and each one's square; `room` is written over."""
+    count, dim = keys.shape
+    for row in range(count):
+        key, own = keys[row], room[row]
+        square = np.float32(0)
+        for i in range(dim):
+            own[i] = narrow(wide(key[i]) - middle[i])
+            square += wide(own[i]) * wide(own[i])
+        squares[row] = square
+    words = carray(words_at(room.ctypes.data), (COLUMNS, dim // 2))
+    for pair in range(dim // 2):
+        for row in range(count):
+            columns[pair, row] = words[row, pair]
+
+
+@compiled(*(f"void({number}[:, ::1], uint32[:, ::1])" for number in NUMBERS))
+def _lay_values(values: Array, pairs: Array) -> None:
+    """At most 64 values, two and two beside each other."""
+    count, dim = values.shape
+    for row in range(0, count, 2):
+        first, out = values[row], pairs[row // 2]
+        if row + 1 < count:
+            second = values[row + 1]
+            for i in range(dim):
+                low, high = narrow(wide(first[i])), narrow(wide(second[i]))
+                out[i] = np.uint32(low) | np.uint32(high) << np.uint32(16)
+        else:
+            for i in range(dim):
+                out[i] = np.uint32(narrow(wide(first[i])))
+
+
+@kept_on_disk(cfunc, "void(CPointer(int64))")
+def _lay_share(address: Any) -> None:
+    """One thread's share of what `laid_out` wrote there."""
+    told = carray(address, (14,))
+    heads, length, dim, across, narrowed = told[2], told[3], told[4], told[5], told[6]
+    tiles = (length + COLUMNS - 1) // COLUMNS
+    thread = take(numbers_at(np.int64(told.ctypes.data) + 8))
+    room = carray(bits_at(told[13] + 2 * thread * COLUMNS * dim), (COLUMNS, dim))
+    item = take(address)
+    while item < heads * tiles:
+        head, first = item // tiles, item % tiles * COLUMNS
+        count, at = min(COLUMNS, length - first), (head * length + first) * dim
+        middle = carray(floats_at(told[9] + 4 * head * dim), (dim,))
+        columns = carray(words_at(told[10] + 2 * item * COLUMNS * dim), (dim // 2, COLUMNS))
+        pairs = carray(words_at(told[11] + 2 * item * COLUMNS * across), (COLUMNS // 2, across))
+        squares = carray(floats_at(told[12] + 4 * (head * length + first)), (count,))
+        if narrowed:
+            keys, values = bits_at(told[7] + 2 * at), bits_at(told[8] + 2 * at)
+            _lay_keys(carray(keys, (count, dim)), middle, room, columns, squares)
+            _lay_values(carray(values, (count, dim)), pairs)
+        else:
+            wide_keys, wide_values = floats_at(told[7] + 4 * at), floats_at(told[8] + 4 * at)
+            _lay_keys(carray(wide_keys, (count, dim)), middle, room, columns, squares)
+            _lay_values(carray(wide_values, (count, dim)), pairs)
+        item = take(address)
+
+
+class Laid(NamedTuple):
+    """Keys and values in the order that products of many queries read them in."""
+
+    columns: Tensor
+    """Keys less a middle, (num_kv_heads, tiles, head_dim // 2, 64, 2) bfloat16: 64 positions are
+    the columns of a tile, 0 behind the last."""
+    pairs: Tensor
+    """Values, (num_kv_heads, 32 * tiles, head_dim rounded up to 64s, 2) bfloat16: two positions'
+    beside each other, 0 where there are none."""
+    sizes: Tensor
+    """Lengths of the keys less the middle as vectors, (num_kv_heads, n) float32."""
+
+    def of_heads(self, heads: slice) -> Laid:
+        """Of some KV heads."""
+        return Laid(*(one[heads] for one in self))
+
+
+def laid_out(keys: Tensor, values: Tensor, middle: Tensor) -> Laid:
+    """Put a prompt's keys and values in that order.
+
+    Args:
+        keys: (num_kv_heads, n, head_dim) float32 or bfloat16, head_dim even.
+        values: as keys.
+        middle: what is taken off every key of a head, (num_kv_heads, head_dim) float32.
+
+    Raises:
+        TypeError: other numbers.
+        ValueError: unlike shapes, or a head_dim that is odd.
+    """
+    heads, length, dim = keys.shape
+    # The threads are told addresses alone.
+    if keys.dtype not in (torch.float32, torch.bfloat16) or middle.dtype != torch.float32:
+        raise TypeError(f"cannot lay out {keys.dtype} less {middle.dtype}")
+    if values.dtype != keys.dtype:
+        raise TypeError(f"cannot lay out {keys.dtype} and {values.dtype}")
+    if keys.shape != values.shape or middle.shape != (heads, dim) or dim % 2:
+        shapes = (tuple(one.shape) for one in (keys, middle, values))
+        raise ValueError("cannot attend to {} less {} and {}".format(*shapes))
+    tiles, across = -(-length // COLUMNS), -(-dim // COLUMNS) * COLUMNS
+    columns = torch.empty(heads, tiles, dim // 2, COLUMNS, 2, dtype=torch.bfloat16)
+    pairs = torch.empty(heads, tiles * COLUMNS // 2, across, 2, dtype=torch.bfloat16)
+    if length % COLUMNS:
+        columns[:, -1] = 0
+        pairs[:, -COLUMNS // 2 :] = 0
+    if across > dim:
+        pairs[:, :, dim:] = 0
+    sizes = torch.empty(heads, length)
+    threads = torch.get_num_threads()
+    room = torch.empty(threads, COLUMNS, dim, dtype=torch.bfloat16)
+    arrays = keys.contiguous(), values.contiguous(), middle.contiguous(), columns, pairs, sizes
+    places = [array.data_ptr() for array in (*arrays, room)]
+    narrowed = keys.dtype == torch.bfloat16
+    share(_lay_share, 0, heads, length, dim, across, narrowed, *places, threads=threads)
+    return Laid(columns, pairs, sizes.sqrt_())

@@ -497,19 +497,3 @@ def in_columns(rows: Tensor) -> Tensor:
     words = padded.view(torch.int32).view(*outer, -1, COLUMNS, size // 2)
     pairs = words.transpose(-1, -2).contiguous().view(torch.bfloat16)
     return pairs.view(*pairs.shape[:-1], COLUMNS, 2)
-
-
-def in_pairs(rows: Tensor, count: int) -> Tensor:
-    """What `products` multiplies with, for sums of rows by weights.
-
-    Args:
-        rows: (..., n, size) bfloat16.
-        count: rows to be had, at least n, even.
-
-    Returns:
-        (..., count // 2, size rounded up to 64s, 2) bfloat16, zeros where there were no numbers.
-    """
-    padded = torch.nn.functional.pad(
-        rows, (0, -rows.shape[-1] % COLUMNS, 0, count - rows.shape[-2])
-    )
-    return torch.stack([padded[..., place::2, :] for place in (0, 1)], dim=-1)

@@ -47,6 +47,7 @@ def _taking(context: Any, counter: Any) -> Any:
 floats_at: Any = _pointer_to(types.float32)
 numbers_at: Any = _pointer_to(types.int64)
 bits_at: Any = _pointer_to(types.uint16)
+words_at: Any = _pointer_to(types.uint32)
 take: Any = intrinsic(_taking)
 
 

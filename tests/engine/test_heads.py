@@ -61,3 +61,40 @@ def test_what_the_threads_cannot_read_is_refused() -> None:
         heads.asked_in_groups(random(2, 3, 16).bfloat16(), 1.0, 1)
     with pytest.raises(ValueError, match="3 query heads do not fall"):
         heads.asked_in_groups(random(3, 3, 16), 1.0, 2)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("length", "dim"), [(1, 2), (63, 16), (64, 64), (700, 80), (129, 128)])
+def test_keys_are_laid_out_as_columns_and_values_in_pairs(
+    length: int, dim: int, dtype: torch.dtype
+) -> None:
+    keys, values = random(3, length, dim).to(dtype), random(3, length, dim, seed=1).to(dtype)
+    middle = random(3, dim, seed=2)
+    laid = heads.laid_out(keys, values, middle)
+    less = (keys.float() - middle[:, None]).bfloat16()
+    torch.testing.assert_close(laid.sizes, less.float().norm(dim=-1), rtol=1e-3, atol=1e-3)
+    tiles, across = -(-length // 64), -(-dim // 64) * 64
+    columns = torch.zeros(3, tiles * 64, dim, dtype=torch.bfloat16)
+    columns[:, :length] = less
+    wanted = columns.view(3, tiles, 64, dim // 2, 2).transpose(2, 3)
+    torch.testing.assert_close(laid.columns, wanted, rtol=2**-8, atol=1e-6)
+    rows = torch.zeros(3, tiles * 64, across, dtype=torch.bfloat16)
+    rows[:, :length, :dim] = values.bfloat16()
+    assert torch.equal(laid.pairs, rows.view(3, tiles * 32, 2, across).transpose(2, 3))
+    part = laid.of_heads(slice(1, 2))
+    assert torch.equal(part.pairs, laid.pairs[1:2])
+    assert torch.equal(part.sizes, laid.sizes[1:2])
+
+
+def test_keys_and_values_that_do_not_fit_are_not_laid_out() -> None:
+    with pytest.raises(TypeError, match="float64"):
+        heads.laid_out(random(2, 8, 16).double(), random(2, 8, 16), random(2, 16))
+    with pytest.raises(TypeError, match="bfloat16 and"):
+        heads.laid_out(random(2, 8, 16).bfloat16(), random(2, 8, 16), random(2, 16))
+    with pytest.raises(ValueError, match="cannot attend to"):
+        heads.laid_out(random(2, 8, 16), random(2, 7, 16), random(2, 16))
+    with pytest.raises(ValueError, match="cannot attend to"):
+        heads.laid_out(random(2, 8, 15), random(2, 8, 15), random(2, 15))
+    with pytest.raises(ValueError, match="cannot attend to"):
+        heads.laid_out(random(2, 8, 16), random(2, 8, 16), random(1, 16))

@@ -60,19 +60,6 @@ def test_products_are_products_and_are_added(rows: int, size: int, instruction: 
     assert (out[:, 64:] == 3).all()
 
 
-def test_pairs_of_rows_are_summed_by_weights() -> None:
-    weights, values = random(6, 40), random(40, 80)
-    pairs = microkernel.in_pairs(values, 64)
-    assert pairs.shape == (32, 128, 2)
-    add = caller(microkernel.products(6, True), 7)
-    for column in (0, 64):
-        out = torch.empty(6, 64)
-        add(weights.data_ptr(), 80, pairs.data_ptr() + column * 4, 512, 20, out.data_ptr(), 256)
-        wanted = (weights.float() @ values.float())[:, column : column + 64]
-        torch.testing.assert_close(out[:, : wanted.shape[1]], wanted, rtol=1e-5, atol=1e-5)
-        assert not out[:, wanted.shape[1] :].any()
-
-
 @pytest.mark.parametrize("instruction", HOW)
 @pytest.mark.parametrize("rows", [1, 4, 6])
 def test_weights_are_powers_of_what_counts(rows: int, instruction: bool) -> None:
