@@ -25,7 +25,7 @@ from dynamickv.fast.microkernel import (
 )
 from dynamickv.fast.team import bits_at, floats_at, numbers_at, share, take
 
-MADE_OF = "96b7cd186e12"
+MADE_OF = "dd7bf343af01"
 """Digest of the files that this is made of, see kernels.py."""
 ROWS = 4
 """Rows of a tile: their sums take 16 of 32 registers, which leaves some to make weights in."""
@@ -38,6 +38,8 @@ TOLD = 19
 thread."""
 BYTES = 2
 """Of a bfloat16."""
+NEXT_TO_NOTHING = np.float32(1e-30)
+"""A greatest logit that is 0."""
 LINE = 4 * COLUMNS
 """Bytes of a row of sums."""
 
@@ -59,8 +61,8 @@ def _room(across: int) -> int:
 def _find_greatest(
     told: Array, head: int, first: int, last: int, mosts: Array, logits: Array
 ) -> None:
-    """Each row's greatest logit, or 0 throughout a tile whose bounds say that nothing need be taken
-    off.
+    """Each row's greatest logit, or 0, which stands for nothing else, throughout a tile whose
+    bounds say that nothing need be taken off.
 
     Args:
         mosts: (at least last - first,), written.
@@ -92,6 +94,9 @@ def _find_greatest(
                     for i in range(min(COLUMNS, before + (row + r) // group + 1 - key)):
                         most = greater(most, logits[r * COLUMNS + i])
                     mosts[row - first + r] = most
+            for r in range(row - first, row - first + count):
+                if mosts[r] == 0:
+                    mosts[r] = NEXT_TO_NOTHING
         row += count
 
 

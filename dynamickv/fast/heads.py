@@ -16,7 +16,7 @@ from dynamickv.fast.kernels import NUMBERS, TURN, Array, compiled, fit, kept_on_
 from dynamickv.fast.microkernel import COLUMNS
 from dynamickv.fast.team import bits_at, floats_at, numbers_at, share, take, words_at
 
-MADE_OF = "991c79e5a6a0"
+MADE_OF = "b8fc97f98cba"
 """Digest of the files that this is made of, see kernels.py."""
 ROWS = 256
 """Positions that a thread takes at a time."""

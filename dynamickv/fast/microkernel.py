@@ -30,7 +30,7 @@ REGISTERS = COLUMNS // LANES
 """That a row of a tile takes."""
 FLOAT, WORD, LONG = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 FLOATS, WORDS = ir.VectorType(FLOAT, LANES), ir.VectorType(WORD, LANES)
-FLAT = -80.0
+FLAT = -87.0
 """Below it a sigmoid is 0, near enough."""
 PAIRS, HALVES = (ir.VectorType(kind, 2 * LANES) for kind in (BFLOAT, ir.IntType(16)))
 BYTES = ir.VectorType(ir.IntType(8), 4 * LANES)
@@ -470,10 +470,15 @@ def gating(instruction: bool | None = None) -> Any:
             one, flat = every(1.0, FLOATS), every(FLAT, FLOATS)
             for offset in range(0, 4 * COLUMNS, 4 * LANES):
                 x, factor = (load(builder, place, offset, FLOATS) for place in arguments)
-                power = builder.fmul(_greater(builder, x, flat), every(-1 / math.log(2), FLOATS))
+                # What is no number stays none, and nothing overflows that need not: operations with
+                # a flag of their own numba lets nobody reorder.
+                below = builder.fcmp_ordered("<", x, flat, flags=("contract",))
+                x = builder.select(below, flat, x)
+                power = builder.fmul(x, every(-1 / math.log(2), FLOATS))
                 power = _greater(builder, power, every(LEAST_POWER, FLOATS))
                 power = builder.fadd(one, _power_of_two(builder, power, native))
-                x = builder.fdiv(builder.fmul(x, factor), power)
+                x = builder.fdiv(x, power, flags=("contract",))
+                x = builder.fmul(x, factor, flags=("contract",))
                 store(builder, x, arguments[0], offset)
             return context.get_dummy_value()
 

@@ -17,7 +17,7 @@ from dynamickv.fast.kernels import compiled, kept_on_disk, narrow
 from dynamickv.fast.microkernel import COLUMNS, ask, gating, in_columns, products, shared
 from dynamickv.fast.team import bits_at, floats_at, numbers_at, share, take
 
-MADE_OF = "991c79e5a6a0"
+MADE_OF = "b8fc97f98cba"
 """Digest of the files that this is made of, see kernels.py."""
 ROWS = 6
 """Rows of a tile: their sums take 24 of 32 registers."""
@@ -191,16 +191,17 @@ class Tiled:
 
     def gated(self, x: Tensor, up: Tiled) -> Tensor:
         """silu of the products times those with another matrix, as `multiply`, rounded once."""
-        if up._panels.shape != self._panels.shape:
-            raise ValueError(f"{up._outputs} outputs cannot be gated by {self._outputs}")
+        if (up._outputs, up._inputs) != (self._outputs, self._inputs):
+            shapes = (up._outputs, up._inputs), (self._outputs, self._inputs)
+            raise ValueError("{} cannot be gated by {}".format(*shapes))
         out = x.new_empty(len(x), self._outputs)
         self._carry_out(GATED, x, up, out)
         return out
 
     def _carry_out(self, kind: int, x: Tensor, second: Tiled, out: Tensor) -> None:
         # The threads are told addresses alone.
-        if x.dtype != torch.bfloat16:
-            raise TypeError(f"rows must be bfloat16, got {x.dtype}")
+        if x.dtype != torch.bfloat16 or {x.device.type, out.device.type} != {"cpu"}:
+            raise TypeError(f"rows must be bfloat16 on the CPU, got {x.dtype} on {x.device}")
         rows, size = x.shape
         if size != self._inputs:
             raise ValueError(f"rows of {size} do not fit {self._inputs} inputs")
@@ -208,7 +209,7 @@ class Tiled:
         threads, panels = torch.get_num_threads(), len(self._panels)
         part = PARTS[self.nbytes > STAYS]
         # Rows alone where there are many, so that their weights are read once.
-        groups = min(panels, max(1, PLENTY * threads // -(-rows // part)))
+        groups = min(panels, max(1, PLENTY * threads // max(1, -(-rows // part))))
         each = -(-panels // groups)
         room = torch.empty(threads, 2 * part * COLUMNS)
         arrays = x, self._panels, second._panels, out, room

@@ -187,3 +187,49 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     for room in ((2, 12, 40), (2, 11, 64), (1, 12, 64)):
         with pytest.raises(ValueError, match="have no room for 8 keys"):
             Case(4, 8).attend(torch.zeros(room).bfloat16())
+
+
+def test_rows_that_see_whole_blocks_follow_rows_that_do_not() -> None:
+    Case(60, 540, group=1).check()  # some begin before a block of 512 keys and end in it
+
+
+def test_a_greatest_logit_of_nothing_is_one_all_the_same() -> None:
+    case = Case(8, 256, group=1)
+    case.asked.fill_(1)
+    case.keys.fill_(-20)
+    case.keys[:, 0] = 0
+    case.bounds.fill_(MANY)
+    context, _ = case.attend()
+    wanted = case.values[:, :1].transpose(0, 1).expand(8, -1, -1).float()
+    torch.testing.assert_close(context.float(), wanted, rtol=2**-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("own", range(4))
+def test_one_row_of_great_logits_makes_its_neighbours_no_worse(own: int) -> None:
+    case = Case(12, 200, group=1, size=200)
+    rest = [row for row in range(12) if row % 4 != own]
+    case.asked[:, rest] = 0
+    case.bounds[:, own::4] = MANY
+    context, _ = case.attend()
+    torch.testing.assert_close(context[own::4].float(), case.context[own::4], rtol=2**-6, atol=4e-3)
+    means = torch.stack([case.values[:, : 189 + row].float().mean(dim=1) for row in rest])
+    torch.testing.assert_close(context[rest].float(), means, rtol=2**-6, atol=4e-3)
+
+
+def test_the_greatest_logit_may_be_the_last_keys() -> None:
+    case = Case(4, 66, group=1)
+    case.keys[:, 64:] = (case.asked[:, 2:] * 100).bfloat16()
+    case.bounds.fill_(MANY)
+    context, _ = case.attend()
+    wanted = case.values[:, 64:].transpose(0, 1).float()
+    torch.testing.assert_close(context[2:].float(), wanted, rtol=2**-7, atol=1e-6)
+
+
+def test_logits_beyond_what_is_summed_as_it_is_have_their_greatest_taken_off() -> None:
+    case = Case(4, 5000, group=1)
+    case.asked.fill_(3)
+    case.keys.fill_(2.46875)  # products of 118.5
+    case.bounds.fill_(118.5)
+    context, totals = case.attend()
+    assert totals.isfinite().all()
+    assert context.isfinite().all()

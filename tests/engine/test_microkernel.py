@@ -125,14 +125,15 @@ def check_weights(
 @pytest.mark.parametrize("instruction", HOW)
 def test_gated_is_silu_times_the_others_and_sums_are_sums(instruction: bool) -> None:
     opened, raised = random(64, 1)[:, 0].float() * 8, random(1, 64)[0].float()
-    extremes = torch.tensor([0.0, -79, 79, -200, 200, -1e30, 1e30, float("nan")])
-    opened[:8], raised[:8] = extremes, 1.0
+    extremes = torch.tensor([0.0, -79, 79, -1e30, 200, -100, 1e30, float("nan")])
+    opened[:8], raised[:8], raised[5] = extremes, 1.0, 1e30
     wanted = torch.nn.functional.silu(opened.double()) * raised
     caller(microkernel.gating(instruction), 2)(opened.data_ptr(), raised.data_ptr())
     torch.testing.assert_close(opened.double()[8:], wanted[8:], rtol=3e-4, atol=1e-30)
     seen, expected = opened.double()[:8], wanted[:8]
     torch.testing.assert_close(seen[[0, 2, 4, 6, 7]], expected[[0, 2, 4, 6, 7]], equal_nan=True)
     assert seen[[1, 3]].abs().max() < 1e-30
+    assert -1e-4 < seen[5] <= 0
     out = torch.empty(80).bfloat16()
     share: dict[str, Any] = {"share": microkernel.shared(instruction)}
     exec("def call(x, factor, out):\n    share(x, factor, out)", share)
@@ -145,14 +146,18 @@ def test_gated_is_silu_times_the_others_and_sums_are_sums(instruction: bool) -> 
     assert kernels.compiled("float32(int64)")(add["call"])(numbers.data_ptr()) == 120
 
 
-def test_weights_of_logits_far_below_the_greatest_are_none() -> None:
+@pytest.mark.parametrize("instruction", HOW)
+def test_weights_of_logits_far_below_the_greatest_are_none(instruction: bool) -> None:
     a, b = torch.full((1, 2), 200.0).bfloat16(), torch.zeros(64, 2).bfloat16()
     b[1:] = -3e4
     limits = torch.tensor([[64.0, 0.0]])
     weights, totals = torch.ones(1, 64, dtype=torch.bfloat16), torch.zeros(1, 16)
     columns = microkernel.in_columns(b)
     places = weights.data_ptr(), 128, totals.data_ptr(), limits.data_ptr()
-    caller(microkernel.weighed(1), 9)(a.data_ptr(), 4, columns.data_ptr(), 256, 1, *places)
+    caller(microkernel.weighed(1, instruction), 9)(
+        a.data_ptr(), 4, columns.data_ptr(), 256, 1, *places
+    )
     assert weights[0, 0] == 1
     assert weights[0, 1:].float().max() < 1e-37
+    assert weights.min() >= 0
     assert np.isclose(totals.sum().item(), 1, atol=1e-6)

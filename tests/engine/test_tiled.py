@@ -80,12 +80,14 @@ def test_rows_may_lie_apart() -> None:
 
 def test_threads_are_not_let_at_what_does_not_fit() -> None:
     one, other = tiled.Tiled(random(64, 32)), tiled.Tiled(random(128, 32))
+    elsewhere = torch.empty(2, 64, device="meta")
     with pytest.raises(TypeError, match="rows must be bfloat16"):
         one.multiply(torch.zeros(2, 32))
     with pytest.raises(ValueError, match="rows of 30 do not fit 32 inputs"):
         one.multiply(random(2, 30))
-    with pytest.raises(ValueError, match="128 outputs cannot be gated by 64"):
-        one.gated(random(2, 32), other)
+    for wrong in (other, tiled.Tiled(random(60, 32)), tiled.Tiled(random(64, 30))):
+        with pytest.raises(ValueError, match=r"cannot be gated by \(64, 32\)"):
+            one.gated(random(2, 32), wrong)
     with pytest.raises(ValueError, match="cannot add 2 rows"):
         one.add_product(torch.zeros(2, 63), random(2, 32))
     with pytest.raises(ValueError, match="cannot add 2 rows"):
@@ -94,5 +96,34 @@ def test_threads_are_not_let_at_what_does_not_fit() -> None:
         one.add_product(torch.zeros(2, 64).bfloat16(), random(2, 32))
     with pytest.raises(TypeError, match="cannot add to"):
         one.add_product(torch.zeros(64, 2).t(), random(2, 32))
+    with pytest.raises(TypeError, match="on the CPU"):
+        one.add_product(elsewhere, random(2, 32))
     with pytest.raises(TypeError, match="bfloat16"):
         tiled.Tiled(torch.zeros(64, 32))
+
+
+def test_no_rows_give_no_products() -> None:
+    assert tiled.Tiled(random(64, 32)).multiply(random(0, 32)).shape == (0, 64)
+
+
+def test_the_last_group_of_panels_may_be_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    x, weight = random(100, 64), random(448, 64)  # seven panels for five groups of two
+    total = torch.zeros(100, 448)
+    tiled.Tiled(weight).add_product(total, x)
+    torch.testing.assert_close(total, x.float() @ weight.float().t(), rtol=1e-4, atol=1e-4)
+
+
+def test_what_lies_behind_a_row_is_left_alone() -> None:
+    room = torch.full((7 * 65 + 128,), 5.0)
+    total, x = room[64:519].view(7, 65), random(7, 64)
+    x[::2] = torch.nan
+    tiled.Tiled(random(65, 64)).add_product(total, x)
+    assert total[1::2].isfinite().all()
+    assert (room[:64] == 5).all()
+    assert (room[519:] == 5).all()
+
+
+def test_whole_numbers_stay_whole_over_several_blocks_of_inputs() -> None:
+    x = random(13, 1026)
+    assert torch.equal(tiled.Tiled(torch.eye(64, 1026).bfloat16()).multiply(x), x[:, :64])
