@@ -51,6 +51,10 @@ SECTIONS = {
         "One GPU, what choosing adds over thirty rounds",
         "python -m benchmarks.gpu --sections overhead,others",
     ),
+    "attention-h200": (
+        "One GPU, what a prompt is read with",
+        "python -m benchmarks.gpu --sections attention",
+    ),
 }
 """Results files in the page's order: heading, and the command that measures again."""
 HEADLINE_ROWS = (
