@@ -318,6 +318,15 @@ def test_a_hostile_address_changes_nothing(page: Page, page_url: str, query: str
     expect(page.locator(".dkv-document [data-role=unit]")).to_have_value("token")
 
 
+def test_a_text_that_is_not_there_yet_is_not_marked(page: Page, page_url: str) -> None:
+    """A view may be told of a run before it has laid its text out."""
+    open_page(page, page_url)
+    page.evaluate(
+        """() => { const text = DynamicKV.textLayer([1, 2, 3].map(() => document.createElement("p")));
+        text.markTokens("dkv-probe", 0, 1, 1); text.paint([1], ["dkv-probe"]); }"""
+    )
+
+
 def test_an_embedded_run_stands_alone(page: Page, page_url: str) -> None:
     open_page(page, page_url, "?embed=1")
     assert page.locator("#dkv-inputs").is_hidden()

@@ -75,13 +75,14 @@
       CSS.highlights.set(name, marked);
     }
 
-    // Mark tokens [first, last] under a name.
-    const markTokens = (name, first, last, priority) => native() && highlight(name, ranges(prompt.starts[first], prompt.ends[last]), priority);
+    // Mark tokens [first, last] under a name; nothing while the text is not there yet.
+    const markTokens = (name, first, last, priority) => native() && prompt && highlight(name, ranges(prompt.starts[first], prompt.ends[last]), priority);
     const markUnits = (name, spans, priority) => native() && highlight(name, spans.flatMap(([start, end]) => ranges(start, end)), priority);
     const clear = (name) => highlight(name, [], 0);
 
     // Paint a mark (1, 2, ...) per token, 0 for none; names[mark - 1] is the highlight's. `trimmed` leaves the space before out.
     function paint(marks, names, trimmed = false) {
+      if (!prompt) return;
       if (!native()) { paintSpans(marks, names); return; }
       const buckets = names.map(() => []);
       const inside = (start, end) => (trimmed ? start + /^\s*/.exec(prompt.text.slice(start, end))[0].length : start);
