@@ -322,7 +322,8 @@ def test_a_text_that_is_not_there_yet_is_not_marked(page: Page, page_url: str) -
     """A view may be told of a run before it has laid its text out."""
     open_page(page, page_url)
     page.evaluate(
-        """() => { const text = DynamicKV.textLayer([1, 2, 3].map(() => document.createElement("p")));
+        """() => { const boxes = [1, 2, 3].map(() => document.createElement("p"));
+        const text = DynamicKV.textLayer(boxes);
         text.markTokens("dkv-probe", 0, 1, 1); text.paint([1], ["dkv-probe"]); }"""
     )
 
