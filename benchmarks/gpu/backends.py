@@ -124,10 +124,10 @@ def fastest(bench: Bench, name: str, llm: dkv.LoadedModel) -> None:
                 continue
             found.setdefault(backend.name, []).extend(took)
     at = f"{name}: prefill of {bench.long} tokens"
-    for name, seconds in found.items():
-        bench.add(f"{at}, {name}", seconds, "s")
-        if name != "sdpa":
-            bench.add(f"{at}, {name} / sdpa", ratios(seconds, found["sdpa"]), "x", "<= 0.9")
+    for own, seconds in found.items():
+        bench.add(f"{at}, {own}", seconds, "s")
+        if own != "sdpa":
+            bench.add(f"{at}, {own} / sdpa", ratios(seconds, found["sdpa"]), "x", "<= 0.9")
     least = statistics.median(found["sdpa"])
     bench.add(f"{at}, sdpa: share of the matrix products' rate", needed / least / rate)
 

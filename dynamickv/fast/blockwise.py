@@ -8,8 +8,9 @@ Knows tensors only.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -88,23 +89,21 @@ def _in_blocks(
     asked, sizes = asked_in_groups(queries, scaling / math.log(2), group)
     asked, sizes = asked.flatten(1, 2), sizes.flatten(1, 2)
     received = torch.zeros(num_kv_heads, group, length) if mass else None
-    tiles = has_tiles()
-    if tiles:
+    attend: Callable[[_Asking, Tensor | None], Tensor]
+    if has_tiles():
         keys, values = _centred(keys), values.to(torch.bfloat16)
+        attend = partial(_by_torch, keys, values)
         lengths = torch.linalg.vector_norm(keys, dim=-1, dtype=torch.float32)
     else:
         from dynamickv.fast.heads import laid_out
 
         laid = laid_out(keys, values, _middle(keys))
-        lengths = laid.sizes
+        attend, lengths = partial(_by_microkernel, laid), laid.sizes
     # No product is greater than that of both lengths.
     bounds = sizes * lengths.amax(dim=1, keepdim=True)
     spoiled = None if bool(bounds.isfinite().all()) else _spoiled(queries, lengths)
     asking = _Asking(asked, bounds, spoiled, group, length - queries.shape[1])
-    if tiles:
-        context = _by_torch(asking, keys, values, received)
-    else:
-        context = _by_microkernel(asking, laid, received)
+    context = attend(asking, received)
     if spoiled is not None:
         wrong = spoiled.view(num_kv_heads, -1, group).transpose(0, 1).flatten(1)
         context.masked_fill_(wrong[..., None], torch.nan)
@@ -151,15 +150,15 @@ class _Asking:
         return (members / totals[..., None, :]).to(torch.bfloat16)
 
 
-def _by_microkernel(asking: _Asking, laid: Laid, received: Tensor | None) -> Tensor:
+def _by_microkernel(laid: Laid, asking: _Asking, received: Tensor | None) -> Tensor:
     """All rows in one pass, or where what is received is asked for, in blocks of some heads."""
     from dynamickv.fast.causal import attend
 
     group = asking.group
     if received is None:
         return attend(asking.asked, laid, asking.bounds, group, asking.before)[0]
-    heads, length = laid.sizes.shape
-    dim = asking.asked.shape[2]
+    heads, _, dim = asking.asked.shape
+    length = laid.length
     block = asking.block(group * length)
     some = max(TOGETHER // (group * block * length), 1)
     context = asking.asked.new_empty(asking.asked.shape[1] // group, heads, group, dim)
@@ -177,11 +176,10 @@ def _received(asking: _Asking, laid: Laid, received: Tensor) -> Tensor:
 
     asked, group = asking.asked, asking.group
     heads, rows, dim = asked.shape
-    length = laid.sizes.shape[1]
-    per_query = group * length
+    per_query = group * laid.length
     context = asked.new_empty(rows // group, heads * group, dim)
     # Written over for every block: fresh memory costs as much time as the weights.
-    room = asked.new_empty(heads * group * asking.block(per_query) * 2 * laid.pairs.shape[1])
+    room = asked.new_empty(heads * group * asking.block(per_query) * laid.room)
     for part, end in asking.blocks(per_query):
         first, count = part.start // group, part.stop - part.start
         seen = -(-end // COLUMNS) * COLUMNS
@@ -195,7 +193,7 @@ def _received(asking: _Asking, laid: Laid, received: Tensor) -> Tensor:
     return context
 
 
-def _by_torch(asking: _Asking, keys: Tensor, values: Tensor, received: Tensor | None) -> Tensor:
+def _by_torch(keys: Tensor, values: Tensor, asking: _Asking, received: Tensor | None) -> Tensor:
     """In torch's products, which matrix tiles make faster than the microkernel's: so much that it
     pays to have the logits in memory."""
     from dynamickv.fast.softmax import causal_exponentials, divided

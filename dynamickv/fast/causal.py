@@ -25,7 +25,7 @@ from dynamickv.fast.microkernel import (
 )
 from dynamickv.fast.team import bits_at, floats_at, numbers_at, share, take
 
-MADE_OF = "dd7bf343af01"
+MADE_OF = "ce74ccd79837"
 """Digest of the files that this is made of, see kernels.py."""
 ROWS = 4
 """Rows of a tile: their sums take 16 of 32 registers, which leaves some to make weights in."""
@@ -159,9 +159,8 @@ def _attend_part(told: Array, head: int, first: int, last: int, room: Array) -> 
             # The tiles that every row sees all of.
             tiles = (min(end, before + row // group + 1) - start) // COLUMNS
             if whole and tiles > 0:
-                column, many = told[10] + (head * length + start) * size, dim // 2
-                told_tiles = tiles, COLUMNS * size
-                _weigh_tiles(query, size, column, step, many, weights, apart, lane, *told_tiles)
+                column, run = told[10] + (head * length + start) * size, (tiles, COLUMNS * size)
+                _weigh_tiles(query, size, column, step, dim // 2, weights, apart, lane, *run)
                 limited += tiles * COLUMNS
             for key in range(limited, end, COLUMNS):
                 column = told[10] + (head * length + key) * size
@@ -231,26 +230,27 @@ def attend(
     for given, dtype in ((asked, torch.bfloat16), (bounds, torch.float32), (kept, torch.bfloat16)):
         if given is not None and (given.dtype != dtype or not given.is_contiguous()):
             raise TypeError(f"queries and weights must be contiguous {dtype}, got {given.dtype}")
-    end, length = before + rows // group, laid.sizes.shape[1]
+    end = before + rows // group
     columns, pairs = laid.columns, laid.pairs
-    room, across = columns.shape[1] * COLUMNS, pairs.shape[2]
     fits = (heads, dim) == (len(columns), 2 * columns.shape[2]) and bounds.shape == (heads, rows)
-    if not fits or rows % group or before < 0 or end > length:
+    if not fits or rows % group or before < 0 or end > laid.length:
         raise ValueError(
             f"queries {tuple(asked.shape)} of {group} heads from position {before} with bounds "
-            f"{tuple(bounds.shape)} cannot attend to {len(columns)} heads of {length} positions"
+            f"{tuple(bounds.shape)} cannot attend to {len(columns)} heads of {laid.length} "
+            "positions"
         )
     keeps = 0 if kept is None else kept.shape[-1]
     if kept is not None and (kept.shape != (heads, rows, keeps) or keeps % COLUMNS or keeps < end):
         raise ValueError(f"weights {tuple(kept.shape)} have no room for {end} keys")
+    across = pairs.shape[2]
     size = _room(across)
     out = asked.new_empty(rows // group, heads * group, dim)
     totals = torch.empty(heads, rows)
     threads = torch.get_num_threads()
-    own = torch.empty(threads, size)
-    arrays = asked, columns, pairs, bounds, totals, out, own
+    room = torch.empty(threads, size)
+    arrays = asked, columns, pairs, bounds, totals, out, room
     places = [array.data_ptr() for array in arrays]
     place = 0 if kept is None else kept.data_ptr()
-    told = heads, rows, room, dim, across, group, before, *places, place, keeps, size
+    told = heads, rows, laid.room, dim, across, group, before, *places, place, keeps, size
     share(_share, 0, *told, threads=threads)
     return out, totals

@@ -12,26 +12,17 @@ import torch
 from numba import carray, cfunc
 from torch import Tensor
 
-from dynamickv.fast.kernels import NUMBERS, TURN, Array, compiled, fit, kept_on_disk, narrow, wide
+from dynamickv.fast.kernels import NUMBERS, Array, compiled, kept_on_disk, narrow, turn_one, wide
 from dynamickv.fast.microkernel import COLUMNS
 from dynamickv.fast.team import bits_at, floats_at, numbers_at, share, take, words_at
 
-MADE_OF = "b8fc97f98cba"
+MADE_OF = "1c2013665107"
 """Digest of the files that this is made of, see kernels.py."""
 ROWS = 256
 """Positions that a thread takes at a time."""
 TURNS = "float32[:, ::1], float32[:, ::1]"
 """Cosines and sines."""
 STORED = "uint16[:, :, ::1]"
-
-
-@compiled(*(f"void({number}[::1], {TURN}, {goal}[::1])" for number in NUMBERS for goal in NUMBERS))
-def _turn_one(given: Array, cos: Array, sin: Array, out: Array) -> None:
-    half = len(out) // 2
-    for i in range(half):
-        a, b = wide(given[i]), wide(given[half + i])
-        out[i] = fit(a * cos[i] - b * sin[i], out[i])
-        out[half + i] = fit(b * cos[half + i] + a * sin[half + i], out[half + i])
 
 
 @compiled(
@@ -55,14 +46,14 @@ def _turn_rows(
     for row in range(start, end):
         for head in range(query_heads):
             first = head * dim
-            _turn_one(qkv[row, first : first + dim], cos[row], sin[row], query[head, row])
+            turn_one(qkv[row, first : first + dim], cos[row], sin[row], query[head, row])
         for head in range(kv_heads):
             first = (query_heads + head) * dim
-            _turn_one(qkv[row, first : first + dim], cos[row], sin[row], keys[head, row])
+            turn_one(qkv[row, first : first + dim], cos[row], sin[row], keys[head, row])
             first += kv_heads * dim
             given, out = qkv[row, first : first + dim], values[head, row]
             for i in range(dim):
-                out[i] = fit(wide(given[i]), out[i])
+                out[i] = narrow(wide(given[i]))
 
 
 @kept_on_disk(cfunc, "void(CPointer(int64))")
@@ -258,6 +249,16 @@ class Laid(NamedTuple):
     beside each other, 0 where there are none."""
     sizes: Tensor
     """Lengths of the keys less the middle as vectors, (num_kv_heads, n) float32."""
+
+    @property
+    def length(self) -> int:
+        """Positions."""
+        return self.sizes.shape[1]
+
+    @property
+    def room(self) -> int:
+        """Positions with those behind the last, which are 0."""
+        return self.columns.shape[1] * COLUMNS
 
     def of_heads(self, heads: slice) -> Laid:
         """Of some KV heads."""

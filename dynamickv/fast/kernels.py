@@ -261,6 +261,16 @@ def add(x: Array, more: Array) -> None:
             x[row, i] += wide(more[row, i])
 
 
+@compiled(*(f"void({number}[::1], {TURN}, {goal}[::1])" for number in NUMBERS for goal in NUMBERS))
+def turn_one(given: Array, cos: Array, sin: Array, out: Array) -> None:
+    """Rotate a head's numbers at a position, (head_dim,), in the format of `out`, written."""
+    half = len(out) // 2
+    for i in range(half):
+        a, b = wide(given[i]), wide(given[half + i])
+        out[i] = fit(a * cos[i] - b * sin[i], out[i])
+        out[half + i] = fit(b * cos[half + i] + a * sin[half + i], out[half + i])
+
+
 @compiled(
     *(
         f"void({number}[::1], {TURN}, float32[:, ::1], {held}, int64)"
@@ -272,22 +282,13 @@ def _place_one(
     qkv: Array, cos: Array, sin: Array, query: Array, keys: Array, values: Array, slot: int
 ) -> None:
     query_heads, dim = query.shape
-    half = dim // 2
     held = keys.shape[0]
     kv_heads = (qkv.shape[0] // dim - query_heads) // 2
     for head in range(query_heads):
-        first = head * dim
-        for i in range(half):
-            a, b = wide(qkv[first + i]), wide(qkv[first + half + i])
-            query[head, i] = a * cos[i] - b * sin[i]
-            query[head, half + i] = b * cos[half + i] + a * sin[half + i]
+        turn_one(qkv[head * dim : (head + 1) * dim], cos, sin, query[head])
     for head in range(held):
         first = (query_heads + head * kv_heads // held) * dim
-        for i in range(half):
-            a, b = wide(qkv[first + i]), wide(qkv[first + half + i])
-            near, far = a * cos[i] - b * sin[i], b * cos[half + i] + a * sin[half + i]
-            keys[head, slot, i] = fit(near, keys[head, slot, i])
-            keys[head, slot, half + i] = fit(far, keys[head, slot, half + i])
+        turn_one(qkv[first : first + dim], cos, sin, keys[head, slot])
         first += kv_heads * dim
         for i in range(dim):
             values[head, slot, i] = fit(wide(qkv[first + i]), values[head, slot, i])
